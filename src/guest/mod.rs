@@ -1,0 +1,1 @@
+//! What runs inside the machine: introduction, readiness, shell, exit status.

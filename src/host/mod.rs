@@ -1,0 +1,1 @@
+//! May it start now, and on which slot?

@@ -1,0 +1,1 @@
+//! From a reference to a verified disk in the store.

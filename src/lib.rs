@@ -1,0 +1,40 @@
+//! cannery runs every GitLab CI job in a virtual machine of its own.
+//!
+//! gitlab-runner calls the binary as a *custom executor* in four stages. Data goes one way:
+//!
+//! ```text
+//! gitlab-runner ──config/prepare/run/cleanup──▶ cli ─▶ stage
+//!    job       what was asked, who asked, what may they have
+//!    image     reference ▶ digest ▶ verified disk in the store
+//!    host      may it start now? capacity, slot
+//!    machine   description ▶ XML ▶ libvirt domain on an overlay
+//!    start     a running machine and a way to introduce it
+//!    guest     introduction ▶ ready ▶ shell ▶ script ▶ exit status
+//!    outcome   exit code for the runner, one sentence for the user
+//! ```
+//!
+//! | concern | modules |
+//! |---|---|
+//! | what was asked | [`job`], [`settings`] |
+//! | what it runs on | [`image`], [`host`], [`machine`], [`guest`] |
+//! | what is remembered | [`record`] |
+//! | choreography | [`start`], [`stage`], [`reap`] |
+//! | what people see | [`cli`], [`report`], [`outcome`] |
+//!
+//! `job`, `image`, `host`, `machine` and `guest` do not import each other: they hand on values.
+//! `record` is a leaf of plain types that all may use. Only [`cli`] reads the process's environment,
+//! and only [`cli`] and [`report`] print.
+
+pub mod cli;
+pub mod guest;
+pub mod host;
+pub mod image;
+pub mod job;
+pub mod machine;
+pub mod outcome;
+pub mod reap;
+pub mod record;
+pub mod report;
+pub mod settings;
+pub mod stage;
+pub mod start;

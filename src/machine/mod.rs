@@ -1,0 +1,1 @@
+//! From our own description to a running libvirt domain.

@@ -1,0 +1,2 @@
+//! The `cannery` command.
+fn main() {}

@@ -1,0 +1,1 @@
+//! What is left behind, and what to do about it.

@@ -1,0 +1,1 @@
+//! What is on disk about jobs: versioned plain types, atomic writes, locks.

@@ -1,0 +1,1 @@
+//! The job log, progress and the operator's log.

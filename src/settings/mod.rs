@@ -1,0 +1,1 @@
+//! cannery.toml, the environment and the defaults, as one checked value.

@@ -1,0 +1,1 @@
+//! The four calls of gitlab-runner's custom executor.

@@ -1,0 +1,1 @@
+//! The one choreography that needs machine and guest together.
