@@ -38,3 +38,5 @@ pub mod report;
 pub mod settings;
 pub mod stage;
 pub mod start;
+pub mod quantity;
+pub mod secret;

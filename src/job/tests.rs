@@ -1,0 +1,102 @@
+use std::path::Path;
+
+use super::*;
+use crate::quantity::Size;
+
+fn environment(variables: &[(&str, &str)]) -> Environment {
+    variables.iter().map(|(n, v)| (OsString::from(n), OsString::from(v))).collect()
+}
+
+const RESPONSE: &str = r#"{
+  "id": 101, "token": "s3cret-token",
+  "job_info": {"name": "unit", "project_id": 7, "project_full_path": "grp/demo"},
+  "git_info": {"repo_url": "https://gitlab-ci-token:s3cret-token@gitlab.example.com/grp/demo.git"},
+  "runner_info": {"timeout": 120},
+  "image": {"name": "$BASE/vm:1", "pull_policy": ["always"], "executor_opts": {"docker": {"user": "ci"}}},
+  "services": null, "artifacts": [], "cache": [{}],
+  "credentials": [{"type": "registry", "url": "registry.example.com", "username": "u", "password": "s3cret"},
+                  {"type": "other", "url": "x", "username": "u", "password": "p"}]
+}"#;
+
+fn job(variables: &[(&str, &str)]) -> Result<Job, Error> {
+    let response = Response::parse(RESPONSE.as_bytes()).unwrap();
+    Job::new(response, &environment(variables), Path::new("/tmp/x/response.json"))
+}
+
+#[test]
+fn the_response_decides_who_the_job_is_and_the_author_what_it_wants() {
+    let job = job(&[
+        ("CUSTOM_ENV_CI_JOB_ID", "999"),
+        ("CUSTOM_ENV_CI_PROJECT_PATH", "evil/project"),
+        ("CUSTOM_ENV_CI_JOB_IMAGE", "registry.example.com/vm:1"),
+        ("CUSTOM_ENV_CANNERY_CPUS", "4"),
+        ("CUSTOM_ENV_CANNERY_MEMORY", "3G"),
+    ])
+    .unwrap();
+    assert_eq!(job.identity, Identity { coordinator: "https://gitlab.example.com".into(), id: 101 });
+    assert_eq!(job.project, "grp/demo");
+    assert_eq!(job.image.as_deref(), Some("registry.example.com/vm:1"));
+    assert_eq!(job.pull_policy, ["always"]);
+    assert_eq!(job.user.as_deref(), Some("ci"));
+    assert_eq!(job.timeout, Duration::from_secs(120));
+    assert_eq!(job.credentials.len(), 1);
+    assert!(job.needs_helper);
+    assert_eq!(job.wants, Wants { cpus: Some(4), memory: Some(Size::gib(3)), disk: None });
+    assert!(!format!("{job:?}").contains("s3cret"));
+}
+
+#[test]
+fn a_job_without_an_image_has_none_whatever_the_author_calls_a_variable() {
+    let mut text = RESPONSE.replace("$BASE/vm:1", "");
+    text = text.replace("\"services\": null", "\"services\": []");
+    let response = Response::parse(text.as_bytes()).unwrap();
+    let env = environment(&[("CUSTOM_ENV_CI_JOB_IMAGE", "evil")]);
+    assert_eq!(Job::new(response, &env, Path::new("/r")).unwrap().image, None);
+}
+
+#[test]
+fn wishes_that_make_no_sense_are_refused_by_name() {
+    for (name, value) in [
+        ("CANNERY_CPUS", "0"),
+        ("CANNERY_CPUS", "-1"),
+        ("CANNERY_CPUS", "two"),
+        ("CANNERY_MEMORY", "lots"),
+        ("CANNERY_DISK", "10G;rm -rf /"),
+        ("CANNERY_DISK", "0"),
+    ] {
+        let error = job(&[(&format!("CUSTOM_ENV_{name}"), value)]).unwrap_err().to_string();
+        assert!(error.starts_with(&format!("{name}={value}: ")), "{error}");
+    }
+}
+
+#[test]
+fn wishes_are_granted_up_to_the_operators_bounds() {
+    let bounds = Bounds {
+        cpus: (2, 4),
+        memory: (Size::gib(2), Size::gib(8)),
+        disk: (Size::gib(10), Size::gib(40)),
+    };
+    let nothing = Wants::default().within(&bounds).unwrap();
+    assert_eq!(nothing, Granted { cpus: 2, memory: Size::gib(2), disk: Size::gib(10) });
+    let less = Wants { cpus: Some(1), memory: Some(Size::gib(1)), disk: Some(Size::gib(5)) };
+    assert_eq!(
+        less.within(&bounds).unwrap(),
+        Granted { cpus: 1, memory: Size::gib(1), disk: Size::gib(10) },
+        "a disk is never smaller than its image"
+    );
+    for wants in [
+        Wants { cpus: Some(5), ..Wants::default() },
+        Wants { memory: Some(Size::gib(9)), ..Wants::default() },
+        Wants { disk: Some(Size::gib(41)), ..Wants::default() },
+        Wants { memory: Some(Size::mib(1)), ..Wants::default() },
+    ] {
+        let error = wants.within(&bounds).unwrap_err().to_string();
+        assert!(error.starts_with("CANNERY_"), "{error}");
+    }
+}
+
+#[test]
+fn a_call_without_the_runner_says_so() {
+    let error = Job::read(&environment(&[])).unwrap_err().to_string();
+    assert!(error.contains("JOB_RESPONSE_FILE"), "{error}");
+}

@@ -1,0 +1,326 @@
+//! The settings as the program uses them: every key has a value, and the values fit together.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use super::file::{
+    Accelerator, DiskBus, File, Firmware, GuestTable, HostPort, LimitsTable, MachineTable, Nic, PullPolicy, Services,
+    Shell, Subnet,
+};
+use super::pattern::Pattern;
+use super::{Error, Sources};
+use crate::quantity::Size;
+use crate::secret::Secret;
+
+/// All settings of one call.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// The file they were read from, or `(defaults)`.
+    pub file: PathBuf,
+    /// Where the host's images, jobs and slots are kept.
+    pub state_dir: PathBuf,
+    /// Where jobs are checked out, in the guest.
+    pub builds_dir: String,
+    /// Where local caches live, in the guest.
+    pub cache_dir: String,
+    /// What to do with a job that asks for `services:`.
+    pub services: Services,
+    /// libvirt's connection URI.
+    pub libvirt_uri: String,
+    /// How many machines may exist at once.
+    pub max_machines: u32,
+    /// How long a job waits for one to end when all are in use.
+    pub wait: Duration,
+    /// Which images may be used, and how they are fetched.
+    pub images: ImageSettings,
+    /// The network that machines are on.
+    pub network: Network,
+    machine: MachineTable,
+    guest: GuestTable,
+    limits: LimitsTable,
+    per_image: Vec<(Pattern, MachineTable, GuestTable)>,
+}
+
+/// `[images]`, with defaults.
+#[derive(Debug, Clone)]
+pub struct ImageSettings {
+    /// The image of a job that names none.
+    pub default: Option<String>,
+    /// Which images a job may name; without it only the default image, those that a table names, and the
+    /// GitLab instance's own registry.
+    pub allow: Option<Vec<Pattern>>,
+    /// When the registry is asked.
+    pub pull_policy: Vec<PullPolicy>,
+    /// What a job's `image:pull_policy` may be.
+    pub allowed_pull_policies: Vec<PullPolicy>,
+    /// OCI layout folders that `oci:DIR:TAG` may name.
+    pub layouts: Vec<PathBuf>,
+    /// Registries that are spoken to without TLS.
+    pub plain_http: Vec<String>,
+    /// PEM files with certificate authorities to trust beside the system's.
+    pub ca_files: Vec<PathBuf>,
+    /// For which images the host's own credentials are used.
+    pub host_credentials: Vec<Pattern>,
+    /// Docker or podman auth files that hold them; those that do not exist are passed over.
+    pub auth_files: Vec<PathBuf>,
+    /// The largest disk that an image may have, in bytes.
+    pub max_disk: u64,
+}
+
+/// Which network machines are on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Network {
+    /// cannery's own, with slots and a firewall.
+    Own(OwnNetwork),
+    /// A libvirt network that the operator made.
+    Libvirt(String),
+}
+
+/// `[network]` for cannery's own network, with defaults.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OwnNetwork {
+    /// Its name, and its bridge's.
+    pub name: String,
+    /// Its addresses.
+    pub subnet: Subnet,
+    /// How many machines it has room for.
+    pub slots: u32,
+    /// Ports of the host that guests may reach.
+    pub host_ports: Vec<HostPort>,
+}
+
+/// The hardware for one image.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MachineSettings {
+    /// Virtual CPUs.
+    pub cpus: u32,
+    /// Memory; none means what the image asks for, else [`MachineSettings::DEFAULT_MEMORY`].
+    pub memory: Option<Size>,
+    /// The least size of the disk, if any.
+    pub disk: Option<Size>,
+    /// The CPU that the guest sees, if it was chosen.
+    pub cpu: Option<String>,
+    /// The firmware; none means what the image asks for, else the architecture's usual one.
+    pub firmware: Option<Firmware>,
+    /// What the disk is attached to.
+    pub disk_bus: DiskBus,
+    /// The network card.
+    pub nic: Nic,
+    /// A versioned machine type, if it was chosen.
+    pub machine_type: Option<String>,
+    /// Whether hardware virtualisation is used.
+    pub accelerator: Accelerator,
+    /// The most that a job may ask for.
+    pub max_cpus: u32,
+    /// The most memory that a job, or an image, may ask for.
+    pub max_memory: Size,
+    /// The most disk that a job may ask for.
+    pub max_disk: Size,
+}
+
+/// How guests of one image are entered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GuestSettings {
+    /// Whom jobs run as; none means what the image says, else `root`.
+    pub user: Option<String>,
+    /// Whom a job's `image:docker:user` may name beside that.
+    pub allow_users: Vec<String>,
+    /// The shell that runs the job's scripts.
+    pub shell: Shell,
+    /// The port of the guest's sshd.
+    pub port: u16,
+    /// A private key that the image's own user accepts.
+    pub key_file: Option<PathBuf>,
+    /// A password that the image's own user accepts.
+    pub password: Option<Secret>,
+    /// How long a guest may take until it can be entered.
+    pub boot_timeout: Duration,
+    /// How long a guest may be silent before it counts as lost.
+    pub lost_after: Duration,
+    /// How long a cancelled script may take to end by itself.
+    pub cancel_grace: Duration,
+}
+
+impl MachineSettings {
+    /// What a guest gets when neither the settings nor the image say.
+    pub const DEFAULT_MEMORY: Size = Size::gib(2);
+    /// CPUs of a guest when the settings do not say.
+    pub const DEFAULT_CPUS: u32 = 2;
+}
+
+/// Slots of the own network when the settings do not say: more than fit on most hosts, and few enough to list.
+const DEFAULT_SLOTS: u32 = 32;
+/// A guest under emulation on a busy host needs minutes to boot; a healthy one under KVM seconds.
+const DEFAULT_BOOT_TIMEOUT: Duration = Duration::from_secs(300);
+/// Longer than any pause of a loaded guest or a suspended host that a job should survive.
+const DEFAULT_LOST_AFTER: Duration = Duration::from_secs(60);
+/// What well-behaved programs need to clean up after SIGTERM.
+const DEFAULT_CANCEL_GRACE: Duration = Duration::from_secs(10);
+/// A cleanup that is under way frees a place within seconds.
+const DEFAULT_WAIT: Duration = Duration::from_secs(60);
+/// No image that people run in CI comes near; what does is a mistake or an attack.
+const DEFAULT_MAX_DISK: Size = Size::gib(2048);
+
+impl Settings {
+    /// Fills in the defaults and checks what no single key can tell.
+    pub fn resolve(file: File, path: &Path, sources: &Sources) -> Result<Settings, Error> {
+        let wrong = |message: String| Error::Inconsistent { path: path.to_owned(), message };
+        let libvirt_uri = file.libvirt.uri.unwrap_or_else(|| "qemu:///system".to_owned());
+        let state_dir = match (file.state_dir, libvirt_uri.ends_with(":///session"), &sources.data_home) {
+            (Some(dir), _, _) => dir,
+            (None, true, Some(data)) => data.join("cannery"),
+            (None, true, None) => return Err(wrong("state_dir must be set where HOME is not".to_owned())),
+            (None, false, _) => PathBuf::from("/var/lib/cannery"),
+        };
+        if !state_dir.is_absolute() {
+            return Err(wrong(format!("state_dir \"{}\" is not an absolute path", state_dir.display())));
+        }
+        let builds_dir = file.builds_dir.unwrap_or_else(|| "/builds".to_owned());
+        let cache_dir = file.cache_dir.unwrap_or_else(|| "/cache".to_owned());
+        for (key, dir) in [("builds_dir", &builds_dir), ("cache_dir", &cache_dir)] {
+            if !dir.starts_with('/') || dir.contains(['\n', '\0']) {
+                return Err(wrong(format!("{key} \"{dir}\" is not an absolute path in the guest")));
+            }
+        }
+        if file.network.slots == Some(0) || file.host.max_machines == Some(0) {
+            return Err(wrong("network.slots and host.max_machines must be at least 1".to_owned()));
+        }
+        let network = match (file.network.libvirt_network, &file.network.name) {
+            (Some(_), Some(_)) => {
+                return Err(wrong("network.libvirt_network and network.name exclude each other".to_owned()));
+            }
+            (Some(name), None) => Network::Libvirt(name),
+            (None, name) => {
+                let subnet = file.network.subnet.unwrap_or(Subnet { network: [192, 168, 177, 0].into(), prefix: 24 });
+                // The network's own address, the host's and the broadcast address are not for guests.
+                let room = (1u32 << (32 - subnet.prefix)) - 3;
+                let slots = file.network.slots.unwrap_or(DEFAULT_SLOTS.min(room));
+                if slots > room {
+                    return Err(wrong(format!("network.slots = {slots} does not fit into {subnet}, which has {room}")));
+                }
+                let name = name.clone().unwrap_or_else(|| "cannery".to_owned());
+                if name.is_empty() || name.len() > 15 || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
+                    return Err(wrong(format!(
+                        "network.name \"{name}\" must be 1 to 15 letters, digits or dashes, since the bridge has it too"
+                    )));
+                }
+                Network::Own(OwnNetwork { name, subnet, slots, host_ports: file.network.host_ports })
+            }
+        };
+        let slots = match &network {
+            Network::Own(own) => own.slots,
+            Network::Libvirt(_) => DEFAULT_SLOTS,
+        };
+        let max_machines = file.host.max_machines.unwrap_or(slots);
+        if matches!(network, Network::Own(_)) && max_machines > slots {
+            return Err(wrong(format!(
+                "host.max_machines = {max_machines} is more than network.slots = {slots}, and every machine needs one"
+            )));
+        }
+        let pull_policy: Vec<PullPolicy> =
+            file.images.pull_policy.map_or_else(|| vec![PullPolicy::IfNotPresent], Vec::from);
+        if pull_policy.is_empty() {
+            return Err(wrong("images.pull_policy names no policy".to_owned()));
+        }
+        let home = sources.home.as_deref();
+        let auth_files = match file.images.auth_files {
+            named if !named.is_empty() => named,
+            _ => home
+                .map(|h| [h.join(".docker/config.json"), h.join(".config/containers/auth.json")].to_vec())
+                .unwrap_or_default(),
+        };
+        let settings = Settings {
+            file: path.to_owned(),
+            state_dir,
+            builds_dir,
+            cache_dir,
+            services: file.services.unwrap_or_default(),
+            libvirt_uri,
+            max_machines,
+            wait: file.host.wait.map_or(DEFAULT_WAIT, |s| s.0),
+            images: ImageSettings {
+                default: file.images.default,
+                allow: file.images.allow,
+                allowed_pull_policies: file.images.allowed_pull_policies.unwrap_or_else(|| pull_policy.clone()),
+                pull_policy,
+                layouts: file.images.layouts,
+                plain_http: file.images.plain_http,
+                ca_files: file.images.ca_files,
+                host_credentials: file.images.host_credentials,
+                auth_files,
+                max_disk: file.images.max_disk.unwrap_or(DEFAULT_MAX_DISK).bytes(),
+            },
+            network,
+            machine: file.machine,
+            guest: file.guest,
+            limits: file.limits,
+            per_image: file.image.into_iter().map(|(p, t)| (p, t.machine, t.guest)).collect(),
+        };
+        for name in std::iter::once("").chain(settings.per_image.iter().map(|(p, ..)| p.as_str())) {
+            let machine = settings.machine(name);
+            let table = if name.is_empty() { "machine".to_owned() } else { format!("image.\"{name}\".machine") };
+            if machine.cpus == 0 || machine.cpus > MAX_CPUS {
+                return Err(wrong(format!("{table}.cpus = {} is not between 1 and {MAX_CPUS}", machine.cpus)));
+            }
+            if machine.memory.is_some_and(|m| m < MIN_MEMORY) {
+                return Err(wrong(format!("{table}.memory is less than {MIN_MEMORY}, too little to boot anything")));
+            }
+        }
+        Ok(settings)
+    }
+
+    /// Is there a table for this image?
+    pub fn names_image(&self, image: &str) -> bool {
+        self.per_image.iter().any(|(pattern, ..)| pattern.fits(image))
+    }
+
+    /// The hardware for an image, by its full name.
+    pub fn machine(&self, image: &str) -> MachineSettings {
+        let table = self.layers(image).fold(self.machine.clone(), |base, (over, _)| base.with(over));
+        let cpus = table.cpus.unwrap_or(MachineSettings::DEFAULT_CPUS);
+        MachineSettings {
+            cpus,
+            memory: table.memory,
+            disk: table.disk,
+            cpu: table.cpu,
+            firmware: table.firmware,
+            disk_bus: table.disk_bus.unwrap_or_default(),
+            nic: table.nic.unwrap_or_default(),
+            machine_type: table.machine_type,
+            accelerator: table.accelerator.unwrap_or_default(),
+            max_cpus: self.limits.cpus.unwrap_or(cpus),
+            max_memory: self.limits.memory.or(table.memory).unwrap_or(MachineSettings::DEFAULT_MEMORY),
+            max_disk: self.limits.disk.or(table.disk).unwrap_or(Size::from_bytes(0)),
+        }
+    }
+
+    /// How guests of an image are entered, by the image's full name.
+    pub fn guest(&self, image: &str) -> GuestSettings {
+        let table = self.layers(image).fold(self.guest.clone(), |base, (_, over)| base.with(over));
+        GuestSettings {
+            user: table.user,
+            allow_users: table.allow_users.unwrap_or_default(),
+            shell: table.shell.unwrap_or_default(),
+            port: table.port.unwrap_or(22),
+            key_file: table.key_file,
+            password: table.password,
+            boot_timeout: table.boot_timeout.map_or(DEFAULT_BOOT_TIMEOUT, |s| s.0),
+            lost_after: table.lost_after.map_or(DEFAULT_LOST_AFTER, |s| s.0),
+            cancel_grace: table.cancel_grace.map_or(DEFAULT_CANCEL_GRACE, |s| s.0),
+        }
+    }
+
+    /// The tables that fit an image, the shortest pattern first.
+    fn layers<'a>(&'a self, image: &'a str) -> impl Iterator<Item = (&'a MachineTable, &'a GuestTable)> {
+        // The map is ordered by the pattern's length.
+        self.per_image
+            .iter()
+            .filter(move |(pattern, ..)| pattern.fits(image) || pattern.as_str() == image)
+            .map(|(_, machine, guest)| (machine, guest))
+    }
+}
+
+/// No libvirt machine type has more by default.
+const MAX_CPUS: u32 = 255;
+/// Less does not hold a kernel and an sshd.
+const MIN_MEMORY: Size = Size::mib(64);
