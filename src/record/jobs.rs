@@ -1,0 +1,211 @@
+//! The folder of jobs, and a job's own folder.
+
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+
+use super::{Error, JobKey, Record, State, VERSION, read_json, write_json};
+
+/// Longer than any single step of a job takes: the longest is libvirt's destroy of a loaded machine.
+const LOCK_DEADLINE: Duration = Duration::from_secs(60);
+/// How often a lock is tried meanwhile.
+const LOCK_POLL: Duration = Duration::from_millis(20);
+/// Group-writable: root and members of the state folder's group clean up after each other. Others may pass
+/// through, since QEMU must reach its files, but not list.
+const DIR_MODE: u32 = 0o2771;
+/// Records hold no secret.
+const RECORD_MODE: u32 = 0o664;
+
+/// The folder `jobs` of the state folder.
+#[derive(Debug, Clone)]
+pub struct Jobs {
+    dir: PathBuf,
+}
+
+/// One job's own folder: its record, overlay, keys and logs.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct JobDir {
+    dir: PathBuf,
+    key: JobKey,
+}
+
+/// A step of a job: while this is held nobody else changes the job, and its record says what is being done.
+#[derive(Debug)]
+#[must_use = "the job is locked for as long as this is held"]
+pub struct Step {
+    _lock: File,
+    /// The record as saved.
+    pub record: Record,
+}
+
+fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { action, path, source }
+}
+
+impl Jobs {
+    /// Opens the folder in a state folder, and makes it where it is missing.
+    pub fn open(state_dir: &Path) -> Result<Self, Error> {
+        let dir = state_dir.join("jobs");
+        DirBuilder::new()
+            .recursive(true)
+            .mode(DIR_MODE)
+            .create(&dir)
+            .map_err(io_error("create the folder", &dir))?;
+        Ok(Jobs { dir })
+    }
+
+    /// All jobs' folders, in order; what is no job's folder is passed over.
+    pub fn list(&self) -> Result<Vec<JobDir>, Error> {
+        let mut jobs = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(io_error("list", &self.dir))? {
+            let entry = entry.map_err(io_error("list", &self.dir))?;
+            if let Some(key) = entry.file_name().to_str().and_then(|n| n.parse::<JobKey>().ok()) {
+                jobs.push(JobDir { dir: entry.path(), key });
+            }
+        }
+        jobs.sort_by(|a, b| a.key.cmp(&b.key));
+        Ok(jobs)
+    }
+
+    /// The job of this key, if it has a folder.
+    pub fn find(&self, key: &JobKey) -> Option<JobDir> {
+        let dir = self.dir.join(key.to_string());
+        dir.is_dir().then(|| JobDir { dir, key: key.clone() })
+    }
+
+    /// Makes the folder and the record of a job's next try; `record.key.attempt` is set here.
+    ///
+    /// The folder appears with the record in it, so that nobody sees one without the other.
+    pub fn create(&self, mut record: Record) -> Result<JobDir, Error> {
+        loop {
+            let earlier = self.list()?;
+            let last = earlier.iter().filter(|j| j.key.same_job(&record.key)).map(|j| j.key.attempt).max();
+            record.key.attempt = last.map_or(1, |n| n + 1);
+            let dir = self.dir.join(record.key.to_string());
+            let hidden = self.dir.join(format!(".{}.{}", record.key, std::process::id()));
+            let mut builder = DirBuilder::new();
+            match builder.mode(DIR_MODE).create(&hidden) {
+                Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
+                made => made.map_err(io_error("create the folder", &hidden))?,
+            }
+            let job = JobDir { dir: hidden.clone(), key: record.key.clone() };
+            // The umask must not keep QEMU out, nor the group.
+            let mode = std::os::unix::fs::PermissionsExt::from_mode(DIR_MODE);
+            fs::set_permissions(&hidden, mode).map_err(io_error("set the mode of", &hidden))?;
+            write_json(&job.record_path(), &record, RECORD_MODE)?;
+            match fs::rename(&hidden, &dir) {
+                Ok(()) => return Ok(JobDir { dir, key: record.key }),
+                // Another process made the same try's folder meanwhile: take the next number.
+                Err(e) if matches!(e.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists) => {
+                    fs::remove_dir_all(&hidden).map_err(io_error("remove", &hidden))?;
+                }
+                Err(e) => return Err(io_error("create the folder", &dir)(e)),
+            }
+        }
+    }
+}
+
+impl JobDir {
+    /// The job's name on this host.
+    pub fn key(&self) -> &JobKey {
+        &self.key
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.dir
+    }
+
+    /// A file in the folder.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
+    fn record_path(&self) -> PathBuf {
+        self.file("record.json")
+    }
+
+    /// The record as it is now; `None` where the folder has none (a kill in the middle of a removal).
+    pub fn read(&self) -> Result<Option<Record>, Error> {
+        let path = self.record_path();
+        #[derive(serde::Deserialize)]
+        struct Version {
+            version: u32,
+        }
+        match read_json::<Version>(&path)? {
+            Some(Version { version }) if version > VERSION => Err(Error::Newer { path, version }),
+            Some(_) => read_json(&path),
+            None => Ok(None),
+        }
+    }
+
+    /// Takes the next step: saves the new state and what `change` adds, and keeps the job locked until
+    /// the step is dropped. Fails with [`Error::Gone`] once the job is being cleaned up.
+    pub fn enter(&self, state: State, change: impl FnOnce(&mut Record)) -> Result<Step, Error> {
+        let lock = self.lock()?;
+        let Some(mut record) = self.read()? else { return Err(Error::Gone(self.key.clone())) };
+        if !record.state.may_become(state) {
+            return Err(Error::Gone(self.key.clone()));
+        }
+        record.state = state;
+        record.since = Timestamp::now();
+        change(&mut record);
+        write_json(&self.record_path(), &record, RECORD_MODE)?;
+        Ok(Step { _lock: lock, record })
+    }
+
+    /// Waits for whoever takes a step of this job.
+    fn lock(&self) -> Result<File, Error> {
+        let path = self.file("lock");
+        let file = match OpenOptions::new().create(true).append(true).mode(0o664).open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(Error::Gone(self.key.clone())),
+            opened => opened.map_err(io_error("open", &path))?,
+        };
+        let begin = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(file),
+                Err(fs::TryLockError::WouldBlock) if begin.elapsed() < LOCK_DEADLINE => std::thread::sleep(LOCK_POLL),
+                Err(fs::TryLockError::WouldBlock) => {
+                    return Err(Error::Locked(self.key.clone(), LOCK_DEADLINE.as_secs()));
+                }
+                Err(fs::TryLockError::Error(e)) => return Err(io_error("lock", &path)(e)),
+            }
+        }
+    }
+
+    /// Removes the folder. The record goes last but one, the lock last: a kill in between leaves what the
+    /// next removal recognises. The step is the proof that nobody else works on the job.
+    pub fn remove(&self, step: Option<Step>) -> Result<(), Error> {
+        let absent_is_fine = |result: io::Result<()>, path: &Path| match result {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other.map_err(io_error("remove", path)),
+        };
+        let entries = match fs::read_dir(&self.dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            entries => entries.map_err(io_error("list", &self.dir))?,
+        };
+        for entry in entries {
+            let entry = entry.map_err(io_error("list", &self.dir))?;
+            let path = entry.path();
+            if ["record.json", "lock"].iter().any(|keep| entry.file_name() == *keep) {
+                continue;
+            }
+            let directory = entry.file_type().map_err(io_error("look at", &path))?.is_dir();
+            let removed = if directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            absent_is_fine(removed, &path)?;
+        }
+        for name in ["record.json", "lock"] {
+            let path = self.file(name);
+            absent_is_fine(fs::remove_file(&path), &path)?;
+        }
+        absent_is_fine(fs::remove_dir(&self.dir), &self.dir)?;
+        drop(step);
+        Ok(())
+    }
+}

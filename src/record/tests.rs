@@ -1,0 +1,105 @@
+use super::*;
+
+fn record(coordinator: &str, id: u64) -> Record {
+    let now = Timestamp::now();
+    Record {
+        version: VERSION,
+        key: JobKey::new(coordinator, id, 0),
+        coordinator: coordinator.into(),
+        project: "grp/demo".into(),
+        job: "unit".into(),
+        session: "/tmp/x/response.json".into(),
+        caller: Caller::this(),
+        created: now,
+        deadline: now,
+        state: State::Admitted,
+        since: now,
+        image: None,
+        digest: None,
+        slot: None,
+        machine: None,
+        guest: None,
+        run: None,
+        phases: vec![Phase { name: "image".into(), seconds: 0.25 }],
+    }
+}
+
+#[test]
+fn a_record_comes_back_as_it_was_saved_and_attempts_count_up() {
+    let state = tempfile::tempdir().unwrap();
+    let jobs = Jobs::open(state.path()).unwrap();
+    let first = jobs.create(record("https://a.example.com", 7)).unwrap();
+    let second = jobs.create(record("https://a.example.com", 7)).unwrap();
+    let other = jobs.create(record("https://b.example.com", 7)).unwrap();
+    assert_eq!((first.key().attempt, second.key().attempt, other.key().attempt), (1, 2, 1));
+    assert_eq!(jobs.list().unwrap().len(), 3);
+    let read = first.read().unwrap().unwrap();
+    assert_eq!(read.key, *first.key());
+    assert_eq!(read.phases, record("", 0).phases);
+}
+
+#[test]
+fn nothing_is_added_to_a_job_that_is_being_cleaned_up() {
+    let state = tempfile::tempdir().unwrap();
+    let job = Jobs::open(state.path()).unwrap().create(record("https://a.example.com", 7)).unwrap();
+    drop(job.enter(State::Fetching, |r| r.image = Some("x".into())).unwrap());
+    assert_eq!(job.read().unwrap().unwrap().image.as_deref(), Some("x"));
+    let cleaning = job.enter(State::Cleaning, |_| ()).unwrap();
+    drop(cleaning);
+    assert!(matches!(job.enter(State::Starting, |_| ()), Err(Error::Gone(_))));
+    let again = job.enter(State::Cleaning, |_| ()).unwrap();
+    std::fs::create_dir(job.file("keys")).unwrap();
+    std::fs::write(job.file("keys").join("user"), "x").unwrap();
+    job.remove(Some(again)).unwrap();
+    assert!(!job.path().exists());
+    job.remove(None).unwrap();
+    assert!(matches!(job.enter(State::Cleaning, |_| ()), Err(Error::Gone(_))));
+}
+
+#[test]
+fn two_processes_cannot_be_in_a_step_of_one_job_at_once() {
+    let state = tempfile::tempdir().unwrap();
+    let job = Jobs::open(state.path()).unwrap().create(record("https://a.example.com", 7)).unwrap();
+    let step = job.enter(State::Starting, |_| ()).unwrap();
+    let other = job.clone();
+    let waiting = std::thread::spawn(move || other.enter(State::Cleaning, |_| ()).map(|s| s.record.state));
+    std::thread::sleep(std::time::Duration::from_millis(100));
+    assert!(!waiting.is_finished());
+    drop(step);
+    assert_eq!(waiting.join().unwrap().unwrap(), State::Cleaning);
+}
+
+#[test]
+fn a_newer_or_damaged_record_is_named() {
+    let state = tempfile::tempdir().unwrap();
+    let job = Jobs::open(state.path()).unwrap().create(record("https://a.example.com", 7)).unwrap();
+    std::fs::write(job.file("record.json"), r#"{"version": 99}"#).unwrap();
+    assert!(matches!(job.read(), Err(Error::Newer { version: 99, .. })));
+    std::fs::write(job.file("record.json"), "{").unwrap();
+    assert!(matches!(job.read(), Err(Error::Damaged { .. })));
+    std::fs::remove_file(job.file("record.json")).unwrap();
+    assert_eq!(job.read().unwrap(), None);
+}
+
+#[test]
+fn only_forward_or_to_cleaning() {
+    use State::*;
+    let all = [Admitted, Fetching, Cloning, Starting, Booting, Ready, Running, Cleaning];
+    for from in all {
+        assert!(from.may_become(Cleaning));
+        assert_eq!(from.may_become(Admitted), false, "{from}");
+    }
+    assert!(Ready.may_become(Running) && Running.may_become(Ready) && Running.may_become(Running));
+    assert!(!Booting.may_become(Starting) && !Cleaning.may_become(Ready) && !Ready.may_become(Booting));
+}
+
+proptest::proptest! {
+    #[test]
+    fn a_key_reads_back_and_nothing_else_reads_as_a_key(url in ".*", id: u64, attempt: u32, junk in "[0-9a-f./-]{0,40}") {
+        let key = JobKey::new(&url, id, attempt);
+        proptest::prop_assert_eq!(key.to_string().parse(), Ok(key));
+        if let Ok(key) = junk.parse::<JobKey>() {
+            proptest::prop_assert_eq!(key.to_string(), junk);
+        }
+    }
+}
