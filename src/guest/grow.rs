@@ -1,0 +1,1 @@
+//! Makes the root file system fill the disk.
