@@ -16,7 +16,7 @@ use cannery::guest::keys::KeyPair;
 use cannery::guest::ready::wait_ready;
 use cannery::guest::script::{Control, Ending, Error, run_script};
 use cannery::guest::secret::Secret;
-use cannery::guest::shell::{RunId, Shell};
+use cannery::guest::shell::{RunId, Shell, preamble, wrapper};
 use cannery::guest::ssh::{self, Auth, Connection, HostKeyPolicy, Patience, Progress};
 use sshd::{Sshd, children, patience, signal};
 
@@ -181,20 +181,47 @@ async fn the_script_is_gone_from_the_guest_afterwards() {
 async fn cancel_ends_all_processes_wherever_they_went() {
     let server = Sshd::start();
     let at = server.folder();
-    let at = at.display();
+    cancel_everything(&server, &at, &at, Shell::Bash).await;
+}
+
+#[tokio::test]
+#[ignore = "needs root, sshd and a static busybox"]
+async fn busybox_alone_is_enough() {
+    let server = Sshd::start_in_busybox();
+    let script = b"printf out; printf err >&2; env | grep -c COREUTILS; exit 9";
+    let (output, ending) = run(&server, Shell::Sh, script).await;
+    assert_eq!(
+        (output.as_slice(), ending.unwrap()),
+        (&b"outerr0\n"[..], Ending::Exited(9))
+    );
+    let (_, ending) = run(&server, Shell::Sh, b"trap 'kill -TERM 0' EXIT; true").await;
+    assert_eq!(ending.unwrap(), Ending::Exited(143));
+    cancel_everything(
+        &server,
+        Path::new("/tmp"),
+        &server.folder().join("root/tmp"),
+        Shell::Sh,
+    )
+    .await;
+}
+
+/// Starts children in all ways that leave a script's own group, and cancels. `inside` and `outside` name the same folder.
+async fn cancel_everything(server: &Sshd, inside: &Path, outside: &Path, shell: Shell) {
+    let at = inside.display();
     let stubborn = "trap \"\" TERM; echo $$ >";
     let script = format!(
         "trap 'echo obeyed; exit 1' TERM\n\
          setsid sh -c '{stubborn}{at}/1; while :; do sleep 1; done' &\n\
-         nohup sh -c '{stubborn}{at}/2; while :; do sleep 1; done' >/dev/null 2>&1 &\n\
+         n=nohup; command -v nohup >/dev/null || n=\n\
+         $n sh -c '{stubborn}{at}/2; while :; do sleep 1; done' >/dev/null 2>&1 &\n\
          ( ( sh -c '{stubborn}{at}/3; while :; do sleep 1; done' & ) & )\n\
          env -i PATH=$PATH sh -c '{stubborn}{at}/4; while :; do sleep 1; done' &\n\
          sh -c 'echo $$ >{at}/5; kill -STOP $$; sleep 1000' &\n\
          echo begun\n\
          while :; do sleep 0.1; done"
     );
-    let connection = connect(&server).await;
-    let files: Vec<_> = (1..=5).map(|i| server.folder().join(i.to_string())).collect();
+    let connection = connect(server).await;
+    let files: Vec<_> = (1..=5).map(|i| outside.join(i.to_string())).collect();
     let all = files.clone();
     let grace = Duration::from_secs(2);
     let started = std::sync::Arc::new(std::sync::Mutex::new(None));
@@ -211,15 +238,7 @@ async fn cancel_ends_all_processes_wherever_they_went() {
         alive: alive as Alive,
     };
     let run = RunId::new();
-    let ending = run_script(
-        &connection,
-        Shell::Bash,
-        &run,
-        script.as_bytes(),
-        &mut output,
-        control,
-    )
-    .await;
+    let ending = run_script(&connection, shell, &run, script.as_bytes(), &mut output, control).await;
     let took = started.lock().unwrap().unwrap().elapsed();
     assert_eq!(ending.unwrap(), Ending::Cancelled);
     for file in &files {
@@ -234,7 +253,7 @@ async fn cancel_ends_all_processes_wherever_they_went() {
     );
     // The machine goes on: after_script runs on the same connection.
     assert_eq!(
-        run_on(&connection, Shell::Bash, b"exit 0").await.1.unwrap(),
+        run_on(&connection, shell, b"exit 0").await.1.unwrap(),
         Ending::Exited(0)
     );
 }
@@ -558,4 +577,25 @@ async fn small_commands_give_their_output_and_code() {
         .await
         .unwrap_err();
     assert!(matches!(slow, ssh::Error::TooSlow(_)), "{slow}");
+}
+
+#[tokio::test]
+#[ignore = "needs dash, tcsh and fish"]
+async fn any_login_shell_passes_the_wrapper_on() {
+    let nonce = "00112233445566778899aabbccddeeff";
+    for login in ["bash", "dash", "tcsh", "fish"] {
+        let mut child = std::process::Command::new(login)
+            .arg("-c")
+            .arg(wrapper(Shell::Sh, &RunId::new()))
+            .stdin(std::process::Stdio::piped())
+            .stdout(std::process::Stdio::piped())
+            .spawn()
+            .unwrap();
+        let token = RunId::new();
+        let input = preamble(nonce, token.as_str()) + "echo \"it's $((1+1))!\"; exit 7";
+        std::io::Write::write_all(&mut child.stdin.take().unwrap(), input.as_bytes()).unwrap();
+        let output = String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap();
+        let expected = format!("\x1e{nonce} start\nit's 2!\n\x1e{nonce} exit 7\n");
+        assert_eq!(output, expected, "{login}");
+    }
 }

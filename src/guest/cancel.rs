@@ -49,7 +49,8 @@ known=' '
 collect() {{
     old=$known
     known=' '
-    for f in $(grep -lsF '{RUN_VARIABLE}={run}' /proc/[0-9]*/environ); do
+    # -z, since some kinds of grep see no further than the first NUL.
+    for f in $(grep -lsz '^{RUN_VARIABLE}={run}$' /proc/[0-9]*/environ); do
         p=${{f#/proc/}}
         known="$known${{p%/environ}} "
     done
@@ -84,19 +85,19 @@ collect() {{
 }}
 strike() {{
     # Fails also where one of them has just ended by itself; then root finds nothing more to do.
-    kill "$@" $known 2>/dev/null || [ "$me" = 0 ] || sudo -n kill "$@" $known 2>/dev/null
+    kill "$@" 2>/dev/null || [ "$(id -u)" = 0 ] || sudo -n kill "$@" 2>/dev/null
 }}
 now() {{
     read -r now rest </proc/uptime
     now=${{now%.*}}${{now#*.}}
 }}
-me=$(id -u)
 now
 until=$((now + {centiseconds}))
+# All are found before any is told: with its parent gone, a child that has cleared its environment belongs to nobody.
 collect || exit 0
-strike -TERM
+strike -TERM $known
 # A stopped process sees TERM only when it goes on.
-strike -CONT
+strike -CONT $known
 while sleep 0.1 2>/dev/null || sleep 1; do
     collect || exit 0
     now
@@ -104,7 +105,7 @@ while sleep 0.1 2>/dev/null || sleep 1; do
 done
 rounds=0
 while [ "$rounds" -lt 50 ]; do
-    strike -KILL
+    strike -KILL $known
     sleep 0.1 2>/dev/null || sleep 1
     collect || exit 0
     rounds=$((rounds + 1))
