@@ -12,6 +12,7 @@
 //! Nothing of a machine comes from its image: an image can name no path, no device and no option. Everything is pure
 //! but [`libvirt`], [`overlay`], [`serial`]'s file access, [`accelerator`]'s memory and [`network::provide()`].
 
+pub mod accelerator;
 pub mod description;
 pub mod libvirt;
 pub mod network;
