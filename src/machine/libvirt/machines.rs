@@ -203,8 +203,11 @@ fn known(domain: &Domain) -> Result<Option<Known>, virt::error::Error> {
 fn state_of(domain: &Domain) -> Result<State, virt::error::Error> {
     use virt::domain::{DomainStateEnum, DomainStateReasonEnum};
     let (state, reason) = domain.state()?;
-    let DomainStateEnum::Known(state) = state else {
-        return Ok(State::Other);
+    let state = match state {
+        DomainStateEnum::Known(state) => state,
+        // The binding (0.5.0) passes libvirt's error over and hands on the -1 that it started with.
+        DomainStateEnum::Unknown(sys::virDomainState::MAX) => return Err(virt::error::Error::last_error()),
+        DomainStateEnum::Unknown(_) => return Ok(State::Other),
     };
     let reason = match reason {
         DomainStateReasonEnum::Known(reason) => Some(reason),
