@@ -1,1 +1,25 @@
-//! What runs inside the machine: introduction, readiness, shell, exit status.
+//! What runs inside the machine: introduction, readiness, shell, script, exit status.
+//!
+//! ```text
+//! keys ─▶ introduction ─▶ (boot) ─▶ ready ─▶ script ─▶ exit code
+//!                                     │        └ cancel
+//!                                     └ grow
+//! ```
+//!
+//! | concern | modules |
+//! |---|---|
+//! | who is who | [`keys`], [`introduction`], [`secret`] |
+//! | the way in | [`ssh`], [`ready`] |
+//! | a script | [`shell`] (the wrapper's text), [`marker`] (its words in the stream), [`script`], [`cancel`] |
+//! | the file system fills the disk | [`grow`] |
+
+pub mod cancel;
+pub mod grow;
+pub mod introduction;
+pub mod keys;
+pub mod marker;
+pub mod ready;
+pub mod script;
+pub mod secret;
+pub mod shell;
+pub mod ssh;

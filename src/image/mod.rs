@@ -1,1 +1,56 @@
-//! From a reference to a verified disk in the store.
+//! From a reference to a verified, read-only disk in the host's store.
+//!
+//! ```text
+//! reference ─▶ source (registry, layout folder) ─▶ manifest for our platform
+//!                                                       │ each layer, streamed once:
+//!                                                       ▼
+//!    digest ◀─ packed bytes ─▶ decompress ─▶ digest ─▶ format ─▶ sparse file in partial/
+//!                                                       │ header check, sync, one rename
+//!                                                       ▼
+//!                                                  disks/DIGEST
+//! ```
+//!
+//! | concern | modules |
+//! |---|---|
+//! | what is asked for | [`Reference`], [`Request`], [`Credentials`] |
+//! | where it comes from | `registry` (with `challenge`), `layout`; both behind `source` |
+//! | what it is | `manifest`, `platform`, `format`, `hints` |
+//! | how it is unpacked | `decompress`, `sparse`, `room` |
+//! | whether it is harmless | `inspect` |
+//! | where it stays | [`Store`], `partial` |
+//! | in which order | `provide` |
+//!
+//! Everything in an image was written by a stranger. Memory is bounded whatever it claims; nothing is visible
+//! in the store before digests, sizes and headers are checked; no other program reads it before that.
+
+mod challenge;
+mod credentials;
+mod decompress;
+mod digest;
+mod error;
+mod format;
+mod hints;
+mod inspect;
+mod layout;
+mod manifest;
+mod partial;
+mod platform;
+mod progress;
+mod provide;
+mod reference;
+mod registry;
+mod room;
+mod source;
+mod sparse;
+mod store;
+
+pub use credentials::{Credentials, CredentialsError, Login, Origin, Secret};
+pub use digest::{Digest, NoDigest};
+pub use error::Error;
+pub use hints::{Firmware, Hints};
+pub use inspect::{DiskFormat, Hostility};
+pub use progress::{Event, Progress, Silent};
+pub use provide::{PullPolicy, Request};
+pub use reference::{InvalidReference, Reference};
+pub use room::Limits;
+pub use store::{Boot, Disk, Store};

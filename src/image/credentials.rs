@@ -1,0 +1,549 @@
+//! Logins for registries, from docker's and podman's files or given one by one.
+//!
+//! Source of the format: docker's `config.json` and containers' `auth.json` (`auths`, `credHelpers`,
+//! `credsStore`); of the helper protocol: docker-credential-helpers (`get`, the server on stdin, JSON on
+//! stdout).
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::process::Stdio;
+use std::time::Duration;
+
+use base64::Engine as _;
+use serde::Deserialize;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+
+use super::error::quoted;
+
+/// Time that a credential helper has to answer. Some ask a cloud's metadata service or a key ring; none
+/// waits for a human here.
+const HELPER_DEADLINE: Duration = Duration::from_secs(30);
+
+/// Most that is read of a helper's answer, in bytes.
+const HELPER_ANSWER_MAX: u64 = 64 * 1024;
+
+/// Largest file of logins, in bytes.
+const CONFIG_MAX: usize = 1024 * 1024;
+
+/// Docker Hub's names: the first is the one that references carry.
+const DOCKER_HUB: [&str; 3] = ["docker.io", "index.docker.io", "registry-1.docker.io"];
+
+/// Why logins cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum CredentialsError {
+    /// Not the JSON that docker writes. Whose fault: whoever gave it.
+    #[error("the registry logins given by {} cannot be read: {reason}", .origin.giver())]
+    Unreadable {
+        /// Who gave it.
+        origin: Origin,
+        /// What is wrong, without any of the content.
+        reason: String,
+    },
+    /// A job's logins name a program that would run on the host. Author.
+    #[error(
+        "the registry logins given by the job name the credential helper {}; only plain `auths` are allowed there",
+        quoted(.helper)
+    )]
+    HelperInJob {
+        /// The helper's name.
+        helper: String,
+    },
+    /// A helper of the host's own file failed. Operator.
+    #[error("the credential helper docker-credential-{helper} failed for {registry}: {reason}")]
+    Helper {
+        /// The helper's name.
+        helper: String,
+        /// For which registry.
+        registry: String,
+        /// What happened.
+        reason: String,
+    },
+    /// The login is an OAuth identity token, which is not implemented. Operator or author.
+    #[error(
+        "the login for {registry} is an identity token, which cannot be used; log in with user and password"
+    )]
+    IdentityToken {
+        /// For which registry.
+        registry: String,
+    },
+}
+
+/// Who gave a file of logins, which decides what it may do.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// The job (`DOCKER_AUTH_CONFIG` and the like): plain `auths` only, nothing is ever run.
+    JobGiven,
+    /// A file of the host: helpers named in it may be run.
+    Host,
+}
+
+impl Origin {
+    fn giver(self) -> &'static str {
+        match self {
+            Self::JobGiven => "the job",
+            Self::Host => "the host",
+        }
+    }
+}
+
+/// A password or token. It shows in no output.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret(String);
+
+impl Secret {
+    /// Takes the secret in.
+    #[must_use]
+    pub fn new(secret: impl Into<String>) -> Self {
+        Self(secret.into())
+    }
+
+    /// The secret itself, for the one place that sends it.
+    pub(super) fn reveal(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("(secret)")
+    }
+}
+
+/// An account at a registry.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Login {
+    /// The account's name.
+    pub user: String,
+    /// Its password or token.
+    pub password: Secret,
+}
+
+/// All logins that may be used for one image, best first.
+#[derive(Debug, Clone, Default)]
+pub struct Credentials {
+    files: Vec<File>,
+}
+
+/// One file's worth of logins.
+#[derive(Debug, Clone, Default)]
+struct File {
+    /// `host[:port][/path]` → login.
+    auths: BTreeMap<String, Entry>,
+    /// `host[:port]` → helper.
+    helpers: BTreeMap<String, String>,
+    /// The helper for all others.
+    store: Option<String>,
+}
+
+#[derive(Debug, Clone)]
+enum Entry {
+    Login(Login),
+    IdentityToken,
+}
+
+impl Credentials {
+    /// No login: everything is asked for anonymously.
+    #[must_use]
+    pub fn none() -> Self {
+        Self::default()
+    }
+
+    /// One login for one registry (`host[:port]`, or `host[:port]/path` for a part of it).
+    #[must_use]
+    pub fn basic(registry: &str, user: impl Into<String>, password: Secret) -> Self {
+        let login = Login {
+            user: user.into(),
+            password,
+        };
+        let auths = BTreeMap::from([(key(registry), Entry::Login(login))]);
+        Self {
+            files: vec![File {
+                auths,
+                ..File::default()
+            }],
+        }
+    }
+
+    /// Reads docker's `config.json` or podman's `auth.json`.
+    ///
+    /// # Errors
+    /// [`CredentialsError::Unreadable`]; [`CredentialsError::HelperInJob`] when a job's logins name a helper.
+    pub fn from_docker_config(json: &str, origin: Origin) -> Result<Self, CredentialsError> {
+        let unreadable = |reason: &str| CredentialsError::Unreadable {
+            origin,
+            reason: reason.to_owned(),
+        };
+        if json.len() > CONFIG_MAX {
+            return Err(unreadable("they are larger than 1 MiB"));
+        }
+        // serde's message could repeat a piece of a password; the place alone is safe.
+        let config: DockerConfig = serde_json::from_str(json).map_err(|error| {
+            unreadable(&format!(
+                "no valid JSON of docker's form at line {} column {}",
+                error.line(),
+                error.column()
+            ))
+        })?;
+        let store = config.creds_store.filter(|name| !name.is_empty());
+        let helpers: BTreeMap<String, String> = config
+            .cred_helpers
+            .into_iter()
+            .filter(|(_, name)| !name.is_empty())
+            .collect();
+        if origin == Origin::JobGiven
+            && let Some(helper) = store.as_ref().or(helpers.values().next())
+        {
+            return Err(CredentialsError::HelperInJob {
+                helper: helper.clone(),
+            });
+        }
+        for name in store.iter().chain(helpers.values()) {
+            if !name
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+            {
+                return Err(unreadable(
+                    "a credential helper's name has other characters than a program's",
+                ));
+            }
+        }
+        let mut auths = BTreeMap::new();
+        for (server, auth) in config.auths {
+            if let Some(entry) = auth.entry().map_err(unreadable)? {
+                auths.insert(key(&server), entry);
+            }
+        }
+        let helpers = helpers
+            .into_iter()
+            .map(|(server, helper)| (key(&server), helper))
+            .collect();
+        Ok(Self {
+            files: vec![File {
+                auths,
+                helpers,
+                store,
+            }],
+        })
+    }
+
+    /// These logins, and `others` for what these do not know.
+    #[must_use]
+    pub fn or(mut self, others: Self) -> Self {
+        self.files.extend(others.files);
+        self
+    }
+
+    /// The login for a repository: the first file that knows one, in it the longest path that fits.
+    pub(super) async fn find(
+        &self,
+        registry: &str,
+        repository: &str,
+    ) -> Result<Option<Login>, CredentialsError> {
+        for file in &self.files {
+            if let Some(helper) = names(registry).find_map(|name| file.helpers.get(name)) {
+                if let Some(login) = ask_helper(helper, registry).await? {
+                    return Ok(Some(login));
+                }
+                continue;
+            }
+            match file.entry(registry, repository) {
+                Some(Entry::Login(login)) => return Ok(Some(login.clone())),
+                Some(Entry::IdentityToken) => {
+                    return Err(CredentialsError::IdentityToken {
+                        registry: registry.to_owned(),
+                    });
+                }
+                None => {}
+            }
+            if let Some(helper) = &file.store
+                && let Some(login) = ask_helper(helper, registry).await?
+            {
+                return Ok(Some(login));
+            }
+        }
+        Ok(None)
+    }
+}
+
+impl File {
+    fn entry(&self, registry: &str, repository: &str) -> Option<&Entry> {
+        names(registry).find_map(|name| {
+            let mut path = format!("{name}/{repository}");
+            loop {
+                if let Some(entry) = self.auths.get(&path) {
+                    return Some(entry);
+                }
+                path.truncate(path.rfind('/')?);
+            }
+        })
+    }
+}
+
+/// The names under which a registry's login may stand.
+fn names(registry: &str) -> impl Iterator<Item = &str> {
+    let hub = DOCKER_HUB.contains(&registry);
+    DOCKER_HUB
+        .into_iter()
+        .filter(move |_| hub)
+        .chain(std::iter::once(registry).filter(move |_| !hub))
+}
+
+/// Brings a key of a file into the form `host[:port][/path]`.
+///
+/// Docker writes Docker Hub as `https://index.docker.io/v1/`; with a scheme the path is the API's, without
+/// one it is podman's namespace.
+fn key(server: &str) -> String {
+    let bare = server
+        .strip_prefix("https://")
+        .or_else(|| server.strip_prefix("http://"));
+    match bare {
+        Some(bare) => bare.split('/').next().unwrap_or_default().to_owned(),
+        None => {
+            let server = server.trim_end_matches('/');
+            server
+                .strip_suffix("/v1")
+                .or_else(|| server.strip_suffix("/v2"))
+                .unwrap_or(server)
+                .to_owned()
+        }
+    }
+}
+
+#[derive(Deserialize)]
+struct DockerConfig {
+    #[serde(default)]
+    auths: BTreeMap<String, DockerAuth>,
+    #[serde(default, rename = "credHelpers")]
+    cred_helpers: BTreeMap<String, String>,
+    #[serde(rename = "credsStore")]
+    creds_store: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct DockerAuth {
+    auth: Option<String>,
+    username: Option<String>,
+    password: Option<String>,
+    identitytoken: Option<String>,
+}
+
+impl DockerAuth {
+    /// None for the empty entry that docker leaves beside a helper.
+    fn entry(self) -> Result<Option<Entry>, &'static str> {
+        if self.identitytoken.is_some_and(|token| !token.is_empty()) {
+            return Ok(Some(Entry::IdentityToken));
+        }
+        if let Some(auth) = self.auth.filter(|auth| !auth.is_empty()) {
+            let engine = base64::engine::general_purpose::STANDARD;
+            let pair = engine
+                .decode(auth.trim())
+                .ok()
+                .and_then(|bytes| String::from_utf8(bytes).ok())
+                .ok_or("an `auth` is not the base64 of user:password")?;
+            let (user, password) = pair
+                .trim_end_matches('\0')
+                .split_once(':')
+                .ok_or("an `auth` is not the base64 of user:password")?;
+            return Ok(Some(Entry::Login(Login {
+                user: user.to_owned(),
+                password: Secret::new(password),
+            })));
+        }
+        Ok(self
+            .username
+            .filter(|user| !user.is_empty())
+            .zip(self.password)
+            .map(|(user, password)| {
+                Entry::Login(Login {
+                    user,
+                    password: Secret::new(password),
+                })
+            }))
+    }
+}
+
+#[derive(Deserialize)]
+#[serde(rename_all = "PascalCase")]
+struct HelperAnswer {
+    username: String,
+    secret: String,
+}
+
+async fn ask_helper(helper: &str, registry: &str) -> Result<Option<Login>, CredentialsError> {
+    let failed = |reason: String| CredentialsError::Helper {
+        helper: helper.to_owned(),
+        registry: registry.to_owned(),
+        reason,
+    };
+    // The name that docker stores Docker Hub under.
+    let server = if DOCKER_HUB.contains(&registry) {
+        "https://index.docker.io/v1/"
+    } else {
+        registry
+    };
+    let talk = async {
+        let mut child = tokio::process::Command::new(format!("docker-credential-{helper}"))
+            .arg("get")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()?;
+        if let Some(mut stdin) = child.stdin.take() {
+            // A helper that needs no input may be gone already; its answer decides.
+            drop(stdin.write_all(format!("{server}\n").as_bytes()).await);
+        }
+        let mut answer = Vec::new();
+        if let Some(stdout) = child.stdout.take() {
+            stdout.take(HELPER_ANSWER_MAX).read_to_end(&mut answer).await?;
+        }
+        std::io::Result::Ok((child.wait().await?, answer))
+    };
+    let (status, answer) = tokio::time::timeout(HELPER_DEADLINE, talk)
+        .await
+        .map_err(|_| failed(format!("no answer within {} s", HELPER_DEADLINE.as_secs())))?
+        .map_err(|error| failed(error.to_string()))?;
+    parse_helper(status.success(), &answer)
+        .map_err(|reason| failed(reason.to_owned()))
+        .and_then(|login| match login {
+            Some(login) if login.user == "<token>" => Err(CredentialsError::IdentityToken {
+                registry: registry.to_owned(),
+            }),
+            other => Ok(other),
+        })
+}
+
+/// Reads a helper's answer. "Not found" is a failure with a fixed text on stdout.
+fn parse_helper(success: bool, answer: &[u8]) -> Result<Option<Login>, &'static str> {
+    if !success {
+        let text = String::from_utf8_lossy(answer);
+        return if text.contains("credentials not found") {
+            Ok(None)
+        } else {
+            Err("it ended with an error")
+        };
+    }
+    let answer: HelperAnswer =
+        serde_json::from_slice(answer).map_err(|_| "its answer is not the JSON of a credential helper")?;
+    if answer.username.is_empty() && answer.secret.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Login {
+        user: answer.username,
+        password: Secret(answer.secret),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// user:sesame and other:open
+    const AUTHS: &str = r#"{"auths": {
+        "https://index.docker.io/v1/": {"auth": "aHViOnNlc2FtZQ=="},
+        "r.example.com:5000": {"auth": "dXNlcjpzZXNhbWU="},
+        "r.example.com:5000/team/vm": {"username": "other", "password": "open"},
+        "http://plain.example.com": {"auth": "dXNlcjpzZXNhbWU="},
+        "token.example.com": {"auth": "", "identitytoken": "abc"},
+        "empty.example.com": {}
+    }}"#;
+
+    async fn user(credentials: &Credentials, registry: &str, repository: &str) -> Option<String> {
+        credentials
+            .find(registry, repository)
+            .await
+            .unwrap()
+            .map(|login| login.user)
+    }
+
+    #[tokio::test]
+    async fn the_longest_path_that_fits_wins() {
+        let credentials = Credentials::from_docker_config(AUTHS, Origin::JobGiven).unwrap();
+        for (registry, repository, expected) in [
+            ("r.example.com:5000", "team", Some("user")),
+            ("r.example.com:5000", "team/vm", Some("other")),
+            ("r.example.com:5000", "team/vm/debian", Some("other")),
+            ("r.example.com:5000", "team/vms", Some("user")),
+            ("r.example.com", "team/vm", None),
+            ("docker.io", "library/debian", Some("hub")),
+            ("plain.example.com", "vm", Some("user")),
+            ("empty.example.com", "vm", None),
+        ] {
+            assert_eq!(
+                user(&credentials, registry, repository).await.as_deref(),
+                expected,
+                "{registry}/{repository}"
+            );
+        }
+        let error = credentials.find("token.example.com", "vm").await.unwrap_err();
+        assert!(matches!(error, CredentialsError::IdentityToken { .. }), "{error}");
+    }
+
+    #[tokio::test]
+    async fn the_first_that_knows_a_login_is_asked() {
+        let job = Credentials::basic("r.example.com:5000", "job", Secret::new("x"));
+        let both = job.or(Credentials::from_docker_config(AUTHS, Origin::Host).unwrap());
+        assert_eq!(
+            user(&both, "r.example.com:5000", "team/vm").await.as_deref(),
+            Some("job")
+        );
+        assert_eq!(user(&both, "docker.io", "me/vm").await.as_deref(), Some("hub"));
+    }
+
+    #[test]
+    fn a_helper_named_by_a_job_is_refused() {
+        for json in [
+            r#"{"auths": {}, "credsStore": "evil"}"#,
+            r#"{"credHelpers": {"r.example.com": "evil"}}"#,
+        ] {
+            let error = Credentials::from_docker_config(json, Origin::JobGiven).unwrap_err();
+            assert!(matches!(error, CredentialsError::HelperInJob { .. }), "{error}");
+            assert!(Credentials::from_docker_config(json, Origin::Host).is_ok());
+        }
+        for json in [
+            r#"{"credsStore": "../../bin/sh"}"#,
+            r#"{"credHelpers": {"r": "a b"}}"#,
+        ] {
+            assert!(
+                Credentials::from_docker_config(json, Origin::Host).is_err(),
+                "{json}"
+            );
+        }
+        assert!(Credentials::from_docker_config(r#"{"credsStore": ""}"#, Origin::JobGiven).is_ok());
+    }
+
+    #[test]
+    fn no_output_shows_a_secret() {
+        let credentials = Credentials::from_docker_config(AUTHS, Origin::JobGiven).unwrap();
+        let shown = format!("{credentials:?}");
+        assert!(!shown.contains("sesame") && !shown.contains("open\""), "{shown}");
+        let broken = r#"{"auths": {"r": {"auth": "dXNlcjpzZXNhbWU="}, "sesame"}}"#;
+        let error = Credentials::from_docker_config(broken, Origin::JobGiven)
+            .unwrap_err()
+            .to_string();
+        assert!(!error.contains("sesame") && error.contains("column"), "{error}");
+        let error = Credentials::from_docker_config(r#"{"auths": {"r": {"auth": "sesame"}}}"#, Origin::Host)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            !error.contains("sesame") && error.contains("by the host"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_helpers_answer_is_read() {
+        let answer = br#"{"ServerURL":"r","Username":"u","Secret":"s"}"#;
+        assert_eq!(
+            parse_helper(true, answer).unwrap().unwrap().password.reveal(),
+            "s"
+        );
+        assert_eq!(
+            parse_helper(false, b"credentials not found in native keychain\n"),
+            Ok(None)
+        );
+        assert!(parse_helper(false, b"boom").is_err());
+        assert!(parse_helper(true, b"{}").is_err());
+    }
+}

@@ -1,0 +1,241 @@
+//! What can go wrong between a reference and a disk.
+
+use std::io;
+use std::path::PathBuf;
+
+use super::{credentials, inspect};
+
+/// Longest piece of a stranger's text that an error repeats, in characters.
+const QUOTE_MAX: usize = 120;
+
+/// Why an image could not be provided. Each is one plain sentence that names the thing; which of them is
+/// the author's, the operator's or the weather's fault stands at the variant.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// The registry or layout answers that there is no such image. Author: the name or the tag is wrong.
+    #[error("{image} does not exist{}", where_(.registry))]
+    NotFound {
+        /// The reference.
+        image: String,
+        /// Who said so; empty for a layout folder.
+        registry: String,
+    },
+    /// The registry refuses us (401, 403). Author: credentials are missing, wrong or not enough.
+    #[error("{registry} denies access to {image} {}", as_whom(.user))]
+    Denied {
+        /// The reference.
+        image: String,
+        /// Who said so.
+        registry: String,
+        /// The account that was refused; none when no credentials were known for this registry.
+        user: Option<String>,
+    },
+    /// The registry cannot be reached, breaks off or fails on its side, after retries. Weather.
+    #[error("{registry} cannot be reached: {reason}")]
+    Unreachable {
+        /// `host[:port]`.
+        registry: String,
+        /// What happened, in a few words.
+        reason: String,
+    },
+    /// Bytes are not what their digest or size says. Weather or operator: the registry's storage, a proxy.
+    #[error("{image} arrived damaged: {reason}")]
+    Corrupt {
+        /// The reference.
+        image: String,
+        /// Which part, and how.
+        reason: String,
+    },
+    /// Authentic bytes that cannot be decoded. Author: the image was built wrongly.
+    #[error("{image} cannot be read: {reason}")]
+    Malformed {
+        /// The reference.
+        image: String,
+        /// Which part, and how.
+        reason: String,
+    },
+    /// A well-formed image that is none of the formats we read. Author.
+    #[error("{image} cannot be used: {reason}")]
+    Unsupported {
+        /// The reference.
+        image: String,
+        /// What was found, every media type by name.
+        reason: String,
+    },
+    /// There is no variant for this machine. Author.
+    #[error("{image} is not for {wanted}; it is for {found}")]
+    WrongPlatform {
+        /// The reference.
+        image: String,
+        /// `linux/amd64` and the like.
+        wanted: String,
+        /// The platforms that it has, separated by commas.
+        found: String,
+    },
+    /// More bytes than the operator allows. Author, or operator by a higher limit.
+    #[error("{image} is too large: its {what} has {size} bytes, and {limit} are allowed")]
+    TooLarge {
+        /// The reference.
+        image: String,
+        /// Manifest, virtual disk, …
+        what: &'static str,
+        /// What it has, in bytes (at least).
+        size: u64,
+        /// The limit, in bytes.
+        limit: u64,
+    },
+    /// The image tries what no honest image does. Author.
+    #[error("{image} is refused: {class}")]
+    Hostile {
+        /// The reference.
+        image: String,
+        /// The class of the attack.
+        class: inspect::Hostility,
+    },
+    /// A label of ours has a value that makes no sense. Author.
+    #[error("{image} is labelled wrongly: {label} {reason}")]
+    Label {
+        /// The reference.
+        image: String,
+        /// The label's name.
+        label: &'static str,
+        /// What its value should have been.
+        reason: &'static str,
+    },
+    /// The store's file system has no room. Operator.
+    #[error("no room for {image} in {}: {needed} bytes are needed and {free} are free", dir.display())]
+    DiskFull {
+        /// The reference.
+        image: String,
+        /// The store.
+        dir: PathBuf,
+        /// What the image needs at least, with what must stay free for others, in bytes.
+        needed: u64,
+        /// What is free, in bytes.
+        free: u64,
+    },
+    /// The pull policy `never` (or a registry out of reach) and nothing in the store. Author or operator.
+    #[error("{image} is not on this host, and its pull policy forbids fetching it")]
+    NotCached {
+        /// The reference.
+        image: String,
+    },
+    /// Another process fetches the same image and does not come to an end. Weather.
+    #[error("{image} is being fetched by another process, which was not done after {seconds} s")]
+    WaitedTooLong {
+        /// The reference.
+        image: String,
+        /// How long we waited.
+        seconds: u64,
+    },
+    /// A login that cannot be used; the error says whose it is.
+    #[error(transparent)]
+    Credentials(#[from] credentials::CredentialsError),
+    /// A CA file of the settings cannot be used. Operator.
+    #[error("the CA file {} cannot be used: {reason}", path.display())]
+    CaFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The store itself cannot be read or written. Operator.
+    #[error("{} cannot be used: {source}", path.display())]
+    Storage {
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+}
+
+fn where_(registry: &str) -> String {
+    if registry.is_empty() {
+        String::new()
+    } else {
+        format!(" (says {registry})")
+    }
+}
+
+fn as_whom(user: &Option<String>) -> String {
+    match user {
+        Some(user) => format!("to the user {}", quoted(user)),
+        None => "without credentials".to_owned(),
+    }
+}
+
+impl Error {
+    /// A failed system call on a file of the store.
+    pub(super) fn storage(path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Storage { path, source }
+    }
+
+    /// May the next pull policy of the list be tried?
+    ///
+    /// Only when the registry was out of reach or this policy does not fetch: after a *denial* a cached copy
+    /// would hand a private image to somebody whom its registry refuses.
+    pub(super) fn lets_the_next_policy_try(&self) -> bool {
+        matches!(self, Self::Unreachable { .. } | Self::NotCached { .. })
+    }
+}
+
+/// A stranger's text as an error may repeat it: in backquotes, cut, without control characters.
+pub(super) fn quoted(text: &str) -> String {
+    let mut out = String::from("`");
+    for (count, c) in text.chars().enumerate() {
+        if count == QUOTE_MAX {
+            out.push('…');
+            break;
+        }
+        // Also the marks that reorder a line's letters on a terminal.
+        let hidden = c.is_control()
+            || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        out.push(if hidden { '\u{fffd}' } else { c });
+    }
+    out.push('`');
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_strangers_text_cannot_write_lines_or_colours() {
+        assert_eq!(
+            quoted("a\nb\x1b[31m\u{202e}c"),
+            "`a\u{fffd}b\u{fffd}[31m\u{fffd}c`"
+        );
+        assert_eq!(quoted(&"x".repeat(500)).chars().count(), QUOTE_MAX + 3);
+    }
+
+    #[test]
+    fn after_a_denial_no_other_policy_is_tried() {
+        let image = || "r/vm:1".to_owned();
+        assert!(
+            Error::Unreachable {
+                registry: "r".into(),
+                reason: "x".into()
+            }
+            .lets_the_next_policy_try()
+        );
+        assert!(Error::NotCached { image: image() }.lets_the_next_policy_try());
+        assert!(
+            !Error::Denied {
+                image: image(),
+                registry: "r".into(),
+                user: None
+            }
+            .lets_the_next_policy_try()
+        );
+        assert!(
+            !Error::NotFound {
+                image: image(),
+                registry: "r".into()
+            }
+            .lets_the_next_policy_try()
+        );
+    }
+}

@@ -1,0 +1,243 @@
+//! What an image may say about itself, in its config's labels. All of it was written by a stranger, none of
+//! it is more than a wish, and the operator's limits stand above it.
+
+use std::collections::BTreeMap;
+
+use serde::{Deserialize, Serialize};
+
+use super::error::Error;
+
+const KERNEL: &str = "io.cannery.kernel";
+const INITRD: &str = "io.cannery.initrd";
+const CMDLINE: &str = "io.cannery.cmdline";
+const MEMORY: &str = "io.cannery.memory";
+const FIRMWARE: &str = "io.cannery.firmware";
+const USER: &str = "io.cannery.user";
+
+/// Longest kernel command line, in bytes: x86's COMMAND_LINE_SIZE.
+const CMDLINE_MAX: usize = 2048;
+
+/// Least and most memory that a guest may ask for, in bytes: 16 MiB, which boots nothing, and 16 TiB, which
+/// no host has.
+const MEMORY_RANGE: std::ops::RangeInclusive<u64> = (16 << 20)..=(16 << 40);
+
+/// What the firmware of a machine should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Firmware {
+    /// SeaBIOS.
+    Bios,
+    /// OVMF or AAVMF.
+    Uefi,
+}
+
+/// Wishes of the image for its machine.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Hints {
+    /// `io.cannery.memory`: bytes.
+    pub memory: Option<u64>,
+    /// `io.cannery.firmware`.
+    pub firmware: Option<Firmware>,
+    /// `io.cannery.user`: the account that jobs run as.
+    pub user: Option<String>,
+}
+
+/// Files of the image that the host boots from, by their paths in its layers.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(super) struct BootFiles {
+    pub(super) kernel: Option<String>,
+    pub(super) initrd: Option<String>,
+    pub(super) cmdline: Option<String>,
+}
+
+/// Reads the labels; unknown ones, also of our own prefix, are passed over.
+pub(super) fn read(labels: &BTreeMap<String, String>, image: &str) -> Result<(Hints, BootFiles), Error> {
+    let label = |name: &'static str, read: fn(&str) -> Option<String>, reason: &'static str| {
+        let wrong = || Error::Label {
+            image: image.to_owned(),
+            label: name,
+            reason,
+        };
+        labels
+            .get(name)
+            .map(|value| read(value).ok_or_else(wrong))
+            .transpose()
+    };
+    let wrong = |label, reason| Error::Label {
+        image: image.to_owned(),
+        label,
+        reason,
+    };
+    let memory = match labels.get(MEMORY) {
+        Some(value) => Some(size(value).ok_or_else(|| {
+            wrong(
+                MEMORY,
+                "is not a size from 16M to 16T (a number with K, M, G or T behind it)",
+            )
+        })?),
+        None => None,
+    };
+    let firmware = match labels.get(FIRMWARE).map(String::as_str) {
+        Some("bios") => Some(Firmware::Bios),
+        Some("uefi") => Some(Firmware::Uefi),
+        Some(_) => return Err(wrong(FIRMWARE, "is neither bios nor uefi")),
+        None => None,
+    };
+    let user = label(
+        USER,
+        account,
+        "is not the name of an account (1 to 32 letters, digits, `_`, `-`, `.`)",
+    )?;
+    let kernel = label(KERNEL, boot_path, "is not the path of a file under boot/")?;
+    let initrd = label(INITRD, boot_path, "is not the path of a file under boot/")?;
+    let cmdline = label(
+        CMDLINE,
+        printable,
+        "is longer than 2048 bytes or not printable ASCII",
+    )?;
+    if kernel.is_none() {
+        if initrd.is_some() {
+            return Err(wrong(INITRD, "stands without io.cannery.kernel"));
+        }
+        if cmdline.is_some() {
+            return Err(wrong(CMDLINE, "stands without io.cannery.kernel"));
+        }
+    }
+    if kernel.is_some() && kernel == initrd {
+        return Err(wrong(INITRD, "is the same file as io.cannery.kernel"));
+    }
+    Ok((
+        Hints {
+            memory,
+            firmware,
+            user,
+        },
+        BootFiles {
+            kernel,
+            initrd,
+            cmdline,
+        },
+    ))
+}
+
+fn size(text: &str) -> Option<u64> {
+    let digits = text.bytes().take_while(u8::is_ascii_digit).count();
+    let shift = match &text[digits..] {
+        "" => 0,
+        "K" | "KiB" => 10,
+        "M" | "MiB" => 20,
+        "G" | "GiB" => 30,
+        "T" | "TiB" => 40,
+        _ => return None,
+    };
+    let number: u64 = text[..digits].parse().ok()?;
+    number
+        .checked_mul(1 << shift)
+        .filter(|bytes| MEMORY_RANGE.contains(bytes))
+}
+
+fn account(text: &str) -> Option<String> {
+    let good = (1..=32).contains(&text.len())
+        && !text.starts_with(['-', '.'])
+        && text
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b"_-.".contains(&b));
+    good.then(|| text.to_owned())
+}
+
+fn printable(text: &str) -> Option<String> {
+    let good = text.len() <= CMDLINE_MAX && text.bytes().all(|b| (b' '..=b'~').contains(&b));
+    good.then(|| text.to_owned())
+}
+
+/// A path in normal form, so that it can be compared with an archive's.
+fn boot_path(text: &str) -> Option<String> {
+    let path = text.strip_prefix('/').unwrap_or(text);
+    let good = path.len() <= 255
+        && path.starts_with("boot/")
+        && path.bytes().all(|b| (b'!'..=b'~').contains(&b))
+        && path.split('/').all(|part| !matches!(part, "" | "." | ".."));
+    good.then(|| path.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read_one(name: &str, value: &str) -> Result<(Hints, BootFiles), Error> {
+        let mut labels = BTreeMap::from([(name.to_owned(), value.to_owned())]);
+        if [INITRD, CMDLINE].contains(&name) {
+            labels.insert(KERNEL.to_owned(), "boot/vmlinuz".to_owned());
+        }
+        read(&labels, "vm")
+    }
+
+    #[test]
+    fn good_labels_become_hints() {
+        assert_eq!(read_one(MEMORY, "512M").unwrap().0.memory, Some(512 << 20));
+        assert_eq!(read_one(MEMORY, "2GiB").unwrap().0.memory, Some(2 << 30));
+        assert_eq!(read_one(MEMORY, "16777216").unwrap().0.memory, Some(16 << 20));
+        assert_eq!(
+            read_one(FIRMWARE, "uefi").unwrap().0.firmware,
+            Some(Firmware::Uefi)
+        );
+        assert_eq!(
+            read_one(USER, "gitlab-runner").unwrap().0.user.as_deref(),
+            Some("gitlab-runner")
+        );
+        assert_eq!(
+            read_one(KERNEL, "/boot/vmlinuz").unwrap().1.kernel.as_deref(),
+            Some("boot/vmlinuz")
+        );
+        assert_eq!(
+            read_one(INITRD, "boot/a/initrd").unwrap().1.initrd.as_deref(),
+            Some("boot/a/initrd")
+        );
+        assert_eq!(
+            read_one(CMDLINE, "root=/dev/vda ro")
+                .unwrap()
+                .1
+                .cmdline
+                .as_deref(),
+            Some("root=/dev/vda ro")
+        );
+        assert_eq!(
+            read_one("io.cannery.new", "\n").unwrap(),
+            (Hints::default(), BootFiles::default())
+        );
+    }
+
+    #[test]
+    fn strange_labels_are_refused() {
+        let long = "x".repeat(CMDLINE_MAX + 1);
+        for (name, value) in [
+            (MEMORY, ""),
+            (MEMORY, "-1"),
+            (MEMORY, "1K"),
+            (MEMORY, "512 M"),
+            (MEMORY, "99999999999999999999"),
+            (MEMORY, "18446744073709551615T"),
+            (FIRMWARE, "BIOS"),
+            (FIRMWARE, "/etc/passwd"),
+            (USER, ""),
+            (USER, "-oProxyCommand=x"),
+            (USER, "a b"),
+            (USER, "root\n"),
+            (KERNEL, "vmlinuz"),
+            (KERNEL, "boot/../etc/passwd"),
+            (KERNEL, "boot//x"),
+            (KERNEL, "boot/"),
+            (INITRD, "boot/vmlinuz"),
+            (CMDLINE, "a\nb"),
+            (CMDLINE, "a\0"),
+            (CMDLINE, &long),
+        ] {
+            let error = read_one(name, value).expect_err(value).to_string();
+            assert!(error.contains(name) && !error.contains('\n'), "{error}");
+        }
+        for name in [INITRD, CMDLINE] {
+            let alone = BTreeMap::from([(name.to_owned(), "boot/x".to_owned())]);
+            assert!(read(&alone, "vm").is_err(), "{name}");
+        }
+    }
+}

@@ -1,0 +1,91 @@
+//! What a pull tells while it runs.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use super::digest::Digest;
+use super::error::Error;
+
+/// Hears what happens. Called from the task that asked, several times a second; the receiver throttles.
+pub trait Progress: Sync {
+    /// Something happened.
+    fn event(&self, event: Event<'_>);
+}
+
+/// Hears nothing.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Silent;
+
+impl Progress for Silent {
+    fn event(&self, _: Event<'_>) {}
+}
+
+/// A step on the way from a reference to a disk.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Event<'a> {
+    /// The reference leads to this manifest.
+    Resolved {
+        /// Digest of the manifest for this platform.
+        digest: &'a Digest,
+    },
+    /// The disk is in the store already.
+    Cached {
+        /// Its digest.
+        digest: &'a Digest,
+    },
+    /// Another process fetches the same image; we wait for it.
+    Waiting {
+        /// What it fetches.
+        digest: &'a Digest,
+        /// How long we have waited.
+        waited: Duration,
+    },
+    /// Bytes have arrived.
+    Fetching {
+        /// Compressed bytes so far.
+        done: u64,
+        /// Compressed bytes of the whole image.
+        total: u64,
+    },
+    /// Bytes have been unpacked.
+    Unpacking {
+        /// Bytes of disk so far, holes included.
+        written: u64,
+    },
+    /// Everything is checked, and the disk stands in the store.
+    Verified {
+        /// Its digest.
+        digest: &'a Digest,
+    },
+    /// A pull policy failed and the next of the list is tried.
+    PolicyFailed {
+        /// Why.
+        error: &'a Error,
+    },
+}
+
+/// Counts what threads do, for the task that reports it.
+#[derive(Debug, Default)]
+pub(super) struct Meter {
+    fetched: AtomicU64,
+    unpacked: AtomicU64,
+}
+
+impl Meter {
+    pub(super) fn add_fetched(&self, bytes: usize) {
+        self.fetched.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn add_unpacked(&self, bytes: usize) {
+        self.unpacked.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(super) fn fetched(&self) -> u64 {
+        self.fetched.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn unpacked(&self) -> u64 {
+        self.unpacked.load(Ordering::Relaxed)
+    }
+}

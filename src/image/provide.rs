@@ -1,0 +1,414 @@
+//! From a request to a disk: the one choreography of this room.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::credentials::Credentials;
+use super::digest::Digest;
+use super::error::Error;
+use super::format::{self, Config, Contents, Layer, Workplace};
+use super::hints;
+use super::inspect;
+use super::layout::Layout;
+use super::manifest::{self, Document, Manifest, NoChoice};
+use super::partial::Work;
+use super::platform::{self, Platform};
+use super::progress::{Event, Meter, Progress};
+use super::reference::Reference;
+use super::registry::{Session, Target};
+use super::room::Limits;
+use super::source::Source;
+use super::store::{self, Disk, Record, RecordedFile, Store};
+
+/// When to ask the registry, spelled as GitLab spells it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum PullPolicy {
+    /// Ask each time what the name means now; fetch only what is not here.
+    Always,
+    /// Ask only when no disk is here for this name.
+    IfNotPresent,
+    /// Never ask.
+    Never,
+}
+
+/// What is wanted, and under which conditions.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The image.
+    pub reference: Reference,
+    /// The machine's: `x86_64` or `aarch64`.
+    pub architecture: String,
+    /// Tried in this order; the next one only after a registry was out of reach or a policy may not fetch.
+    /// Empty is the same as [`PullPolicy::Always`].
+    pub policies: Vec<PullPolicy>,
+    /// Logins that this job may use.
+    pub credentials: Credentials,
+    /// Speak HTTP without TLS to this image's registry.
+    pub plain_http: bool,
+    /// PEM files of further certificate authorities.
+    pub ca_files: Vec<PathBuf>,
+    /// What the image may cost.
+    pub limits: Limits,
+}
+
+impl Store {
+    /// Provides the disk of an image: from the store, or fetched, verified and put there.
+    ///
+    /// At most one process fetches an image at a time; the others wait and say so. Cancelling (dropping the
+    /// future) or killing the process leaves no half of an image behind that anybody would use.
+    ///
+    /// A digest in the reference needs no network when its disk is here. Whether *this job* may have an image
+    /// that another one fetched is not asked then, nor with [`PullPolicy::IfNotPresent`]; with
+    /// [`PullPolicy::Always`] the registry is asked with the job's own credentials each time.
+    ///
+    /// # Errors
+    /// See [`Error`]: each variant says whose fault it is.
+    pub async fn provide(&self, request: &Request, progress: &dyn Progress) -> Result<Disk, Error> {
+        let platform = Platform::of_machine(&request.architecture).ok_or_else(|| Error::WrongPlatform {
+            image: request.reference.to_string(),
+            wanted: request.architecture.clone(),
+            found: "x86_64 and aarch64 only".to_owned(),
+        })?;
+        let pull = Pull {
+            store: self,
+            request,
+            platform,
+            image: request.reference.to_string(),
+            progress,
+        };
+        let policies = if request.policies.is_empty() {
+            &[PullPolicy::Always][..]
+        } else {
+            &request.policies
+        };
+        let mut first: Option<Error> = None;
+        for policy in policies {
+            match pull.by(*policy).await {
+                Ok(disk) => return Ok(disk),
+                Err(error) => {
+                    let last = !error.lets_the_next_policy_try();
+                    // "Not here" explains less than whatever another policy found out.
+                    if first
+                        .as_ref()
+                        .is_none_or(|first| matches!(first, Error::NotCached { .. }))
+                        || last
+                    {
+                        first = Some(error);
+                    }
+                    if last {
+                        break;
+                    }
+                    if let Some(error) = &first {
+                        progress.event(Event::PolicyFailed { error });
+                    }
+                }
+            }
+        }
+        Err(first.unwrap_or(Error::NotCached { image: pull.image }))
+    }
+}
+
+/// One request on its way.
+struct Pull<'a> {
+    store: &'a Store,
+    request: &'a Request,
+    platform: Platform,
+    image: String,
+    progress: &'a dyn Progress,
+}
+
+impl Pull<'_> {
+    async fn by(&self, policy: PullPolicy) -> Result<Disk, Error> {
+        let pinned = matches!(
+            self.request.reference,
+            Reference::Registry { digest: Some(_), .. }
+        );
+        if (policy != PullPolicy::Always || pinned)
+            && let Some(disk) = self.known()?
+        {
+            self.progress.event(Event::Cached { digest: &disk.digest });
+            return Ok(disk);
+        }
+        if policy == PullPolicy::Never {
+            return Err(Error::NotCached {
+                image: self.image.clone(),
+            });
+        }
+        self.fetch().await
+    }
+
+    /// What the store knows under this name.
+    fn known(&self) -> Result<Option<Disk>, Error> {
+        let remembered = self
+            .store
+            .reference(&self.request.reference, &self.request.architecture)?;
+        match remembered {
+            Some(digest) => self.here(&digest),
+            None => Ok(None),
+        }
+    }
+
+    /// A disk of the store, if it is allowed by this request.
+    fn here(&self, digest: &Digest) -> Result<Option<Disk>, Error> {
+        let Some(mut disk) = self.store.find(digest)? else {
+            return Ok(None);
+        };
+        let limit = self.request.limits.max_disk;
+        if disk.virtual_size > limit {
+            let (image, size) = (self.image.clone(), disk.virtual_size);
+            return Err(Error::TooLarge {
+                image,
+                what: "virtual disk",
+                size,
+                limit,
+            });
+        }
+        disk.reference = self.image.clone();
+        Ok(Some(disk))
+    }
+
+    async fn fetch(&self) -> Result<Disk, Error> {
+        let source = self.source().await?;
+        let (digest, manifest) = self.resolve(&source).await?;
+        self.progress.event(Event::Resolved { digest: &digest });
+        let disk = match self.here(&digest)? {
+            Some(disk) => {
+                self.progress.event(Event::Cached { digest: &digest });
+                disk
+            }
+            None => self.make(&source, &digest, manifest).await?,
+        };
+        self.store
+            .remember(&self.request.reference, &self.request.architecture, &digest)?;
+        Ok(disk)
+    }
+
+    async fn source(&self) -> Result<Source, Error> {
+        match &self.request.reference {
+            Reference::Layout { dir, tag } => Ok(Source::Layout(Layout::new(&self.image, dir, tag))),
+            Reference::Registry {
+                registry,
+                repository,
+                tag,
+                digest,
+            } => {
+                let name = match (digest, tag) {
+                    (Some(digest), _) => digest.to_string(),
+                    (None, Some(tag)) => tag.clone(),
+                    (None, None) => "latest".to_owned(),
+                };
+                let session = Session::new(Target {
+                    image: &self.image,
+                    registry,
+                    repository,
+                    name,
+                    login: self.request.credentials.find(registry, repository).await?,
+                    plain_http: self.request.plain_http,
+                    ca_files: &self.request.ca_files,
+                })?;
+                Ok(Source::Registry(Box::new(session)))
+            }
+        }
+    }
+
+    /// Follows the reference to the manifest for our platform.
+    async fn resolve(&self, source: &Source) -> Result<(Digest, Manifest), Error> {
+        let (root, bytes) = source.root().await?;
+        let entries = match self.parsed(&bytes)? {
+            Document::Image(manifest) => {
+                self.store.keep_blob(&bytes)?;
+                return Ok((root, manifest));
+            }
+            Document::Index(entries) => entries,
+        };
+        let chosen = manifest::choose(&entries, &self.platform).map_err(|no| match no {
+            NoChoice::WrongPlatform(found) => self.wrong_platform(found),
+            NoChoice::Malformed(reason) => self.malformed(reason),
+        })?;
+        self.store.keep_blob(&bytes)?;
+        let bytes = source.manifest(&chosen).await?;
+        match self.parsed(&bytes)? {
+            Document::Image(manifest) => {
+                self.store.keep_blob(&bytes)?;
+                Ok((chosen.digest, manifest))
+            }
+            Document::Index(_) => Err(self.malformed("its index holds another index".to_owned())),
+        }
+    }
+
+    fn parsed(&self, bytes: &[u8]) -> Result<Document, Error> {
+        manifest::parse(bytes).map_err(|reason| self.malformed(reason))
+    }
+
+    /// Makes the disk, unless another process does so in the meantime.
+    async fn make(&self, source: &Source, digest: &Digest, manifest: Manifest) -> Result<Disk, Error> {
+        let unsupported = |reason| Error::Unsupported {
+            image: self.image.clone(),
+            reason,
+        };
+        format::recognise(&manifest).map_err(unsupported)?;
+        let work = Work::lock(&self.store.partial(), digest, &self.image, self.progress).await?;
+        // Shared with the threads that write there: a cancelled one must be gone before others take the lock.
+        let work = Arc::new(work);
+        if let Some(disk) = self.here(digest)? {
+            self.progress.event(Event::Cached { digest });
+            return Ok(disk);
+        }
+        let config = self.config(source, &manifest).await?;
+        let (hints, boot) = hints::read(&config.labels, &self.image)?;
+        let meter = Arc::new(Meter::default());
+        let place = Workplace {
+            image: self.image.clone(),
+            dir: work.dir()?.to_owned(),
+            limits: self.request.limits,
+            meter: Arc::clone(&meter),
+        };
+        let total = manifest
+            .layers
+            .iter()
+            .map(|layer| layer.size)
+            .fold(0, u64::saturating_add);
+        let mut contents = Contents::default();
+        for (number, descriptor) in manifest.layers.iter().enumerate() {
+            let layer = Layer {
+                number,
+                alone: manifest.layers.len() == 1,
+                descriptor: descriptor.clone(),
+                diff_id: config.diff_ids.get(number).copied(),
+            };
+            let (boot, place, work) = (boot.clone(), place.clone(), Arc::clone(&work));
+            let unpack = move |packed: &mut dyn std::io::Read| {
+                let _held_until_done = work;
+                format::unpack(packed, &layer, &boot, &place, contents)
+            };
+            contents = source
+                .layer(descriptor, total, &meter, self.progress, unpack)
+                .await?;
+        }
+        let selected = contents.select(&boot, &manifest, &config, &place)?;
+        let finished = Finished {
+            store: self.store.clone(),
+            place,
+            selected,
+            reference: self.image.clone(),
+            digest: *digest,
+            cmdline: boot.cmdline,
+            hints,
+            work,
+        };
+        let committed = tokio::task::spawn_blocking(move || finished.commit()).await;
+        committed.unwrap_or_else(|panic| match panic.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(error) => Err(Error::Storage {
+                path: self.store.disk_dir(digest),
+                source: std::io::Error::other(error),
+            }),
+        })?;
+        self.progress.event(Event::Verified { digest });
+        let mut disk = self.here(digest)?.ok_or_else(|| Error::Storage {
+            path: self.store.disk_dir(digest),
+            source: std::io::ErrorKind::NotFound.into(),
+        })?;
+        disk.from_cache = false;
+        disk.fetched_bytes = meter.fetched();
+        Ok(disk)
+    }
+
+    async fn config(&self, source: &Source, manifest: &Manifest) -> Result<Config, Error> {
+        if !format::has_image_config(manifest) {
+            return Ok(Config::default());
+        }
+        let bytes = source.config(&manifest.config).await?;
+        let config =
+            format::parse_config(&bytes, manifest.layers.len()).map_err(|reason| self.malformed(reason))?;
+        if !self.platform.matches(&config.os, &config.architecture) {
+            return Err(self.wrong_platform(platform::written(&config.os, &config.architecture)));
+        }
+        self.store.keep_blob(&bytes)?;
+        Ok(config)
+    }
+
+    fn wrong_platform(&self, found: String) -> Error {
+        Error::WrongPlatform {
+            image: self.image.clone(),
+            wanted: self.platform.written(),
+            found,
+        }
+    }
+
+    fn malformed(&self, reason: String) -> Error {
+        Error::Malformed {
+            image: self.image.clone(),
+            reason,
+        }
+    }
+}
+
+/// An image whose bytes are all here and verified.
+struct Finished {
+    store: Store,
+    place: Workplace,
+    selected: format::Selected,
+    reference: String,
+    digest: Digest,
+    cmdline: Option<String>,
+    hints: hints::Hints,
+    /// Held to the end: its lock covers the rename.
+    work: Arc<Work>,
+}
+
+impl Finished {
+    /// The header check, and then the step into the store.
+    fn commit(self) -> Result<(), Error> {
+        let inspected = inspect::disk(&self.selected.disk, self.place.limits.max_disk, &self.reference)?;
+        let mut files = vec![self.name(&self.selected.disk, store::disk_name(inspected.format))?];
+        if let Some(kernel) = &self.selected.kernel {
+            files.push(self.name(kernel, store::KERNEL)?);
+        }
+        if let Some(initrd) = &self.selected.initrd {
+            files.push(self.name(initrd, store::INITRD)?);
+        }
+        self.remove_others(&files)?;
+        let record = Record {
+            version: store::VERSION,
+            reference: self.reference.clone(),
+            digest: self.digest,
+            format: inspected.format,
+            virtual_size: inspected.virtual_size,
+            files,
+            cmdline: self.cmdline.clone(),
+            hints: self.hints.clone(),
+            created: Timestamp::now(),
+        };
+        self.store.commit(&self.place.dir, &record)?;
+        drop(self.work);
+        Ok(())
+    }
+
+    fn name(&self, file: &Path, name: &str) -> Result<RecordedFile, Error> {
+        let target = self.place.dir.join(name);
+        fs::rename(file, &target).map_err(Error::storage(file))?;
+        let length = fs::metadata(&target).map_err(Error::storage(&target))?.len();
+        Ok(RecordedFile {
+            name: name.to_owned(),
+            length,
+        })
+    }
+
+    /// Removes what was unpacked and is not part of the image after all.
+    fn remove_others(&self, files: &[RecordedFile]) -> Result<(), Error> {
+        let dir = &self.place.dir;
+        for entry in fs::read_dir(dir).map_err(Error::storage(dir))? {
+            let entry = entry.map_err(Error::storage(dir))?;
+            if !files.iter().any(|file| entry.file_name() == file.name.as_str()) {
+                store::remove(&entry.path())?;
+            }
+        }
+        Ok(())
+    }
+}

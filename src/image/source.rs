@@ -1,0 +1,406 @@
+//! Where an image's bytes come from, and how they reach the thread that unpacks them.
+//!
+//! ```text
+//! registry ── task on the runtime ──▶ channel ─┐
+//!                                              ├─▶ Verified ─▶ decompress ─▶ … (a blocking thread)
+//! layout folder ── file ───────────────────────┘
+//! ```
+//!
+//! The channel is short, so a slow disk slows the network, and memory stays bounded.
+
+use std::io::{self, Read};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::mpsc;
+
+use super::digest::{Digest, Hasher};
+use super::error::Error;
+use super::layout::Layout;
+use super::manifest::Descriptor;
+use super::progress::{Event, Meter, Progress};
+use super::registry::Session;
+
+/// Largest manifest, index or config, in bytes: what registries allow, too.
+pub(super) const DOCUMENT_MAX: u64 = 4 << 20;
+
+/// Pieces on their way between network and disk. Each is what one read of the connection gave, at most some
+/// hundred KiB.
+const PIECES_IN_FLIGHT: usize = 16;
+
+/// How often progress is told while bytes flow.
+const TELL_EVERY: Duration = Duration::from_millis(250);
+
+/// Where one image comes from.
+#[derive(Debug)]
+pub(super) enum Source {
+    Registry(Box<Session>),
+    Layout(Layout),
+}
+
+impl Source {
+    /// The manifest or index that the reference itself names, and its digest.
+    pub(super) async fn root(&self) -> Result<(Digest, Vec<u8>), Error> {
+        match self {
+            Self::Registry(session) => session.root().await,
+            Self::Layout(layout) => layout.root(),
+        }
+    }
+
+    /// A manifest by digest.
+    pub(super) async fn manifest(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
+        self.check_document(descriptor, "manifest")?;
+        let bytes = match self {
+            Self::Registry(session) => session.manifest(&descriptor.digest).await?,
+            Self::Layout(layout) => layout.document(&descriptor.digest)?,
+        };
+        self.verify(descriptor, &bytes, "its manifest")?;
+        Ok(bytes)
+    }
+
+    /// A small blob, whole.
+    pub(super) async fn config(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
+        self.check_document(descriptor, "config")?;
+        let bytes = match self {
+            Self::Registry(session) => session.document(descriptor).await?,
+            Self::Layout(layout) => layout.document(&descriptor.digest)?,
+        };
+        self.verify(descriptor, &bytes, "its config")?;
+        Ok(bytes)
+    }
+
+    fn check_document(&self, descriptor: &Descriptor, what: &'static str) -> Result<(), Error> {
+        if descriptor.size > DOCUMENT_MAX {
+            let image = self.image().to_owned();
+            return Err(Error::TooLarge {
+                image,
+                what,
+                size: descriptor.size,
+                limit: DOCUMENT_MAX,
+            });
+        }
+        Ok(())
+    }
+
+    fn verify(&self, descriptor: &Descriptor, bytes: &[u8], what: &str) -> Result<(), Error> {
+        let found = Digest::of(bytes);
+        if found != descriptor.digest || bytes.len() as u64 != descriptor.size {
+            let reason = format!(
+                "{what} has {} bytes with the digest {found}, not {} with {}",
+                bytes.len(),
+                descriptor.size,
+                descriptor.digest
+            );
+            return Err(Error::Corrupt {
+                image: self.image().to_owned(),
+                reason,
+            });
+        }
+        Ok(())
+    }
+
+    /// Runs `work` on a thread of its own over a layer's bytes. What it returns is handed on only after all
+    /// bytes were seen to have the descriptor's size and digest.
+    pub(super) async fn layer<T, F>(
+        &self,
+        descriptor: &Descriptor,
+        total: u64,
+        meter: &Arc<Meter>,
+        progress: &dyn Progress,
+        work: F,
+    ) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut dyn Read) -> Result<T, Error> + Send + 'static,
+    {
+        let tell = || {
+            progress.event(Event::Fetching {
+                done: meter.fetched(),
+                total,
+            });
+            progress.event(Event::Unpacking {
+                written: meter.unpacked(),
+            });
+        };
+        let flow = async {
+            match self {
+                Self::Registry(session) => {
+                    let (sender, receiver) = mpsc::channel(PIECES_IN_FLIGHT);
+                    let reader = ChannelReader {
+                        receiver,
+                        piece: None,
+                        given: 0,
+                        ended: false,
+                    };
+                    let worker = self.work(descriptor, meter, reader, work);
+                    let (fed, worked) = tokio::join!(session.blob(descriptor, sender), worker);
+                    // Without its bytes the worker could only fail; why they did not come is the reason.
+                    match fed {
+                        Err(error) => Err(error),
+                        Ok(()) => worked,
+                    }
+                }
+                Self::Layout(layout) => {
+                    let file = layout.open(descriptor)?;
+                    self.work(descriptor, meter, file, work).await
+                }
+            }
+        };
+        tokio::pin!(flow);
+        let mut tick = tokio::time::interval(TELL_EVERY);
+        loop {
+            tokio::select! {
+                result = &mut flow => {
+                    tell();
+                    return result;
+                }
+                _ = tick.tick() => tell(),
+            }
+        }
+    }
+
+    async fn work<T, F>(
+        &self,
+        descriptor: &Descriptor,
+        meter: &Arc<Meter>,
+        reader: impl Read + Send + 'static,
+        work: F,
+    ) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut dyn Read) -> Result<T, Error> + Send + 'static,
+    {
+        let image = self.image().to_owned();
+        let descriptor = descriptor.clone();
+        let meter = Arc::clone(meter);
+        let cancelled = CancelledOnDrop::default();
+        let flag = Arc::clone(&cancelled.0);
+        let joined = tokio::task::spawn_blocking(move || {
+            let mut verified = Verified {
+                inner: reader,
+                meter: &meter,
+                cancelled: &flag,
+                hasher: Hasher::default(),
+                count: 0,
+                size: descriptor.size,
+            };
+            let result = work(&mut verified);
+            match result {
+                // Bytes that make no sense may simply have been damaged on their way: that is for the digest
+                // to say, and it is another person's fault.
+                Err(error @ Error::Malformed { .. }) => {
+                    verified.finish(&descriptor, &image)?;
+                    Err(error)
+                }
+                Err(error) => Err(error),
+                Ok(value) => verified.finish(&descriptor, &image).map(|()| value),
+            }
+        });
+        match joined.await {
+            Ok(result) => result,
+            Err(panic) => match panic.try_into_panic() {
+                Ok(panic) => std::panic::resume_unwind(panic),
+                Err(_) => Err(Error::Storage {
+                    path: Path::new("the unpacking thread").to_owned(),
+                    source: io::ErrorKind::Interrupted.into(),
+                }),
+            },
+        }
+    }
+
+    fn image(&self) -> &str {
+        match self {
+            Self::Registry(session) => session.image(),
+            Self::Layout(layout) => layout.image(),
+        }
+    }
+}
+
+/// Tells a thread that nobody waits for it any more: dropping a future does not end the thread it waited for.
+#[derive(Default)]
+struct CancelledOnDrop(Arc<AtomicBool>);
+
+impl Drop for CancelledOnDrop {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Counts and hashes packed bytes.
+struct Verified<'a, R> {
+    inner: R,
+    meter: &'a Meter,
+    cancelled: &'a AtomicBool,
+    hasher: Hasher,
+    count: u64,
+    size: u64,
+}
+
+impl<R: Read> Read for Verified<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.cancelled.load(Ordering::Relaxed) {
+            return Err(io::Error::new(
+                io::ErrorKind::ConnectionAborted,
+                "the transfer was cancelled",
+            ));
+        }
+        let count = self.inner.read(buffer)?;
+        self.hasher.update(&buffer[..count]);
+        self.count += count as u64;
+        self.meter.add_fetched(count);
+        if self.count > self.size {
+            return Err(io::Error::other("there are more bytes than announced"));
+        }
+        Ok(count)
+    }
+}
+
+impl<R: Read> Verified<'_, R> {
+    /// Reads what is left and compares.
+    fn finish(mut self, descriptor: &Descriptor, image: &str) -> Result<(), Error> {
+        let corrupt = |reason| Error::Corrupt {
+            image: image.to_owned(),
+            reason,
+        };
+        // Never more than a byte beyond what was announced.
+        if let Err(error) = io::copy(&mut self, &mut io::sink()) {
+            return Err(corrupt(format!(
+                "the layer {} cannot be read to its end ({error})",
+                descriptor.digest
+            )));
+        }
+        if self.count != self.size {
+            let reason = format!(
+                "the layer {} has {} bytes instead of {}",
+                descriptor.digest, self.count, self.size
+            );
+            return Err(corrupt(reason));
+        }
+        let found = self.hasher.finish();
+        if found != descriptor.digest {
+            return Err(corrupt(format!(
+                "the layer {} has the digest {found}",
+                descriptor.digest
+            )));
+        }
+        Ok(())
+    }
+}
+
+/// One message on the way from the network to the unpacking thread.
+pub(super) enum Piece {
+    Bytes(Bytes),
+    /// All bytes have been sent. A channel that closes without it was cut, and must not look like an end.
+    End,
+}
+
+/// Reads what a task sends.
+struct ChannelReader {
+    receiver: mpsc::Receiver<Piece>,
+    piece: Option<Bytes>,
+    given: usize,
+    ended: bool,
+}
+
+impl Read for ChannelReader {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        loop {
+            if let Some(piece) = &self.piece {
+                let left = &piece[self.given..];
+                if !left.is_empty() {
+                    let count = left.len().min(buffer.len());
+                    buffer[..count].copy_from_slice(&left[..count]);
+                    self.given += count;
+                    return Ok(count);
+                }
+                self.piece = None;
+            }
+            if self.ended {
+                return Ok(0);
+            }
+            match self.receiver.blocking_recv() {
+                Some(Piece::Bytes(bytes)) => (self.piece, self.given) = (Some(bytes), 0),
+                Some(Piece::End) => self.ended = true,
+                None => {
+                    return Err(io::Error::new(
+                        io::ErrorKind::ConnectionAborted,
+                        "the transfer was cut",
+                    ));
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn reader(pieces: Vec<Piece>) -> ChannelReader {
+        let (sender, receiver) = mpsc::channel(pieces.len().max(1));
+        for piece in pieces {
+            sender.try_send(piece).ok().unwrap();
+        }
+        ChannelReader {
+            receiver,
+            piece: None,
+            given: 0,
+            ended: false,
+        }
+    }
+
+    #[test]
+    fn pieces_become_one_stream() {
+        let mut out = Vec::new();
+        let pieces = vec![
+            Piece::Bytes(Bytes::from_static(b"one")),
+            Piece::Bytes(Bytes::new()),
+            Piece::Bytes(Bytes::from_static(b"two")),
+            Piece::End,
+        ];
+        reader(pieces).read_to_end(&mut out).unwrap();
+        assert_eq!(out, b"onetwo");
+    }
+
+    #[test]
+    fn a_cut_is_not_an_end() {
+        let mut out = Vec::new();
+        let error = reader(vec![Piece::Bytes(Bytes::from_static(b"one"))])
+            .read_to_end(&mut out)
+            .unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
+    }
+
+    #[test]
+    fn size_and_digest_are_both_checked() {
+        let (meter, cancelled) = (Meter::default(), AtomicBool::new(false));
+        let finish = |bytes: &'static [u8], size: u64, digest: Digest| {
+            let descriptor = Descriptor {
+                media_type: String::new(),
+                digest,
+                size,
+            };
+            let hasher = Hasher::default();
+            Verified {
+                inner: bytes,
+                meter: &meter,
+                cancelled: &cancelled,
+                hasher,
+                count: 0,
+                size,
+            }
+            .finish(&descriptor, "vm")
+        };
+        let digest = Digest::of(b"bytes");
+        assert!(finish(b"bytes", 5, digest).is_ok());
+        for (bytes, size) in [(&b"bytes"[..], 4), (b"bytes", 6), (b"bytez", 5), (b"", 5)] {
+            assert!(
+                matches!(finish(bytes, size, digest), Err(Error::Corrupt { .. })),
+                "{bytes:?} {size}"
+            );
+        }
+    }
+}
