@@ -14,7 +14,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use openssl::pkey::PKey;
 use ssh_key::private::{Ed25519Keypair, KeypairData};
 
-use super::secret::Secret;
+use crate::secret::Secret;
 
 const USER_KEY_FILE: &str = "user_key";
 const HOST_KEY_FILE: &str = "host_key";

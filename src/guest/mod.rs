@@ -8,7 +8,7 @@
 //!
 //! | concern | modules |
 //! |---|---|
-//! | who is who | [`keys`], [`introduction`], [`secret`] |
+//! | who is who | [`keys`], [`introduction`] |
 //! | the way in | [`ssh`], [`ready`] |
 //! | a script | [`shell`] (the wrapper's text), [`marker`] (its words in the stream), [`script`], [`cancel`] |
 //! | the file system fills the disk | [`grow`] |
@@ -20,6 +20,5 @@ pub mod keys;
 pub mod marker;
 pub mod ready;
 pub mod script;
-pub mod secret;
 pub mod shell;
 pub mod ssh;

@@ -5,7 +5,6 @@
 //! stdout).
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -14,6 +13,7 @@ use serde::Deserialize;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::error::quoted;
+use crate::secret::Secret;
 
 /// Time that a credential helper has to answer. Some ask a cloud's metadata service or a key ring; none
 /// waits for a human here.
@@ -84,29 +84,6 @@ impl Origin {
             Self::JobGiven => "the job",
             Self::Host => "the host",
         }
-    }
-}
-
-/// A password or token. It shows in no output.
-#[derive(Clone, PartialEq, Eq)]
-pub struct Secret(String);
-
-impl Secret {
-    /// Takes the secret in.
-    #[must_use]
-    pub fn new(secret: impl Into<String>) -> Self {
-        Self(secret.into())
-    }
-
-    /// The secret itself, for the one place that sends it.
-    pub(super) fn reveal(&self) -> &str {
-        &self.0
-    }
-}
-
-impl fmt::Debug for Secret {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("(secret)")
     }
 }
 
@@ -431,7 +408,7 @@ fn parse_helper(success: bool, answer: &[u8]) -> Result<Option<Login>, &'static 
     }
     Ok(Some(Login {
         user: answer.username,
-        password: Secret(answer.secret),
+        password: Secret::new(answer.secret),
     }))
 }
 

@@ -44,7 +44,7 @@ mod source;
 mod sparse;
 mod store;
 
-pub use credentials::{Credentials, CredentialsError, Login, Origin, Secret};
+pub use credentials::{Credentials, CredentialsError, Login, Origin};
 pub use digest::{Digest, NoDigest};
 pub use error::Error;
 pub use hints::{Firmware, Hints};

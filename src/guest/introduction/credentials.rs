@@ -6,7 +6,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD as BASE64;
 
 use super::Introduction;
-use crate::guest::secret::Secret;
+use crate::secret::Secret;
 
 /// One credential: for fw_cfg, an item named `opt/io.systemd.credentials/NAME` whose content this is. The content may be
 /// secret: keep it in a file that nobody else can read.

@@ -136,6 +136,11 @@ impl Connection {
         Self::open(target, self.patience, |_| {}).await
     }
 
+    /// The guest's SSH server.
+    pub fn address(&self) -> std::net::SocketAddr {
+        self.target.address
+    }
+
     /// The account that we are logged in to.
     pub fn user(&self) -> &str {
         &self.target.user

@@ -23,7 +23,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::keys::{KeyPair, PublicKey};
-use super::secret::Secret;
+use crate::secret::Secret;
 
 /// Where a guest is reached, as whom, and how each side proves who it is.
 #[derive(Debug, Clone)]
