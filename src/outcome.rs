@@ -1,1 +1,379 @@
 //! What went wrong, whose fault it is, and what to do about it.
+//!
+//! | fault | who mends it | exit code for gitlab-runner | does the runner try again? |
+//! |---|---|---|---|
+//! | [`Fault::Script`] | the job's author, in the script | `BUILD_FAILURE_EXIT_CODE`, the true code in `BUILD_EXIT_CODE_FILE` | no |
+//! | [`Fault::Author`] | the job's author, in `.gitlab-ci.yml` | `BUILD_FAILURE_EXIT_CODE` | no |
+//! | [`Fault::System`] | the operator, or time | `SYSTEM_FAILURE_EXIT_CODE` | yes, while preparing |
+//!
+//! Every module has its own error type; this is the one place where they become a [`Failure`].
+
+use std::fmt;
+
+use crate::{guest, image, machine};
+
+/// Whose fault a failure is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Fault {
+    /// The user's script ended with this code, which is not 0.
+    Script(i32),
+    /// Only the job's author can mend it.
+    Author,
+    /// The operator must mend it, or it passes.
+    System,
+}
+
+/// One failure, in words for people.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Failure {
+    /// Whose fault it is.
+    pub fault: Fault,
+    /// What happened, to which thing: one sentence.
+    pub message: String,
+    /// What to do next, a sentence each.
+    pub hints: Vec<String>,
+}
+
+impl Failure {
+    /// The operator must mend it, or it passes.
+    pub fn system(message: impl Into<String>) -> Self {
+        Failure {
+            fault: Fault::System,
+            message: message.into(),
+            hints: Vec::new(),
+        }
+    }
+
+    /// Only the job's author can mend it.
+    pub fn author(message: impl Into<String>) -> Self {
+        Failure {
+            fault: Fault::Author,
+            message: message.into(),
+            hints: Vec::new(),
+        }
+    }
+
+    /// The user's script ended with this code.
+    pub fn script(code: i32) -> Self {
+        let message = format!("The script ended with exit code {code}.");
+        Failure {
+            fault: Fault::Script(code),
+            message,
+            hints: Vec::new(),
+        }
+    }
+
+    /// Adds what to do next.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hints.push(hint.into());
+        self
+    }
+}
+
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&sentence(&self.message))?;
+        for hint in &self.hints {
+            write!(f, " {}", sentence(hint))?;
+        }
+        Ok(())
+    }
+}
+
+impl std::error::Error for Failure {}
+
+/// A text as a sentence: a capital first, unless it begins with a name, and a full stop.
+fn sentence(text: &str) -> String {
+    let text = text.trim_end();
+    let first_word: &str = text.split(' ').next().unwrap_or_default();
+    let plain = first_word.bytes().all(|b| b.is_ascii_lowercase() || b == b'\'');
+    let keeps_its_case = !plain
+        || matches!(
+            first_word.trim_end_matches("'s"),
+            "libvirt" | "gitlab-runner" | "sshd" | "cannery" | "qemu-img"
+        );
+    let mut out = String::with_capacity(text.len() + 1);
+    let mut chars = text.chars();
+    if let Some(first) = chars.next() {
+        if keeps_its_case {
+            out.push(first);
+        } else {
+            out.extend(first.to_uppercase());
+        }
+    }
+    out.push_str(chars.as_str());
+    if !out.ends_with(['.', '!', '?', ':']) {
+        out.push('.');
+    }
+    out
+}
+
+/// The exit codes that gitlab-runner asked for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExitCodes {
+    /// `BUILD_FAILURE_EXIT_CODE`
+    pub build: u8,
+    /// `SYSTEM_FAILURE_EXIT_CODE`
+    pub system: u8,
+}
+
+impl Default for ExitCodes {
+    /// gitlab-runner's own values.
+    fn default() -> Self {
+        ExitCodes { build: 1, system: 2 }
+    }
+}
+
+impl ExitCodes {
+    /// The code for a failure.
+    pub fn code(self, fault: Fault) -> u8 {
+        match fault {
+            Fault::Script(_) | Fault::Author => self.build,
+            Fault::System => self.system,
+        }
+    }
+}
+
+impl From<crate::settings::Error> for Failure {
+    fn from(e: crate::settings::Error) -> Self {
+        Failure::system(e.to_string()).hint("docs/configure.md lists every key")
+    }
+}
+
+impl From<crate::record::Error> for Failure {
+    fn from(e: crate::record::Error) -> Self {
+        use crate::record::Error as E;
+        let failure = Failure::system(e.to_string());
+        match e {
+            E::Io { source, .. } => permission_hint(failure, &source),
+            E::Damaged { .. } => failure.hint("`cannery reap` removes what it belonged to"),
+            E::Newer { .. } => failure.hint("Install that version again, or wait until its jobs are done"),
+            E::Gone(_) => failure.hint("Someone cancelled the job, or its runner gave it up"),
+            E::Locked(..) => failure.hint("`cannery vm list` shows the job; the process that holds it hangs"),
+        }
+    }
+}
+
+impl From<crate::host::Error> for Failure {
+    fn from(e: crate::host::Error) -> Self {
+        use crate::host::Error as E;
+        let failure = Failure::system(e.to_string());
+        match e {
+            E::Full { .. } | E::NoSlot { .. } => failure.hint(
+                "Give gitlab-runner a `concurrent` no greater than host.max_machines and network.slots; `cannery vm list` shows who has them",
+            ),
+            E::Io { source, .. } => permission_hint(failure, &source),
+        }
+    }
+}
+
+impl From<crate::job::Error> for Failure {
+    fn from(e: crate::job::Error) -> Self {
+        use crate::job::Error as E;
+        match &e {
+            E::Variable { .. } => Failure::author(e.to_string()).hint("Mend the variable in .gitlab-ci.yml"),
+            E::NotARunner(_) => {
+                Failure::system(e.to_string()).hint("docs/install.md shows how to point gitlab-runner at it")
+            }
+            E::Unreadable { .. } | E::Malformed { .. } => {
+                Failure::system(e.to_string()).hint("gitlab-runner 15.0 or newer is needed")
+            }
+        }
+    }
+}
+
+impl From<image::Error> for Failure {
+    fn from(e: image::Error) -> Self {
+        use image::Error as E;
+        let message = e.to_string();
+        let (system, author) = (Failure::system(&message), Failure::author(&message));
+        match e {
+            E::NotFound { .. } => author.hint("Is the name right, and was the tag pushed?"),
+            E::Denied { .. } => {
+                author.hint("Give the job credentials for it in DOCKER_AUTH_CONFIG, or ask for access to its project")
+            }
+            E::Malformed { .. } | E::Unsupported { .. } => {
+                author.hint("It must be a containerDisk or a plain qcow2 or raw artifact; docs/install.md says what an image needs")
+            }
+            E::WrongPlatform { .. } => author.hint("Build the image for this platform, or choose another runner by its tags"),
+            E::TooLarge { .. } => author.hint("Build a smaller image, or ask the runner's operator to raise images.max_disk"),
+            E::Hostile { .. } => author.hint("Build the image anew, from a disk that you trust"),
+            E::Label { .. } => author.hint("Mend the label where the image is built"),
+            E::NotCached { .. } => author.hint("Use the pull policy if-not-present or always"),
+            E::Credentials(_) => author.hint("It must be a docker config.json with plain \"auths\""),
+            E::Unreachable { .. } => system.hint("Is the registry up, and does images.plain_http or images.ca_files need an entry for it?"),
+            E::Corrupt { .. } => system.hint("Something between the registry's storage and this host changes data; push the image again if it stays so"),
+            E::DiskFull { .. } => system.hint("Make room on the store's file system"),
+            E::WaitedTooLong { .. } => system.hint("Look at the other job; the next try begins anew"),
+            E::CaFile { .. } => system.hint("Mend images.ca_files in the settings"),
+            E::Storage { source, .. } => permission_hint(system, &source),
+        }
+    }
+}
+
+impl From<machine::libvirt::Error> for Failure {
+    fn from(e: machine::libvirt::Error) -> Self {
+        use machine::libvirt::Error as E;
+        let failure = Failure::system(e.to_string());
+        match e {
+            E::Unreachable { .. } => {
+                failure.hint("Is libvirtd running, and is libvirt.uri in the settings right?")
+            }
+            E::Denied { .. } => failure.hint("Run it as root, or put the user into the group libvirt"),
+            E::Late { .. } => failure.hint(
+                "Is the host overloaded, or /dev/kvm not root:kvm 0660? docs/troubleshoot.md knows more",
+            ),
+            E::Refused { .. } => failure.hint("libvirt's own log says more: journalctl -u libvirtd"),
+            E::Panicked(_) | E::Answer(_) => failure.hint("Please report it with libvirt's version"),
+        }
+    }
+}
+
+impl From<machine::network::Error> for Failure {
+    fn from(e: machine::network::Error) -> Self {
+        match e {
+            machine::network::Error::Libvirt(e) => e.into(),
+            e => Failure::system(e.to_string()),
+        }
+    }
+}
+
+impl From<machine::overlay::Error> for Failure {
+    fn from(e: machine::overlay::Error) -> Self {
+        use machine::overlay::Error as E;
+        let failure = Failure::system(e.to_string());
+        match e {
+            E::Full(_) => failure.hint("Make room on the state folder's file system"),
+            E::Missing { source, .. } | E::Write { source, .. } => permission_hint(failure, &source),
+            E::Tool(_) => failure.hint("Install qemu-utils"),
+            E::TooSmall { .. } | E::Late | E::Failed(_) => failure,
+        }
+    }
+}
+
+impl From<machine::xml::domain::Error> for Failure {
+    fn from(e: machine::xml::domain::Error) -> Self {
+        Failure::system(e.to_string())
+    }
+}
+
+impl From<guest::ssh::Error> for Failure {
+    fn from(e: guest::ssh::Error) -> Self {
+        use guest::ssh::Error as E;
+        let failure = Failure::system(e.to_string());
+        match e {
+            E::TimedOut { .. } => failure.hint("The image must start an SSH server and ask for its address by DHCP; a slow host needs a longer guest.boot_timeout"),
+            E::Denied { .. } => failure.hint("Check guest.user; an image that reads neither systemd credentials nor a cloud-init seed needs guest.key_file or guest.password"),
+            E::HostKey { .. } => failure.hint("The image did not take the job's host key: give guest.key_file or guest.password for it"),
+            E::KeyUnusable { .. } => failure.hint("It must be an OpenSSH private key without a passphrase"),
+            E::Lost(_) => failure.hint("The guest or its network stopped answering; its serial log may say why"),
+            E::Refused(_) | E::TooSlow(_) | E::Host { .. } | E::Stopped => failure,
+        }
+    }
+}
+
+impl From<guest::ready::Error> for Failure {
+    fn from(e: guest::ready::Error) -> Self {
+        match e {
+            guest::ready::Error::Machine(why) => Failure::system(why).hint(
+                "The image must boot on this hardware and stay up; the serial log shows how far it came",
+            ),
+            guest::ready::Error::Ssh(e) => e.into(),
+        }
+    }
+}
+
+impl From<guest::script::Error> for Failure {
+    fn from(e: guest::script::Error) -> Self {
+        use guest::script::Error as E;
+        let message = e.to_string();
+        match e {
+            E::NoShell(_) => Failure::author(message).hint("Use an image that has it"),
+            E::NoRoom(_) => Failure::system(message)
+                .hint("The guest's disk or memory is full: ask for more with CANNERY_DISK or CANNERY_MEMORY"),
+            E::NotStarted(_) => {
+                Failure::system(message).hint("The image needs /bin/sh and a login shell that runs commands")
+            }
+            E::Cut => Failure::system(message)
+                .hint("The guest may have run out of memory: CANNERY_MEMORY asks for more"),
+            E::Machine(_) => {
+                Failure::system(message).hint("The job's machine ended under it; nothing more can run there")
+            }
+            E::Ssh(e) => e.into(),
+            E::Cancel(_) | E::Output(_) => Failure::system(message),
+        }
+    }
+}
+
+impl From<machine::accelerator::Error> for Failure {
+    fn from(e: machine::accelerator::Error) -> Self {
+        Failure::system(e.to_string())
+    }
+}
+
+impl From<guest::introduction::IntroductionError> for Failure {
+    fn from(e: guest::introduction::IntroductionError) -> Self {
+        use guest::introduction::IntroductionError as E;
+        match e {
+            E::User(_) => Failure::author(e.to_string())
+                .hint("Mend image:docker:user, or the image's io.cannery.user label"),
+            E::Hostname(_) | E::MachineId(_) => Failure::system(e.to_string()),
+        }
+    }
+}
+
+impl From<guest::introduction::SeedError> for Failure {
+    fn from(e: guest::introduction::SeedError) -> Self {
+        permission_hint(Failure::system(e.to_string()), &e.source)
+    }
+}
+
+impl From<guest::keys::KeyError> for Failure {
+    fn from(e: guest::keys::KeyError) -> Self {
+        Failure::system(e.to_string())
+    }
+}
+
+/// What helps when the system refused or had no room.
+fn permission_hint(failure: Failure, error: &std::io::Error) -> Failure {
+    match error.kind() {
+        std::io::ErrorKind::PermissionDenied => failure.hint(
+            "Run it as root or as a member of the groups cannery and libvirt; the first call as root makes the state folder",
+        ),
+        std::io::ErrorKind::StorageFull => failure.hint("Make room on that file system"),
+        _ => failure,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_failure_reads_as_sentences() {
+        let failure = Failure::system("cannot read /x").hint("make it readable");
+        assert_eq!(failure.to_string(), "Cannot read /x. Make it readable.");
+        assert_eq!(Failure::system("libvirt is down").to_string(), "libvirt is down.");
+        assert_eq!(
+            Failure::author("CANNERY_CPUS=9: too many.").to_string(),
+            "CANNERY_CPUS=9: too many."
+        );
+        assert_eq!(
+            Failure::system("/etc/x.toml:1:2: bad").to_string(),
+            "/etc/x.toml:1:2: bad."
+        );
+        assert_eq!(Failure::system("").to_string(), ".");
+    }
+
+    #[test]
+    fn the_runner_gets_its_own_codes() {
+        let codes = ExitCodes {
+            build: 41,
+            system: 42,
+        };
+        assert_eq!(codes.code(Fault::Script(3)), 41);
+        assert_eq!(codes.code(Fault::Author), 41);
+        assert_eq!(codes.code(Fault::System), 42);
+    }
+}

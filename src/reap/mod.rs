@@ -1,1 +1,207 @@
 //! What is left behind, and what to do about it.
+//!
+//! One way of removing serves everyone: cleanup, `vm rm`, `reap`, and the sweep at the start of every prepare.
+//! [`plan`] decides from facts alone; [`Reaper`] gathers them and carries the decisions out.
+//!
+//! Removing a job is safe to repeat and to be killed in: domain, then slot, then folder, the record last.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use jiff::Timestamp;
+
+mod plan;
+
+pub use plan::{Action, Found, Why, World, plan};
+
+use crate::host::Slots;
+use crate::machine::Libvirt;
+use crate::outcome::Failure;
+use crate::record::{self, JobDir, JobKey, Jobs, State};
+use crate::settings::Settings;
+
+/// Gathers what there is, and removes what is decided.
+#[derive(Debug)]
+pub struct Reaper {
+    state_dir: PathBuf,
+    uri: String,
+    jobs: Jobs,
+    slots: Slots,
+    libvirt: Libvirt,
+}
+
+impl fmt::Display for Action {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Action::RemoveJob(key, why) => write!(f, "job {key}: {why}"),
+            Action::DestroyDomain(name, why) => write!(f, "machine {name}: {why}"),
+            Action::FreeSlot(lease, why) => {
+                write!(f, "slot {} of network {}: {why}", lease.index, lease.network)
+            }
+        }
+    }
+}
+
+impl Reaper {
+    /// A reaper for the state folder of these settings.
+    pub fn open(settings: &Settings) -> Result<Reaper, Failure> {
+        Ok(Reaper {
+            state_dir: settings.state_dir.clone(),
+            uri: settings.libvirt_uri.clone(),
+            jobs: Jobs::open(&settings.state_dir)?,
+            slots: Slots::open(&settings.state_dir)?,
+            libvirt: Libvirt::open(&settings.libvirt_uri)?,
+        })
+    }
+
+    /// What there is to do now.
+    pub async fn plan(&self) -> Result<Vec<Action>, Failure> {
+        // Leases and domains are listed before jobs: what is made meanwhile then has its job in the list.
+        let leases = self.slots.leases()?;
+        let domains = self.domains().await?;
+        let jobs = self.jobs.list()?.into_iter().map(|job| found(&job)).collect();
+        Ok(plan(
+            &World {
+                jobs,
+                domains,
+                leases,
+            },
+            Timestamp::now(),
+        ))
+    }
+
+    /// Our domains, by name and job. Domains of another state folder are another cannery's.
+    async fn domains(&self) -> Result<Vec<(String, JobKey)>, Failure> {
+        let known = self.libvirt.list_ours().await?;
+        let ours = known
+            .into_iter()
+            .filter(|d| same_folder(&d.owner.state_dir, &self.state_dir));
+        Ok(ours
+            .map(|d| {
+                let key = JobKey {
+                    coordinator: d.owner.coordinator,
+                    id: d.owner.job_id,
+                    attempt: d.owner.attempt,
+                };
+                (d.name, key)
+            })
+            .collect())
+    }
+
+    /// Does one thing, unless someone is just working on it: then the answer is false.
+    pub async fn apply(&self, action: &Action) -> Result<bool, Failure> {
+        if let Action::RemoveJob(key, _) = action
+            && let Some(job) = self.jobs.find(key)
+            && job.is_busy()?
+        {
+            return Ok(false);
+        }
+        self.apply_now(action).await?;
+        Ok(true)
+    }
+
+    /// Does one thing, after whoever is just working on it.
+    pub async fn apply_now(&self, action: &Action) -> Result<(), Failure> {
+        tracing::info!(%action, "removing");
+        match action {
+            Action::RemoveJob(key, _) => match self.jobs.find(key) {
+                Some(job) => self.remove(&job).await,
+                None => Ok(()),
+            },
+            Action::DestroyDomain(name, _) => Ok(self.libvirt.destroy(name).await.map(drop)?),
+            Action::FreeSlot(lease, _) => Ok(self.slots.free(lease)?),
+        }
+    }
+
+    /// Removes what no runner will come back for, and says how many things could not be removed.
+    pub async fn sweep(&self) -> Result<usize, Failure> {
+        let mut failed = 0;
+        for action in self.plan().await? {
+            if let Err(e) = self.apply(&action).await {
+                tracing::warn!(%action, "not removed: {e}");
+                failed += 1;
+            }
+        }
+        Ok(failed)
+    }
+
+    /// Removes a job with all that it has, at whatever point it is.
+    pub async fn remove(&self, job: &JobDir) -> Result<(), Failure> {
+        let step = match job.enter(State::Cleaning, |_| ()) {
+            Ok(step) => Some(step),
+            // Removed meanwhile, or a folder whose record is gone already or unreadable: the key says enough.
+            Err(record::Error::Gone(_) | record::Error::Damaged { .. }) => None,
+            Err(e) => return Err(e.into()),
+        };
+        let machine = step.as_ref().and_then(|s| s.record.machine.clone());
+        let name = machine
+            .as_ref()
+            .map_or_else(|| job.key().machine_name(), |m| m.name.clone());
+        match machine {
+            // Another [[runners]] may have started it on another libvirt.
+            Some(m) if m.uri != self.uri => Libvirt::open(&m.uri)?.destroy(&name).await?,
+            // Without a machine in the record there is none: it is saved before libvirt is asked.
+            None if step.is_some() => false,
+            _ => self.libvirt.destroy(&name).await?,
+        };
+        self.slots.release(job.key())?;
+        job.remove(step)?;
+        Ok(())
+    }
+
+    /// Removes what one try of the runner has; nothing is fine too.
+    pub async fn remove_session(&self, session: &Path) -> Result<(), Failure> {
+        for (job, _) in self.jobs.of_session(session)? {
+            self.remove(&job).await?;
+        }
+        Ok(())
+    }
+
+    /// Removes what earlier tries of a job have left: a job runs once at a time.
+    pub async fn remove_tries(&self, coordinator: &str, id: u64) -> Result<(), Failure> {
+        let wanted = JobKey::new(coordinator, id, 0);
+        for job in self
+            .jobs
+            .list()?
+            .into_iter()
+            .filter(|j| j.key().same_job(&wanted))
+        {
+            self.remove(&job).await?;
+        }
+        Ok(())
+    }
+}
+
+/// What is known about a job's folder.
+fn found(job: &JobDir) -> Found {
+    let record = match job.read() {
+        Ok(record) => record,
+        Err(record::Error::Newer { .. } | record::Error::Io { .. }) => {
+            return Found {
+                foreign: true,
+                ..Found::unknown(job.key().clone())
+            };
+        }
+        Err(_) => None,
+    };
+    let Some(record) = record else {
+        return Found::unknown(job.key().clone());
+    };
+    Found {
+        key: job.key().clone(),
+        caller_alive: record.caller.is_alive(),
+        rebooted: record.caller.was_before_this_boot(),
+        session_over: is_gone(&record.session),
+        foreign: false,
+        record: Some(record),
+    }
+}
+
+/// Is the file certainly not there? One that cannot be looked at counts as there.
+fn is_gone(path: &Path) -> bool {
+    matches!(path.symlink_metadata(), Err(e) if e.kind() == std::io::ErrorKind::NotFound)
+}
+
+fn same_folder(a: &Path, b: &Path) -> bool {
+    a == b || matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
