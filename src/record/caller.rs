@@ -21,7 +21,11 @@ impl Caller {
     /// own, so that wrappers between the two (a shell, sudo) do not count.
     pub fn of_this_call() -> Self {
         let leader = getpgrp();
-        let runner = if leader == getpid() { getppid() } else { parent_of(leader).or_else(getppid) };
+        let runner = if leader == getpid() {
+            getppid()
+        } else {
+            parent_of(leader).or_else(getppid)
+        };
         Caller::of(runner.map_or(1, |p| p.as_raw_nonzero().get().unsigned_abs()))
     }
 
@@ -31,7 +35,11 @@ impl Caller {
     }
 
     fn of(pid: u32) -> Self {
-        Caller { boot_id: boot_id(), pid, started: stat(pid).map_or(0, |s| s.started) }
+        Caller {
+            boot_id: boot_id(),
+            pid,
+            started: stat(pid).map_or(0, |s| s.started),
+        }
     }
 
     /// Is it still there?
@@ -50,7 +58,9 @@ fn parent_of(pid: Pid) -> Option<Pid> {
 }
 
 fn boot_id() -> String {
-    fs::read_to_string("/proc/sys/kernel/random/boot_id").map(|s| s.trim().to_owned()).unwrap_or_default()
+    fs::read_to_string("/proc/sys/kernel/random/boot_id")
+        .map(|s| s.trim().to_owned())
+        .unwrap_or_default()
 }
 
 struct Stat {
@@ -70,7 +80,11 @@ fn parse_stat(line: &str) -> Option<Stat> {
     let parent = fields.next()?.parse().ok()?;
     // The start time is field 22; state was field 3, parent 4.
     let started = fields.nth(17)?.parse().ok()?;
-    Some(Stat { zombie, parent, started })
+    Some(Stat {
+        zombie,
+        parent,
+        started,
+    })
 }
 
 #[cfg(test)]
@@ -91,8 +105,20 @@ mod tests {
     fn this_process_lives_and_one_of_another_boot_or_start_does_not() {
         let me = Caller::this();
         assert!(me.is_alive());
-        assert!(!Caller { boot_id: "other".into(), ..me.clone() }.is_alive());
-        assert!(!Caller { started: me.started + 1, ..me }.is_alive());
+        assert!(
+            !Caller {
+                boot_id: "other".into(),
+                ..me.clone()
+            }
+            .is_alive()
+        );
+        assert!(
+            !Caller {
+                started: me.started + 1,
+                ..me
+            }
+            .is_alive()
+        );
     }
 
     #[test]

@@ -20,7 +20,12 @@ pub fn write_atomic(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
     temporary.push(format!(".{}.new", std::process::id()));
     let temporary = dir.join(temporary);
     let written = (|| {
-        let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&temporary)?;
+        let mut file = OpenOptions::new()
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .mode(mode)
+            .open(&temporary)?;
         // The umask has no say in who may clean up.
         file.set_permissions(Permissions::from_mode(mode))?;
         file.write_all(content)?;
@@ -37,7 +42,11 @@ pub fn write_atomic(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
 
 /// Writes a value as JSON, atomically.
 pub fn write_json<T: Serialize>(path: &Path, value: &T, mode: u32) -> Result<(), Error> {
-    let io = |source| Error::Io { action: "write", path: path.to_owned(), source };
+    let io = |source| Error::Io {
+        action: "write",
+        path: path.to_owned(),
+        source,
+    };
     let mut text = serde_json::to_vec_pretty(value).map_err(|e| io(e.into()))?;
     text.push(b'\n');
     write_atomic(path, &text, mode).map_err(io)
@@ -48,8 +57,15 @@ pub fn read_json<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
     match fs::read(path) {
         Ok(text) => serde_json::from_slice(&text)
             .map(Some)
-            .map_err(|e| Error::Damaged { path: path.to_owned(), message: e.to_string() }),
+            .map_err(|e| Error::Damaged {
+                path: path.to_owned(),
+                message: e.to_string(),
+            }),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(source) => Err(Error::Io { action: "read", path: path.to_owned(), source }),
+        Err(source) => Err(Error::Io {
+            action: "read",
+            path: path.to_owned(),
+            source,
+        }),
     }
 }

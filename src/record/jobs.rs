@@ -65,17 +65,36 @@ impl Jobs {
         for entry in fs::read_dir(&self.dir).map_err(io_error("list", &self.dir))? {
             let entry = entry.map_err(io_error("list", &self.dir))?;
             if let Some(key) = entry.file_name().to_str().and_then(|n| n.parse::<JobKey>().ok()) {
-                jobs.push(JobDir { dir: entry.path(), key });
+                jobs.push(JobDir {
+                    dir: entry.path(),
+                    key,
+                });
             }
         }
         jobs.sort_by(|a, b| a.key.cmp(&b.key));
         Ok(jobs)
     }
 
+    /// The jobs of one try of the runner, with their records: one as a rule, none before prepare and after cleanup.
+    ///
+    /// A record that cannot be read is in nobody's way here; the reaper sees to it.
+    pub fn of_session(&self, session: &Path) -> Result<Vec<(JobDir, Record)>, Error> {
+        let with_record = |job: JobDir| job.read().ok().flatten().map(|record| (job, record));
+        Ok(self
+            .list()?
+            .into_iter()
+            .filter_map(with_record)
+            .filter(|(_, r)| r.session == session)
+            .collect())
+    }
+
     /// The job of this key, if it has a folder.
     pub fn find(&self, key: &JobKey) -> Option<JobDir> {
         let dir = self.dir.join(key.to_string());
-        dir.is_dir().then(|| JobDir { dir, key: key.clone() })
+        dir.is_dir().then(|| JobDir {
+            dir,
+            key: key.clone(),
+        })
     }
 
     /// Makes the folder and the record of a job's next try; `record.key.attempt` is set here.
@@ -84,7 +103,11 @@ impl Jobs {
     pub fn create(&self, mut record: Record) -> Result<JobDir, Error> {
         loop {
             let earlier = self.list()?;
-            let last = earlier.iter().filter(|j| j.key.same_job(&record.key)).map(|j| j.key.attempt).max();
+            let last = earlier
+                .iter()
+                .filter(|j| j.key.same_job(&record.key))
+                .map(|j| j.key.attempt)
+                .max();
             record.key.attempt = last.map_or(1, |n| n + 1);
             let dir = self.dir.join(record.key.to_string());
             let hidden = self.dir.join(format!(".{}.{}", record.key, std::process::id()));
@@ -93,7 +116,10 @@ impl Jobs {
                 Err(e) if e.kind() == io::ErrorKind::AlreadyExists => {}
                 made => made.map_err(io_error("create the folder", &hidden))?,
             }
-            let job = JobDir { dir: hidden.clone(), key: record.key.clone() };
+            let job = JobDir {
+                dir: hidden.clone(),
+                key: record.key.clone(),
+            };
             // The umask must not keep QEMU out, nor the group.
             let mode = std::os::unix::fs::PermissionsExt::from_mode(DIR_MODE);
             fs::set_permissions(&hidden, mode).map_err(io_error("set the mode of", &hidden))?;
@@ -101,7 +127,12 @@ impl Jobs {
             match fs::rename(&hidden, &dir) {
                 Ok(()) => return Ok(JobDir { dir, key: record.key }),
                 // Another process made the same try's folder meanwhile: take the next number.
-                Err(e) if matches!(e.kind(), io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists) => {
+                Err(e)
+                    if matches!(
+                        e.kind(),
+                        io::ErrorKind::DirectoryNotEmpty | io::ErrorKind::AlreadyExists
+                    ) =>
+                {
                     fs::remove_dir_all(&hidden).map_err(io_error("remove", &hidden))?;
                 }
                 Err(e) => return Err(io_error("create the folder", &dir)(e)),
@@ -148,7 +179,9 @@ impl JobDir {
     /// the step is dropped. Fails with [`Error::Gone`] once the job is being cleaned up.
     pub fn enter(&self, state: State, change: impl FnOnce(&mut Record)) -> Result<Step, Error> {
         let lock = self.lock()?;
-        let Some(mut record) = self.read()? else { return Err(Error::Gone(self.key.clone())) };
+        let Some(mut record) = self.read()? else {
+            return Err(Error::Gone(self.key.clone()));
+        };
         if !record.state.may_become(state) {
             return Err(Error::Gone(self.key.clone()));
         }
@@ -159,10 +192,29 @@ impl JobDir {
         Ok(Step { _lock: lock, record })
     }
 
+    /// Is someone just taking a step of this job?
+    pub fn is_busy(&self) -> Result<bool, Error> {
+        let path = self.file("lock");
+        let file = match OpenOptions::new().append(true).open(&path) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
+            opened => opened.map_err(io_error("open", &path))?,
+        };
+        match file.try_lock() {
+            Ok(()) => Ok(false),
+            Err(fs::TryLockError::WouldBlock) => Ok(true),
+            Err(fs::TryLockError::Error(e)) => Err(io_error("lock", &path)(e)),
+        }
+    }
+
     /// Waits for whoever takes a step of this job.
     fn lock(&self) -> Result<File, Error> {
         let path = self.file("lock");
-        let file = match OpenOptions::new().create(true).append(true).mode(0o664).open(&path) {
+        let file = match OpenOptions::new()
+            .create(true)
+            .append(true)
+            .mode(0o664)
+            .open(&path)
+        {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(Error::Gone(self.key.clone())),
             opened => opened.map_err(io_error("open", &path))?,
         };
@@ -170,7 +222,9 @@ impl JobDir {
         loop {
             match file.try_lock() {
                 Ok(()) => return Ok(file),
-                Err(fs::TryLockError::WouldBlock) if begin.elapsed() < LOCK_DEADLINE => std::thread::sleep(LOCK_POLL),
+                Err(fs::TryLockError::WouldBlock) if begin.elapsed() < LOCK_DEADLINE => {
+                    std::thread::sleep(LOCK_POLL)
+                }
                 Err(fs::TryLockError::WouldBlock) => {
                     return Err(Error::Locked(self.key.clone(), LOCK_DEADLINE.as_secs()));
                 }
@@ -193,11 +247,18 @@ impl JobDir {
         for entry in entries {
             let entry = entry.map_err(io_error("list", &self.dir))?;
             let path = entry.path();
-            if ["record.json", "lock"].iter().any(|keep| entry.file_name() == *keep) {
+            if ["record.json", "lock"]
+                .iter()
+                .any(|keep| entry.file_name() == *keep)
+            {
                 continue;
             }
             let directory = entry.file_type().map_err(io_error("look at", &path))?.is_dir();
-            let removed = if directory { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            let removed = if directory {
+                fs::remove_dir_all(&path)
+            } else {
+                fs::remove_file(&path)
+            };
             absent_is_fine(removed, &path)?;
         }
         for name in ["record.json", "lock"] {

@@ -6,6 +6,7 @@
 //! ```text
 //!            ┌──────────────────── prepare ─────────────────────┐      ┌─ run ─┐
 //! Admitted ─▶ Fetching ─▶ Cloning ─▶ Starting ─▶ Booting ─▶ Ready ◀─▶ Running
+//!     │           │           ▲──────────│───────────│ again, without KVM
 //!     └───────────┴───────────┴──────────┴───────────┴─────────┴──────────┘
 //!                                     │ cleanup, reap, vm rm
 //!                                     ▼
@@ -95,7 +96,11 @@ pub struct JobKey {
 impl JobKey {
     /// The key of a coordinator's job.
     pub fn new(coordinator_url: &str, id: u64, attempt: u32) -> Self {
-        JobKey { coordinator: coordinator_hash(coordinator_url), id, attempt }
+        JobKey {
+            coordinator: coordinator_hash(coordinator_url),
+            id,
+            attempt,
+        }
     }
 
     /// Is this another try of the same job?
@@ -125,7 +130,8 @@ impl FromStr for JobKey {
 
     fn from_str(text: &str) -> Result<Self, ()> {
         let mut parts = text.split('-');
-        let (Some(coordinator), Some(id), Some(attempt), None) = (parts.next(), parts.next(), parts.next(), parts.next())
+        let (Some(coordinator), Some(id), Some(attempt), None) =
+            (parts.next(), parts.next(), parts.next(), parts.next())
         else {
             return Err(());
         };
@@ -136,7 +142,11 @@ impl FromStr for JobKey {
             attempt: attempt.parse().map_err(|_| ())?,
         };
         // Only the one spelling that is written: "007" names no folder.
-        if hash_like && key.to_string() == text { Ok(key) } else { Err(()) }
+        if hash_like && key.to_string() == text {
+            Ok(key)
+        } else {
+            Err(())
+        }
     }
 }
 
@@ -148,7 +158,9 @@ impl Serialize for JobKey {
 
 impl<'de> Deserialize<'de> for JobKey {
     fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
-        String::deserialize(d)?.parse().map_err(|()| serde::de::Error::custom("this is no job key"))
+        String::deserialize(d)?
+            .parse()
+            .map_err(|()| serde::de::Error::custom("this is no job key"))
     }
 }
 
@@ -180,7 +192,9 @@ impl State {
         match (self, next) {
             (State::Cleaning, next) => next == State::Cleaning,
             (_, State::Cleaning) | (State::Running, State::Ready | State::Running) => true,
-            (State::Ready, State::Ready) => true,
+            // Where KVM turned out to hang, the job starts again with emulation.
+            (State::Starting | State::Booting, State::Cloning) => true,
+            (State::Fetching, State::Fetching) => true,
             (now, next) => next > now,
         }
     }

@@ -20,7 +20,10 @@ fn record(coordinator: &str, id: u64) -> Record {
         machine: None,
         guest: None,
         run: None,
-        phases: vec![Phase { name: "image".into(), seconds: 0.25 }],
+        phases: vec![Phase {
+            name: "image".into(),
+            seconds: 0.25,
+        }],
     }
 }
 
@@ -31,7 +34,10 @@ fn a_record_comes_back_as_it_was_saved_and_attempts_count_up() {
     let first = jobs.create(record("https://a.example.com", 7)).unwrap();
     let second = jobs.create(record("https://a.example.com", 7)).unwrap();
     let other = jobs.create(record("https://b.example.com", 7)).unwrap();
-    assert_eq!((first.key().attempt, second.key().attempt, other.key().attempt), (1, 2, 1));
+    assert_eq!(
+        (first.key().attempt, second.key().attempt, other.key().attempt),
+        (1, 2, 1)
+    );
     assert_eq!(jobs.list().unwrap().len(), 3);
     let read = first.read().unwrap().unwrap();
     assert_eq!(read.key, *first.key());
@@ -41,8 +47,14 @@ fn a_record_comes_back_as_it_was_saved_and_attempts_count_up() {
 #[test]
 fn nothing_is_added_to_a_job_that_is_being_cleaned_up() {
     let state = tempfile::tempdir().unwrap();
-    let job = Jobs::open(state.path()).unwrap().create(record("https://a.example.com", 7)).unwrap();
-    drop(job.enter(State::Fetching, |r| r.image = Some("x".into())).unwrap());
+    let job = Jobs::open(state.path())
+        .unwrap()
+        .create(record("https://a.example.com", 7))
+        .unwrap();
+    drop(
+        job.enter(State::Fetching, |r| r.image = Some("x".into()))
+            .unwrap(),
+    );
     assert_eq!(job.read().unwrap().unwrap().image.as_deref(), Some("x"));
     let cleaning = job.enter(State::Cleaning, |_| ()).unwrap();
     drop(cleaning);
@@ -59,7 +71,10 @@ fn nothing_is_added_to_a_job_that_is_being_cleaned_up() {
 #[test]
 fn two_processes_cannot_be_in_a_step_of_one_job_at_once() {
     let state = tempfile::tempdir().unwrap();
-    let job = Jobs::open(state.path()).unwrap().create(record("https://a.example.com", 7)).unwrap();
+    let job = Jobs::open(state.path())
+        .unwrap()
+        .create(record("https://a.example.com", 7))
+        .unwrap();
     let step = job.enter(State::Starting, |_| ()).unwrap();
     let other = job.clone();
     let waiting = std::thread::spawn(move || other.enter(State::Cleaning, |_| ()).map(|s| s.record.state));
@@ -72,7 +87,10 @@ fn two_processes_cannot_be_in_a_step_of_one_job_at_once() {
 #[test]
 fn a_newer_or_damaged_record_is_named() {
     let state = tempfile::tempdir().unwrap();
-    let job = Jobs::open(state.path()).unwrap().create(record("https://a.example.com", 7)).unwrap();
+    let job = Jobs::open(state.path())
+        .unwrap()
+        .create(record("https://a.example.com", 7))
+        .unwrap();
     std::fs::write(job.file("record.json"), r#"{"version": 99}"#).unwrap();
     assert!(matches!(job.read(), Err(Error::Newer { version: 99, .. })));
     std::fs::write(job.file("record.json"), "{").unwrap();
@@ -84,11 +102,14 @@ fn a_newer_or_damaged_record_is_named() {
 #[test]
 fn only_forward_or_to_cleaning() {
     use State::*;
-    let all = [Admitted, Fetching, Cloning, Starting, Booting, Ready, Running, Cleaning];
+    let all = [
+        Admitted, Fetching, Cloning, Starting, Booting, Ready, Running, Cleaning,
+    ];
     for from in all {
         assert!(from.may_become(Cleaning));
         assert_eq!(from.may_become(Admitted), false, "{from}");
     }
+    assert!(Booting.may_become(Cloning) && !Ready.may_become(Cloning));
     assert!(Ready.may_become(Running) && Running.may_become(Ready) && Running.may_become(Running));
     assert!(!Booting.may_become(Starting) && !Cleaning.may_become(Ready) && !Ready.may_become(Booting));
 }

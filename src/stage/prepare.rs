@@ -1,0 +1,284 @@
+//! prepare: a machine that answers.
+
+use std::time::{Duration, Instant};
+
+use jiff::{SignedDuration, Timestamp};
+
+use super::order::Order;
+use crate::host::{self, Capacity, Slots};
+use crate::image::{Disk, Event, Limits, Progress, Reference, Request, Store};
+use crate::job::{Bounds, Environment, Granted, Job, Wants};
+use crate::machine::{Libvirt, network};
+use crate::outcome::Failure;
+use crate::quantity::Size;
+use crate::reap::Reaper;
+use crate::record::{Caller, JobDir, JobKey, Jobs, Record, Slot, State, VERSION};
+use crate::report::{JobLog, Throttle, bytes};
+use crate::settings::{MachineSettings, Network, Settings};
+use crate::start::{self, Hardware, Phases, Plan};
+
+/// No runner wants a job back so long after its time-out: its own clean-up has an hour.
+const AFTER_TIMEOUT: SignedDuration = SignedDuration::from_hours(1);
+/// How often a job asks again for a place.
+const PLACE_POLL: Duration = Duration::from_secs(1);
+/// How often a long wait says a word in the job log.
+const PROGRESS_EVERY: Duration = Duration::from_secs(5);
+
+/// Starts a machine for the job and waits until it answers. What it leaves behind when it fails is cleanup's.
+pub async fn prepare(settings: &Settings, environment: &Environment, log: &JobLog) -> Result<(), Failure> {
+    let mut phases = Phases::default();
+    let job = Job::read(environment)?;
+    let wants = Wants::read(environment)?;
+    let order = Order::new(&job, settings)?;
+    let credentials = order.credentials(&job, &settings.images)?;
+    let libvirt = Libvirt::open(&settings.libvirt_uri)?;
+    let arch = start::host_arch()?;
+
+    let reaper = Reaper::open(settings)?;
+    if let Err(e) = reaper.sweep().await {
+        // Others' leftovers are no reason to fail this job; what is wrong with libvirt shows below.
+        tracing::warn!("the sweep failed: {e}");
+    }
+    reaper
+        .remove_tries(&job.identity.coordinator, job.identity.id)
+        .await?;
+
+    let folder = Jobs::open(&settings.state_dir)?.create(record(&job, &order))?;
+    let index = admit(settings, &folder, log).await?;
+    let slot = place(settings, &libvirt, index).await?;
+    drop(folder.enter(State::Fetching, |r| r.slot = Some(slot.clone()))?);
+    let request = Request {
+        reference: order.reference.clone(),
+        architecture: arch.name().to_owned(),
+        policies: order.policies.clone(),
+        credentials,
+        plain_http: is_plain_http(&order.reference, settings),
+        ca_files: settings.images.ca_files.clone(),
+        limits: Limits {
+            max_disk: settings.images.max_disk,
+            ..Limits::default()
+        },
+    };
+    let store = Store::open(&settings.state_dir.join("store"))?;
+    let disk = store
+        .provide(
+            &request,
+            &PullLog {
+                image: &order.image,
+                log,
+                throttle: Throttle::new(PROGRESS_EVERY),
+            },
+        )
+        .await?;
+    drop(folder.enter(State::Fetching, |r| r.digest = Some(disk.digest.to_string()))?);
+    log.line(format!(
+        "Image {} ({}{}).",
+        order.image,
+        short(&disk.digest.to_string()),
+        if disk.from_cache {
+            ", in the cache".to_owned()
+        } else {
+            format!(", {} fetched", bytes(disk.fetched_bytes))
+        }
+    ));
+    phases.end("image");
+
+    let granted = grant(&wants, &order.machine, &disk)?;
+    let plan = Plan {
+        job: &folder,
+        state_dir: settings.state_dir.clone(),
+        title: format!("{} {}", job.project, job.name),
+        hostname: super::hostname(&job.identity),
+        uri: settings.libvirt_uri.clone(),
+        disk: &disk,
+        disk_size: granted.disk.bytes(),
+        disk_asked: wants.disk.is_some(),
+        slot,
+        user: whom(&order, &disk),
+        guest: &order.guest,
+        folders: [&settings.builds_dir, &settings.cache_dir],
+        needs_helper: job.needs_helper,
+    };
+    let hardware = Hardware {
+        libvirt: &libvirt,
+        settings: &order.machine,
+        granted: &granted,
+        disk: &disk,
+    };
+    let started = start::start(&plan, &hardware, &mut phases, log).await?;
+    started.remarks.iter().for_each(|remark| log.line(remark));
+    drop(folder.enter(State::Ready, |r| {
+        r.guest = Some(started.guest);
+        r.phases = phases.record();
+    })?);
+    log.line(format!("Ready: {}", phases.line()));
+    Ok(())
+}
+
+/// Is the image's registry spoken to without TLS?
+fn is_plain_http(reference: &Reference, settings: &Settings) -> bool {
+    matches!(reference, Reference::Registry { registry, .. } if settings.images.plain_http.contains(registry))
+}
+
+/// The record of a job that begins; its attempt's number is given by the folder of jobs.
+fn record(job: &Job, order: &Order) -> Record {
+    let now = Timestamp::now();
+    // A time-out beyond all calendars is as good as none.
+    let timeout = SignedDuration::try_from(job.timeout).unwrap_or(SignedDuration::from_hours(24 * 365));
+    Record {
+        version: VERSION,
+        key: JobKey::new(&job.identity.coordinator, job.identity.id, 0),
+        coordinator: job.identity.coordinator.clone(),
+        project: job.project.clone(),
+        job: job.name.clone(),
+        session: job.session.clone(),
+        caller: Caller::of_this_call(),
+        created: now,
+        deadline: now
+            .saturating_add(timeout)
+            .unwrap_or(Timestamp::MAX)
+            .saturating_add(AFTER_TIMEOUT)
+            .unwrap_or(Timestamp::MAX),
+        state: State::Admitted,
+        since: now,
+        image: Some(order.image.clone()),
+        digest: None,
+        slot: None,
+        machine: None,
+        guest: None,
+        run: None,
+        phases: Vec::new(),
+    }
+}
+
+/// Leases a slot, and waits for one where all are in use.
+async fn admit(settings: &Settings, job: &JobDir, log: &JobLog) -> Result<u32, Failure> {
+    let slots = Slots::open(&settings.state_dir)?;
+    let (network, room) = match &settings.network {
+        Network::Own(own) => (own.name.clone(), own.slots),
+        Network::Libvirt(name) => (name.clone(), settings.max_machines),
+    };
+    let capacity = Capacity {
+        machines: settings.max_machines,
+        network: &network,
+        slots: room,
+    };
+    let begin = Instant::now();
+    let mut said = false;
+    loop {
+        match slots.admit(&capacity, job.key()) {
+            Ok(index) => return Ok(index),
+            Err(full @ (host::Error::Full { .. } | host::Error::NoSlot { .. }))
+                if begin.elapsed() < settings.wait =>
+            {
+                if !said {
+                    log.line(format!("Waiting for a place: {full}"));
+                    said = true;
+                }
+                tokio::time::sleep(PLACE_POLL).await;
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+}
+
+/// Makes sure that the network is there, and finds the place on it that goes with a slot's number.
+async fn place(settings: &Settings, libvirt: &Libvirt, index: u32) -> Result<Slot, Failure> {
+    match &settings.network {
+        Network::Own(own) => {
+            let plan = super::network_plan(own);
+            network::provide(libvirt, &plan, &settings.state_dir).await?;
+            let slot = plan.slots().into_iter().find(|s| s.index == index);
+            let slot =
+                slot.ok_or_else(|| Failure::system(format!("the network {} has no slot {index}", own.name)))?;
+            Ok(Slot {
+                network: own.name.clone(),
+                index,
+                mac: Some(slot.mac.to_string()),
+                address: Some(slot.address.into()),
+                tap: Some(slot.tap),
+            })
+        }
+        Network::Libvirt(name) => {
+            if !libvirt.network(name).await?.is_some_and(|n| n.active) {
+                return Err(
+                    Failure::system(format!("libvirt has no network {name} that is up")).hint(format!(
+                        "`virsh net-list --all` shows what there is; `virsh net-start {name}` starts it"
+                    )),
+                );
+            }
+            Ok(Slot {
+                network: name.clone(),
+                index,
+                mac: None,
+                address: None,
+                tap: None,
+            })
+        }
+    }
+}
+
+/// What the job gets: what its variables ask for within the operator's bounds, else what the settings or the image say.
+fn grant(wants: &Wants, settings: &MachineSettings, disk: &Disk) -> Result<Granted, Failure> {
+    let hinted = disk.hints.memory.map(Size::from_bytes);
+    let memory = settings.memory.or(hinted.map(|h| h.min(settings.max_memory)));
+    let virtual_size = Size::from_bytes(disk.virtual_size);
+    let bounds = Bounds {
+        cpus: (settings.cpus, settings.max_cpus),
+        memory: (
+            memory.unwrap_or(MachineSettings::DEFAULT_MEMORY),
+            settings.max_memory,
+        ),
+        disk: (
+            settings.disk.unwrap_or(virtual_size).max(virtual_size),
+            settings.max_disk,
+        ),
+    };
+    Ok(wants.within(&bounds)?)
+}
+
+/// Whom scripts run as: the job's word, where it is allowed, before the operator's, before the image's.
+fn whom(order: &Order, disk: &Disk) -> String {
+    let candidates = [&order.user, &order.guest.user, &disk.hints.user];
+    candidates
+        .into_iter()
+        .flatten()
+        .next()
+        .cloned()
+        .unwrap_or_else(|| "root".to_owned())
+}
+
+/// Tells the job's author how the pull goes, a line every few seconds.
+struct PullLog<'a> {
+    image: &'a str,
+    log: &'a JobLog,
+    throttle: Throttle,
+}
+
+impl Progress for PullLog<'_> {
+    fn event(&self, event: Event<'_>) {
+        let line = match event {
+            Event::Waiting { waited, .. } if self.throttle.due() => {
+                format!(
+                    "Another job is fetching {}: waiting for it since {} s.",
+                    self.image,
+                    waited.as_secs()
+                )
+            }
+            Event::Fetching { done, total } if self.throttle.due() => {
+                format!("Fetching {}: {} of {}.", self.image, bytes(done), bytes(total))
+            }
+            Event::PolicyFailed { error } => format!("{}. Trying the next pull policy.", error),
+            _ => return,
+        };
+        self.log.line(line);
+    }
+}
+
+/// A digest as people compare it.
+fn short(digest: &str) -> &str {
+    digest.get(..SHORT_DIGEST).unwrap_or(digest)
+}
+
+/// `sha256:` and twelve digits, as docker and podman show them.
+const SHORT_DIGEST: usize = 19;

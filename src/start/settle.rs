@@ -1,0 +1,142 @@
+//! A guest that answers becomes one that scripts can run in: folders, shell, disk.
+
+use std::time::Duration;
+
+use crate::guest::ssh::Connection;
+use crate::outcome::Failure;
+use crate::report::plain;
+
+/// What scripts will need.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Needs<'a> {
+    /// Folders that the user must be able to write to.
+    pub folders: [&'a str; 2],
+    /// The shell that runs scripts.
+    pub shell: &'a str,
+    /// Must the `gitlab-runner` binary be there, for caches and artifacts?
+    pub helper: bool,
+}
+
+/// What was found.
+#[derive(Debug, PartialEq, Eq)]
+pub(super) struct Found {
+    /// Folders that could not be made writable.
+    pub unwritable: Vec<String>,
+    /// Is the shell there?
+    pub shell: bool,
+    /// Is the helper there, or not asked for?
+    pub helper: bool,
+}
+
+/// A few milliseconds' work; a guest under emulation that still boots beside it may take its time.
+const DEADLINE: Duration = Duration::from_secs(60);
+
+/// The command, for any POSIX shell. Values go in quoted; answers come out one a line.
+fn command(needs: &Needs<'_>) -> String {
+    let quote = |text: &str| format!("'{}'", text.replace('\'', r"'\''"));
+    let mut script = String::new();
+    for folder in needs.folders {
+        // Not root? Then sudo may help, where it asks for nothing.
+        script.push_str(&format!(
+            "d={}; mkdir -p \"$d\" 2>/dev/null; [ -w \"$d\" ] || \
+             sudo -n sh -c 'mkdir -p \"$1\" && chown \"$2\" \"$1\"' - \"$d\" \"$(id -un)\" 2>/dev/null; \
+             [ -d \"$d\" ] && [ -w \"$d\" ] || echo \"unwritable $d\"; ",
+            quote(folder)
+        ));
+    }
+    script.push_str(&format!(
+        "command -v {} >/dev/null || echo noshell; ",
+        needs.shell
+    ));
+    if needs.helper {
+        script.push_str("command -v gitlab-runner >/dev/null || echo nohelper; ");
+    }
+    script.push_str("echo settled");
+    script
+}
+
+/// Reads the command's answers; `None` where it did not come to its end.
+fn read(answers: &str) -> Option<Found> {
+    let mut found = Found {
+        unwritable: Vec::new(),
+        shell: true,
+        helper: true,
+    };
+    for line in answers.lines() {
+        match line.split_once(' ').unwrap_or((line, "")) {
+            ("settled", "") => return Some(found),
+            ("noshell", "") => found.shell = false,
+            ("nohelper", "") => found.helper = false,
+            ("unwritable", folder) => found.unwritable.push(folder.to_owned()),
+            // A login shell's greeting.
+            _ => {}
+        }
+    }
+    None
+}
+
+/// Makes a guest ready for scripts, or says what its image lacks.
+pub(super) async fn settle(connection: &Connection, needs: &Needs<'_>) -> Result<Found, Failure> {
+    let output = connection.sh(&command(needs), DEADLINE).await?;
+    let found = read(&output.stdout).ok_or_else(|| {
+        let said = plain(&format!("{} {}", output.stdout, output.stderr), 300);
+        Failure::system(format!("the guest does not run commands; it said: {said}"))
+            .hint("The image needs a POSIX shell, and a login shell that lets its user run commands")
+    })?;
+    if !found.shell {
+        return Err(Failure::author(format!("the image has no {}", needs.shell)).hint(
+            "Use an image that has it, or ask the runner's operator to set guest.shell = \"sh\" for this one",
+        ));
+    }
+    if let Some(folder) = found.unwritable.first() {
+        return Err(Failure::system(format!("the guest's user cannot write to {folder}"))
+            .hint("Set guest.user to root, give the image's user sudo without a password, or set builds_dir and cache_dir"));
+    }
+    Ok(found)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::Command;
+
+    use super::*;
+
+    #[test]
+    fn the_command_makes_folders_and_finds_what_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let builds = dir.path().join("it's a folder").display().to_string();
+        let needs = Needs {
+            folders: [&builds, "/proc/nowhere"],
+            shell: "no-such-shell",
+            helper: false,
+        };
+        let output = Command::new("sh")
+            .arg("-c")
+            .arg(command(&needs))
+            .output()
+            .unwrap();
+        let found = read(&String::from_utf8(output.stdout).unwrap()).unwrap();
+        assert!(std::path::Path::new(&builds).is_dir());
+        assert_eq!(
+            found,
+            Found {
+                unwritable: vec!["/proc/nowhere".into()],
+                shell: false,
+                helper: true
+            }
+        );
+    }
+
+    #[test]
+    fn a_greeting_is_no_answer_and_an_end_that_is_missing_is_noticed() {
+        assert_eq!(
+            read("Welcome!\nnohelper\nsettled\n"),
+            Some(Found {
+                unwritable: vec![],
+                shell: true,
+                helper: false
+            })
+        );
+        assert_eq!(read("This account is not available.\n"), None);
+    }
+}
