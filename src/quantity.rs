@@ -55,7 +55,9 @@ impl FromStr for Size {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let wrong = || format!("\"{text}\" is not a size; write for example \"512M\" or \"4G\"");
-        let split = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+        let split = text
+            .find(|c: char| !c.is_ascii_digit() && c != '.')
+            .unwrap_or(text.len());
         let (number, unit) = text.split_at(split);
         let shift = match unit.trim().to_ascii_lowercase().as_str() {
             "" | "b" => 0,
@@ -71,8 +73,16 @@ impl FromStr for Size {
         }
         let scale = 10u128.pow(u32::try_from(fraction.len()).map_err(|_| wrong())?);
         let digits: u128 = format!("{whole}{fraction}").parse().map_err(|_| wrong())?;
-        let bytes = digits.checked_shl(shift).filter(|b| b >> shift == digits).ok_or_else(wrong)? / scale;
-        u64::try_from(bytes).ok().filter(|b| *b < 1 << 60).map(Size).ok_or_else(wrong)
+        let bytes = digits
+            .checked_shl(shift)
+            .filter(|b| b >> shift == digits)
+            .ok_or_else(wrong)?
+            / scale;
+        u64::try_from(bytes)
+            .ok()
+            .filter(|b| *b < 1 << 60)
+            .map(Size)
+            .ok_or_else(wrong)
     }
 }
 
@@ -88,7 +98,9 @@ impl<'de> Deserialize<'de> for Size {
                 v.parse().map_err(E::custom)
             }
             fn visit_i64<E: de::Error>(self, v: i64) -> Result<Size, E> {
-                u64::try_from(v).map(Size).map_err(|_| E::custom("a size cannot be negative"))
+                u64::try_from(v)
+                    .map(Size)
+                    .map_err(|_| E::custom("a size cannot be negative"))
             }
         }
         d.deserialize_any(V)
@@ -122,7 +134,8 @@ impl FromStr for Span {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || format!("\"{text}\" is not a length of time; write for example \"90s\", \"5m\" or \"1h30m\"");
+        let wrong =
+            || format!("\"{text}\" is not a length of time; write for example \"90s\", \"5m\" or \"1h30m\"");
         let mut total: u64 = 0;
         let mut rest = text.trim();
         if rest.is_empty() {
@@ -134,8 +147,9 @@ impl FromStr for Span {
         while !rest.is_empty() {
             let digits = rest.find(|c: char| !c.is_ascii_digit()).ok_or_else(wrong)?;
             let number: u64 = rest[..digits].parse().map_err(|_| wrong())?;
-            let unit_end =
-                rest[digits..].find(|c: char| c.is_ascii_digit()).map_or(rest.len(), |n| digits + n);
+            let unit_end = rest[digits..]
+                .find(|c: char| c.is_ascii_digit())
+                .map_or(rest.len(), |n| digits + n);
             let factor = match rest[digits..unit_end].trim() {
                 "s" | "sec" => 1,
                 "m" | "min" => 60,
@@ -143,7 +157,10 @@ impl FromStr for Span {
                 "d" => 86400,
                 _ => return Err(wrong()),
             };
-            total = number.checked_mul(factor).and_then(|n| total.checked_add(n)).ok_or_else(wrong)?;
+            total = number
+                .checked_mul(factor)
+                .and_then(|n| total.checked_add(n))
+                .ok_or_else(wrong)?;
             rest = rest[unit_end..].trim_start();
         }
         Ok(Span::secs(total))
@@ -188,7 +205,16 @@ mod tests {
         ] {
             assert_eq!(text.parse::<Size>().map(Size::bytes), Ok(bytes), "{text}");
         }
-        for text in ["", "G", "-1G", "4X", "1.2.3G", "99999999999999T", "4G;rm -rf /", "1.5"] {
+        for text in [
+            "",
+            "G",
+            "-1G",
+            "4X",
+            "1.2.3G",
+            "99999999999999T",
+            "4G;rm -rf /",
+            "1.5",
+        ] {
             assert!(text.parse::<Size>().is_err(), "{text}");
         }
         assert_eq!(Size::gib(4).to_string(), "4G");
@@ -197,7 +223,14 @@ mod tests {
 
     #[test]
     fn spans_read_as_people_write_them() {
-        for (text, secs) in [("90", 90), ("90s", 90), ("5m", 300), ("1h30m", 5400), ("1h 30m", 5400), ("2d", 172800)] {
+        for (text, secs) in [
+            ("90", 90),
+            ("90s", 90),
+            ("5m", 300),
+            ("1h30m", 5400),
+            ("1h 30m", 5400),
+            ("2d", 172800),
+        ] {
             assert_eq!(text.parse::<Span>(), Ok(Span::secs(secs)), "{text}");
         }
         for text in ["", "m", "5 parsecs", "-3s", "99999999999999999999s", "5m3"] {

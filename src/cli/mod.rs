@@ -1,1 +1,256 @@
-//! The command line: one file a command. The only part that reads the environment and prints.
+//! The command line: one file a command, whose doc comment is its help text.
+//!
+//! This is the only part that reads the process's environment, and with [`crate::report`] the only one that prints.
+
+use std::ffi::OsString;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+use crate::job::Environment;
+use crate::outcome::{ExitCodes, Failure, Fault};
+use crate::report::{self, JobLog};
+use crate::settings::{self, Settings};
+
+mod cleanup;
+mod config;
+mod network;
+mod prepare;
+mod reap;
+mod run;
+mod vm;
+
+/// Run every GitLab CI job in a virtual machine of its own.
+///
+/// gitlab-runner calls config, prepare, run and cleanup; the other commands are for people.
+#[derive(Debug, Parser)]
+#[command(
+    name = "cannery",
+    version,
+    disable_help_subcommand = true,
+    max_term_width = 100
+)]
+struct Cli {
+    /// The settings file [default: $CANNERY_CONFIG, ~/.config/cannery/cannery.toml, /etc/cannery/cannery.toml]
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    #[command(display_order = 10)]
+    Config(config::Arguments),
+    #[command(display_order = 11)]
+    Prepare(prepare::Arguments),
+    #[command(display_order = 12)]
+    Run(run::Arguments),
+    #[command(display_order = 13)]
+    Cleanup(cleanup::Arguments),
+    #[command(subcommand, display_order = 20)]
+    Vm(vm::Command),
+    #[command(display_order = 21)]
+    Reap(reap::Arguments),
+    #[command(subcommand, display_order = 22)]
+    Network(network::Command),
+}
+
+impl Command {
+    /// Is it one of the four that gitlab-runner calls?
+    fn is_stage(&self) -> bool {
+        matches!(
+            self,
+            Command::Config(_) | Command::Prepare(_) | Command::Run(_) | Command::Cleanup(_)
+        )
+    }
+}
+
+/// How a list is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Format {
+    /// Columns, for people.
+    Table,
+    /// An array of objects, for programs.
+    Json,
+}
+
+/// What every command is given.
+struct Context {
+    environment: Environment,
+    sources: settings::Sources,
+    log: JobLog,
+}
+
+impl Context {
+    /// Reads the settings, and starts the operator's log if they name one.
+    fn settings(&self) -> Result<Settings, Failure> {
+        let settings = self.sources.load()?;
+        if let Some(log) = &settings.log {
+            report::start_operator_log(log).map_err(|e| {
+                Failure::system(format!("cannot write the log file {}: {e}", log.file.display()))
+                    .hint("Mend log_file and log_filter in the settings")
+            })?;
+        }
+        Ok(settings)
+    }
+}
+
+/// Exit code of a command that people call, when it failed.
+const FAILED: u8 = 1;
+/// Exit code of a command that people call, when its arguments make no sense.
+const USAGE: u8 = 2;
+
+/// Runs the command that the arguments name and returns the process's exit code.
+pub fn main(
+    arguments: impl IntoIterator<Item = OsString>,
+    environment: impl IntoIterator<Item = (OsString, OsString)>,
+) -> ExitCode {
+    let environment: Environment = environment.into_iter().collect();
+    let codes = exit_codes(&environment);
+    let called_by_runner = environment.get("JOB_RESPONSE_FILE").is_some();
+    let cli = match Cli::try_parse_from(arguments) {
+        Ok(cli) => cli,
+        Err(e) => {
+            // Nothing can be done about a closed terminal.
+            let _ = e.print();
+            // A wrong `*_args` is the operator's to mend: it must not pass for a build failure.
+            let wrong = if called_by_runner { codes.system } else { USAGE };
+            return ExitCode::from(if e.use_stderr() { wrong } else { 0 });
+        }
+    };
+    let is_stage = cli.command.is_stage();
+    let variables = environment.clone();
+    let sources = settings::sources(cli.config.clone(), |name| {
+        variables.get(name).map(ToOwned::to_owned)
+    });
+    let context = Context {
+        environment,
+        sources,
+        log: JobLog::stderr(),
+    };
+    // The message of a panic is for us, not for the job log; the sentence below says where to look.
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string).unwrap_or_default();
+        tracing::error!(place, "panic: {panic}");
+    }));
+    let result = catch_unwind(AssertUnwindSafe(|| dispatch(cli.command, &context))).unwrap_or_else(|panic| {
+        let what = panic
+            .downcast_ref::<&str>()
+            .map(|s| (*s).to_owned())
+            .or_else(|| panic.downcast_ref::<String>().cloned())
+            .unwrap_or_default();
+        Err(Failure::system(format!(
+            "cannery met an error of its own: {}",
+            report::plain(&what, 200)
+        ))
+        .hint("Please report it with the command and what came before"))
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            if matches!(failure.fault, Fault::Script(_)) {
+                // gitlab-runner names the exit code itself.
+                failure
+                    .hints
+                    .iter()
+                    .for_each(|hint| context.log.line(format!("cannery: {hint}")));
+            } else {
+                context.log.line(format!(
+                    "{}: {failure}",
+                    if is_stage { "ERROR" } else { "cannery" }
+                ));
+            }
+            tracing::warn!(fault = ?failure.fault, "{failure}");
+            ExitCode::from(if is_stage {
+                codes.code(failure.fault)
+            } else {
+                FAILED
+            })
+        }
+    }
+}
+
+fn dispatch(command: Command, context: &Context) -> Result<(), Failure> {
+    // The work is waiting: for a registry, for a guest. Blocking libraries have threads of their own.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(|e| Failure::system(format!("cannot start: {e}")))?;
+    let result = runtime.block_on(async {
+        match command {
+            Command::Config(arguments) => config::run(context, &arguments).await,
+            Command::Prepare(arguments) => prepare::run(context, &arguments).await,
+            Command::Run(arguments) => run::run(context, &arguments).await,
+            Command::Cleanup(arguments) => cleanup::run(context, &arguments).await,
+            Command::Vm(command) => vm::run(context, &command).await,
+            Command::Reap(arguments) => reap::run(context, &arguments).await,
+            Command::Network(command) => network::run(context, &command).await,
+        }
+    });
+    // A blocking call that hangs in a library must not keep the process.
+    runtime.shutdown_background();
+    result
+}
+
+fn exit_codes(environment: &Environment) -> ExitCodes {
+    let usual = ExitCodes::default();
+    let code = |name, usual| {
+        environment
+            .text(name)
+            .and_then(|v| v.parse().ok())
+            .unwrap_or(usual)
+    };
+    ExitCodes {
+        build: code("BUILD_FAILURE_EXIT_CODE", usual.build),
+        system: code("SYSTEM_FAILURE_EXIT_CODE", usual.system),
+    }
+}
+
+/// Prints a command's result.
+fn print(text: &str) {
+    use std::io::Write;
+    // A closed pipe (`| head`) is no failure.
+    let _ = std::io::stdout().write_all(text.as_bytes());
+}
+
+/// Prints a value as JSON.
+fn print_json<T: serde::Serialize>(value: &T) -> Result<(), Failure> {
+    let text = serde_json::to_string_pretty(value)
+        .map_err(|e| Failure::system(format!("cannot write JSON: {e}")))?;
+    print(&format!("{text}\n"));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_command_line_is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn run_takes_any_stage_name_and_config_stands_anywhere() {
+        for arguments in [
+            ["cannery", "--config", "/x", "run", "/tmp/script", "step_anything"],
+            [
+                "cannery",
+                "run",
+                "--config",
+                "/x",
+                "/tmp/script",
+                "some-new-stage",
+            ],
+        ] {
+            let cli = Cli::try_parse_from(arguments).unwrap();
+            assert_eq!(cli.config, Some("/x".into()));
+            assert!(cli.command.is_stage());
+        }
+    }
+}

@@ -77,7 +77,11 @@ impl Slots {
     /// Opens the folder in a state folder, and makes it where it is missing.
     pub fn open(state_dir: &Path) -> Result<Self, Error> {
         let dir = state_dir.join("slots");
-        DirBuilder::new().recursive(true).mode(0o2771).create(&dir).map_err(failed("create the folder", &dir))?;
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o2771)
+            .create(&dir)
+            .map_err(failed("create the folder", &dir))?;
         Ok(Slots { dir })
     }
 
@@ -85,16 +89,28 @@ impl Slots {
     pub fn admit(&self, capacity: &Capacity<'_>, job: &JobKey) -> Result<u32, Error> {
         let _lock = self.lock()?;
         let leases = self.leases()?;
-        if let Some(own) = leases.iter().find(|l| l.job.as_ref() == Some(job) && l.network == capacity.network) {
+        if let Some(own) = leases
+            .iter()
+            .find(|l| l.job.as_ref() == Some(job) && l.network == capacity.network)
+        {
             return Ok(own.index);
         }
         if leases.len() >= capacity.machines as usize {
-            return Err(Error::Full { most: capacity.machines });
+            return Err(Error::Full {
+                most: capacity.machines,
+            });
         }
-        let taken = |index: &u32| leases.iter().any(|l| l.network == capacity.network && l.index == *index);
+        let taken = |index: &u32| {
+            leases
+                .iter()
+                .any(|l| l.network == capacity.network && l.index == *index)
+        };
         let index = (0..capacity.slots)
             .find(|i| !taken(i))
-            .ok_or_else(|| Error::NoSlot { slots: capacity.slots, network: capacity.network.to_owned() })?;
+            .ok_or_else(|| Error::NoSlot {
+                slots: capacity.slots,
+                network: capacity.network.to_owned(),
+            })?;
         let folder = self.dir.join(capacity.network);
         DirBuilder::new()
             .recursive(true)
@@ -117,12 +133,21 @@ impl Slots {
             }
             for slot in fs::read_dir(&folder).map_err(failed("list", &folder))? {
                 let path = slot.map_err(failed("list", &folder))?.path();
-                let index = path.file_name().and_then(|n| n.to_str()).and_then(|n| n.parse().ok());
-                let (Some(index), Some(network)) = (index, network.file_name().to_str().map(str::to_owned)) else {
+                let index = path
+                    .file_name()
+                    .and_then(|n| n.to_str())
+                    .and_then(|n| n.parse().ok());
+                let (Some(index), Some(network)) = (index, network.file_name().to_str().map(str::to_owned))
+                else {
                     continue;
                 };
                 match fs::read_to_string(&path) {
-                    Ok(text) => leases.push(Lease { network, index, job: text.trim().parse().ok(), path }),
+                    Ok(text) => leases.push(Lease {
+                        network,
+                        index,
+                        job: text.trim().parse().ok(),
+                        path,
+                    }),
                     // Freed since the folder was listed.
                     Err(e) if e.kind() == io::ErrorKind::NotFound => {}
                     Err(e) => return Err(failed("read", &path)(e)),
@@ -145,7 +170,11 @@ impl Slots {
         let _lock = self.lock()?;
         let holder = match fs::read_to_string(&lease.path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
-            text => text.map_err(failed("read", &lease.path))?.trim().parse::<JobKey>().ok(),
+            text => text
+                .map_err(failed("read", &lease.path))?
+                .trim()
+                .parse::<JobKey>()
+                .ok(),
         };
         if holder != lease.job {
             return Ok(());
@@ -171,7 +200,11 @@ impl Slots {
 mod tests {
     use super::*;
 
-    const TWO: Capacity<'_> = Capacity { machines: 2, network: "net", slots: 8 };
+    const TWO: Capacity<'_> = Capacity {
+        machines: 2,
+        network: "net",
+        slots: 8,
+    };
 
     fn key(id: u64) -> JobKey {
         JobKey::new("https://gitlab.example.com", id, 1)
@@ -183,7 +216,11 @@ mod tests {
         let slots = Slots::open(state.path()).unwrap();
         assert_eq!(slots.admit(&TWO, &key(1)).unwrap(), 0);
         assert_eq!(slots.admit(&TWO, &key(2)).unwrap(), 1);
-        assert_eq!(slots.admit(&TWO, &key(1)).unwrap(), 0, "a job that asks again keeps its place");
+        assert_eq!(
+            slots.admit(&TWO, &key(1)).unwrap(),
+            0,
+            "a job that asks again keeps its place"
+        );
         assert!(matches!(slots.admit(&TWO, &key(3)), Err(Error::Full { most: 2 })));
         slots.release(&key(1)).unwrap();
         slots.release(&key(1)).unwrap();
@@ -194,9 +231,16 @@ mod tests {
     fn the_host_counts_over_all_networks_and_a_network_for_itself() {
         let state = tempfile::tempdir().unwrap();
         let slots = Slots::open(state.path()).unwrap();
-        let small = Capacity { machines: 9, network: "small", slots: 1 };
+        let small = Capacity {
+            machines: 9,
+            network: "small",
+            slots: 1,
+        };
         assert_eq!(slots.admit(&small, &key(1)).unwrap(), 0);
-        assert!(matches!(slots.admit(&small, &key(2)), Err(Error::NoSlot { slots: 1, .. })));
+        assert!(matches!(
+            slots.admit(&small, &key(2)),
+            Err(Error::NoSlot { slots: 1, .. })
+        ));
         assert_eq!(slots.admit(&TWO, &key(2)).unwrap(), 0);
         assert!(matches!(slots.admit(&TWO, &key(3)), Err(Error::Full { .. })));
     }
@@ -217,7 +261,11 @@ mod tests {
     fn no_place_is_given_twice_however_many_ask_at_once() {
         let state = tempfile::tempdir().unwrap();
         let slots = Slots::open(state.path()).unwrap();
-        let room = Capacity { machines: 16, network: "net", slots: 16 };
+        let room = Capacity {
+            machines: 16,
+            network: "net",
+            slots: 16,
+        };
         let threads: Vec<_> = (0..16)
             .map(|id| {
                 let slots = slots.clone();

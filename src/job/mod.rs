@@ -19,7 +19,9 @@ pub use wants::{Bounds, Granted, Wants};
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Not called by gitlab-runner, or by one that is too old.
-    #[error("the environment variable {0} is missing: this command is for gitlab-runner's custom executor to call.")]
+    #[error(
+        "the environment variable {0} is missing: this command is for gitlab-runner's custom executor to call."
+    )]
     NotARunner(&'static str),
     /// The response file cannot be read.
     #[error("cannot read the job response file {path}: {source}.")]
@@ -56,7 +58,9 @@ pub struct Environment(Vec<(OsString, OsString)>);
 impl std::fmt::Debug for Environment {
     /// Names only: the values hold the job's secrets.
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_list().entries(self.0.iter().map(|(name, _)| name)).finish()
+        f.debug_list()
+            .entries(self.0.iter().map(|(name, _)| name))
+            .finish()
     }
 }
 
@@ -70,7 +74,11 @@ impl Environment {
     /// A variable's value, whatever bytes it has.
     pub fn get(&self, name: &str) -> Option<&OsStr> {
         // Of two of the same name the last one counts, as in the runner's own list.
-        self.0.iter().rev().find(|(n, _)| n == name).map(|(_, v)| v.as_os_str())
+        self.0
+            .iter()
+            .rev()
+            .find(|(n, _)| n == name)
+            .map(|(_, v)| v.as_os_str())
     }
 
     /// A variable's value if it is there, not empty, and UTF-8.
@@ -85,7 +93,10 @@ impl Environment {
 
     /// A path that the runner must have given.
     pub fn path(&self, name: &'static str) -> Result<PathBuf, Error> {
-        self.get(name).filter(|v| !v.is_empty()).map(PathBuf::from).ok_or(Error::NotARunner(name))
+        self.get(name)
+            .filter(|v| !v.is_empty())
+            .map(PathBuf::from)
+            .ok_or(Error::NotARunner(name))
     }
 }
 
@@ -125,8 +136,6 @@ pub struct Job {
     pub auth_config: Option<Secret>,
     /// How long the job may take.
     pub timeout: Duration,
-    /// `CANNERY_*`.
-    pub wants: Wants,
     /// Does the job move caches or artifacts, for which the guest needs the `gitlab-runner` binary?
     pub needs_helper: bool,
 }
@@ -140,26 +149,33 @@ impl Job {
     /// Reads the job from the environment of a call and the response file that it names.
     pub fn read(environment: &Environment) -> Result<Job, Error> {
         let session = environment.path("JOB_RESPONSE_FILE")?;
-        let unreadable = |source| Error::Unreadable { path: session.clone(), source };
+        let unreadable = |source| Error::Unreadable {
+            path: session.clone(),
+            source,
+        };
         let size = std::fs::metadata(&session).map_err(unreadable)?.len();
         if size > RESPONSE_LIMIT {
-            return Err(Error::Malformed { path: session, message: format!("it has {size} bytes") });
+            return Err(Error::Malformed {
+                path: session,
+                message: format!("it has {size} bytes"),
+            });
         }
         let text = std::fs::read(&session).map_err(unreadable)?;
-        let response = Response::parse(&text)
-            .map_err(|message| Error::Malformed { path: session.clone(), message })?;
-        Job::new(response, environment, &session)
+        let response = Response::parse(&text).map_err(|message| Error::Malformed {
+            path: session.clone(),
+            message,
+        })?;
+        Ok(Job::new(response, environment, &session))
     }
 
-    /// The job that a response and the author's variables ask for.
-    pub fn new(response: Response, environment: &Environment, session: &Path) -> Result<Job, Error> {
-        let wants = Wants::read(environment)?;
+    /// The job that a response asks for, with the variables that the runner filled in.
+    pub fn new(response: Response, environment: &Environment, session: &Path) -> Job {
         let identity = response.identity();
         let named = Some(response.image.name.clone()).filter(|n| !n.is_empty());
         // The response has the name as it was written; the runner's variable has it expanded.
         let image = named.map(|name| environment.variable("CI_JOB_IMAGE").map_or(name, str::to_owned));
         let docker = response.image.executor_opts.docker;
-        Ok(Job {
+        Job {
             identity,
             session: session.to_owned(),
             project: response.job_info.project_full_path,
@@ -168,18 +184,26 @@ impl Job {
             pull_policy: response.image.pull_policy,
             user: Some(docker.user).filter(|u| !u.is_empty()),
             platform: Some(docker.platform).filter(|p| !p.is_empty()),
-            services: response.services.into_iter().map(|s| s.name).filter(|n| !n.is_empty()).collect(),
-            credentials: response.credentials.into_iter().filter(|c| c.kind == "registry").collect(),
+            services: response
+                .services
+                .into_iter()
+                .map(|s| s.name)
+                .filter(|n| !n.is_empty())
+                .collect(),
+            credentials: response
+                .credentials
+                .into_iter()
+                .filter(|c| c.kind == "registry")
+                .collect(),
             auth_config: environment.variable("DOCKER_AUTH_CONFIG").map(Secret::new),
             timeout: match response.runner_info.timeout {
                 0 => DEFAULT_TIMEOUT,
                 seconds => Duration::from_secs(seconds),
             },
-            wants,
             needs_helper: response.artifacts.is_some_and(|a| !a.is_empty())
                 || response.cache.is_some_and(|c| !c.is_empty())
                 || response.dependencies.is_some_and(|d| !d.is_empty()),
-        })
+        }
     }
 }
 

@@ -122,7 +122,10 @@ impl Response {
     /// Who the job is. The instance's URL is what remains of the repository's address, which GitLab
     /// made, without its credentials and without the project's path.
     pub fn identity(&self) -> Identity {
-        Identity { coordinator: coordinator(&self.git_info.repo_url, &self.job_info.project_full_path), id: self.id }
+        Identity {
+            coordinator: coordinator(&self.git_info.repo_url, &self.job_info.project_full_path),
+            id: self.id,
+        }
     }
 }
 
@@ -136,7 +139,12 @@ fn coordinator(repo_url: &str, project: &str) -> String {
     let suffix = format!("/{project}.git");
     // An address of another shape (a mirror, a test) still tells instances apart by its host.
     let root = path.strip_suffix(&suffix).unwrap_or("");
-    format!("{}://{}{}", scheme.to_ascii_lowercase(), host.to_ascii_lowercase(), root)
+    format!(
+        "{}://{}{}",
+        scheme.to_ascii_lowercase(),
+        host.to_ascii_lowercase(),
+        root
+    )
 }
 
 #[cfg(test)]
@@ -146,10 +154,26 @@ mod tests {
     #[test]
     fn the_coordinator_is_the_repository_without_credentials_and_project() {
         for (url, project, expected) in [
-            ("https://gitlab-ci-token:s3cret@gitlab.example.com/grp/demo.git", "grp/demo", "https://gitlab.example.com"),
-            ("https://t:s@Example.com:8443/gitlab/grp/sub/demo.git", "grp/sub/demo", "https://example.com:8443/gitlab"),
-            ("https://t:s@example.com/other.git", "grp/demo", "https://example.com"),
-            ("https://t:a@b@example.com/grp/demo.git", "grp/demo", "https://example.com"),
+            (
+                "https://gitlab-ci-token:s3cret@gitlab.example.com/grp/demo.git",
+                "grp/demo",
+                "https://gitlab.example.com",
+            ),
+            (
+                "https://t:s@Example.com:8443/gitlab/grp/sub/demo.git",
+                "grp/sub/demo",
+                "https://example.com:8443/gitlab",
+            ),
+            (
+                "https://t:s@example.com/other.git",
+                "grp/demo",
+                "https://example.com",
+            ),
+            (
+                "https://t:a@b@example.com/grp/demo.git",
+                "grp/demo",
+                "https://example.com",
+            ),
             ("file:///srv/demo.git", "grp/demo", "file://"),
             ("", "", ""),
         ] {
@@ -159,7 +183,13 @@ mod tests {
 
     #[test]
     fn an_error_quotes_no_value() {
-        for text in [r#"{"id":"../../s3cret"}"#, r#"{"id":1,"image":{"name":7}}"#, "{\"id\":1", "s3cret", ""] {
+        for text in [
+            r#"{"id":"../../s3cret"}"#,
+            r#"{"id":1,"image":{"name":7}}"#,
+            "{\"id\":1",
+            "s3cret",
+            "",
+        ] {
             let error = Response::parse(text.as_bytes()).unwrap_err();
             assert!(!error.contains("s3cret"), "{error}");
         }

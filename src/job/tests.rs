@@ -4,7 +4,10 @@ use super::*;
 use crate::quantity::Size;
 
 fn environment(variables: &[(&str, &str)]) -> Environment {
-    variables.iter().map(|(n, v)| (OsString::from(n), OsString::from(v))).collect()
+    variables
+        .iter()
+        .map(|(n, v)| (OsString::from(n), OsString::from(v)))
+        .collect()
 }
 
 const RESPONSE: &str = r#"{
@@ -18,9 +21,13 @@ const RESPONSE: &str = r#"{
                   {"type": "other", "url": "x", "username": "u", "password": "p"}]
 }"#;
 
-fn job(variables: &[(&str, &str)]) -> Result<Job, Error> {
+fn job(variables: &[(&str, &str)]) -> Job {
     let response = Response::parse(RESPONSE.as_bytes()).unwrap();
-    Job::new(response, &environment(variables), Path::new("/tmp/x/response.json"))
+    Job::new(
+        response,
+        &environment(variables),
+        Path::new("/tmp/x/response.json"),
+    )
 }
 
 #[test]
@@ -29,11 +36,14 @@ fn the_response_decides_who_the_job_is_and_the_author_what_it_wants() {
         ("CUSTOM_ENV_CI_JOB_ID", "999"),
         ("CUSTOM_ENV_CI_PROJECT_PATH", "evil/project"),
         ("CUSTOM_ENV_CI_JOB_IMAGE", "registry.example.com/vm:1"),
-        ("CUSTOM_ENV_CANNERY_CPUS", "4"),
-        ("CUSTOM_ENV_CANNERY_MEMORY", "3G"),
-    ])
-    .unwrap();
-    assert_eq!(job.identity, Identity { coordinator: "https://gitlab.example.com".into(), id: 101 });
+    ]);
+    assert_eq!(
+        job.identity,
+        Identity {
+            coordinator: "https://gitlab.example.com".into(),
+            id: 101
+        }
+    );
     assert_eq!(job.project, "grp/demo");
     assert_eq!(job.image.as_deref(), Some("registry.example.com/vm:1"));
     assert_eq!(job.pull_policy, ["always"]);
@@ -41,8 +51,23 @@ fn the_response_decides_who_the_job_is_and_the_author_what_it_wants() {
     assert_eq!(job.timeout, Duration::from_secs(120));
     assert_eq!(job.credentials.len(), 1);
     assert!(job.needs_helper);
-    assert_eq!(job.wants, Wants { cpus: Some(4), memory: Some(Size::gib(3)), disk: None });
     assert!(!format!("{job:?}").contains("s3cret"));
+}
+
+#[test]
+fn an_author_wishes_by_variables() {
+    let env = environment(&[
+        ("CUSTOM_ENV_CANNERY_CPUS", "4"),
+        ("CUSTOM_ENV_CANNERY_MEMORY", "3G"),
+    ]);
+    assert_eq!(
+        Wants::read(&env).unwrap(),
+        Wants {
+            cpus: Some(4),
+            memory: Some(Size::gib(3)),
+            disk: None
+        }
+    );
 }
 
 #[test]
@@ -51,7 +76,7 @@ fn a_job_without_an_image_has_none_whatever_the_author_calls_a_variable() {
     text = text.replace("\"services\": null", "\"services\": []");
     let response = Response::parse(text.as_bytes()).unwrap();
     let env = environment(&[("CUSTOM_ENV_CI_JOB_IMAGE", "evil")]);
-    assert_eq!(Job::new(response, &env, Path::new("/r")).unwrap().image, None);
+    assert_eq!(Job::new(response, &env, Path::new("/r")).image, None);
 }
 
 #[test]
@@ -64,7 +89,9 @@ fn wishes_that_make_no_sense_are_refused_by_name() {
         ("CANNERY_DISK", "10G;rm -rf /"),
         ("CANNERY_DISK", "0"),
     ] {
-        let error = job(&[(&format!("CUSTOM_ENV_{name}"), value)]).unwrap_err().to_string();
+        let error = Wants::read(&environment(&[(&format!("CUSTOM_ENV_{name}"), value)]))
+            .unwrap_err()
+            .to_string();
         assert!(error.starts_with(&format!("{name}={value}: ")), "{error}");
     }
 }
@@ -77,18 +104,45 @@ fn wishes_are_granted_up_to_the_operators_bounds() {
         disk: (Size::gib(10), Size::gib(40)),
     };
     let nothing = Wants::default().within(&bounds).unwrap();
-    assert_eq!(nothing, Granted { cpus: 2, memory: Size::gib(2), disk: Size::gib(10) });
-    let less = Wants { cpus: Some(1), memory: Some(Size::gib(1)), disk: Some(Size::gib(5)) };
+    assert_eq!(
+        nothing,
+        Granted {
+            cpus: 2,
+            memory: Size::gib(2),
+            disk: Size::gib(10)
+        }
+    );
+    let less = Wants {
+        cpus: Some(1),
+        memory: Some(Size::gib(1)),
+        disk: Some(Size::gib(5)),
+    };
     assert_eq!(
         less.within(&bounds).unwrap(),
-        Granted { cpus: 1, memory: Size::gib(1), disk: Size::gib(10) },
+        Granted {
+            cpus: 1,
+            memory: Size::gib(1),
+            disk: Size::gib(10)
+        },
         "a disk is never smaller than its image"
     );
     for wants in [
-        Wants { cpus: Some(5), ..Wants::default() },
-        Wants { memory: Some(Size::gib(9)), ..Wants::default() },
-        Wants { disk: Some(Size::gib(41)), ..Wants::default() },
-        Wants { memory: Some(Size::mib(1)), ..Wants::default() },
+        Wants {
+            cpus: Some(5),
+            ..Wants::default()
+        },
+        Wants {
+            memory: Some(Size::gib(9)),
+            ..Wants::default()
+        },
+        Wants {
+            disk: Some(Size::gib(41)),
+            ..Wants::default()
+        },
+        Wants {
+            memory: Some(Size::mib(1)),
+            ..Wants::default()
+        },
     ] {
         let error = wants.within(&bounds).unwrap_err().to_string();
         assert!(error.starts_with("CANNERY_"), "{error}");

@@ -49,34 +49,57 @@ impl Wants {
             .variable(CPUS)
             .map(|value| match value.trim().parse() {
                 Ok(n) if n > 0 => Ok(n),
-                _ => Err(wrong(CPUS, value, "it must be a whole number of at least 1".to_owned())),
+                _ => Err(wrong(
+                    CPUS,
+                    value,
+                    "it must be a whole number of at least 1".to_owned(),
+                )),
             })
             .transpose()?;
         let size = |name: &'static str| {
             let parse = |value: &str| match value.trim().parse::<Size>() {
                 Ok(size) if size.bytes() > 0 => Ok(size),
-                _ => Err(wrong(name, value, "it must be a size such as \"4G\" or \"512M\"".to_owned())),
+                _ => Err(wrong(
+                    name,
+                    value,
+                    "it must be a size such as \"4G\" or \"512M\"".to_owned(),
+                )),
             };
             environment.variable(name).map(parse).transpose()
         };
-        Ok(Wants { cpus, memory: size(MEMORY)?, disk: size(DISK)? })
+        Ok(Wants {
+            cpus,
+            memory: size(MEMORY)?,
+            disk: size(DISK)?,
+        })
     }
 
     /// What the job gets within the operator's bounds.
     pub fn within(self, bounds: &Bounds) -> Result<Granted, Error> {
         let most = |name, value: String, most: String| {
-            wrong(name, &value, format!("the operator of this runner allows at most {most}"))
+            wrong(
+                name,
+                &value,
+                format!("the operator of this runner allows at most {most}"),
+            )
         };
         if let Some(cpus) = self.cpus.filter(|c| *c > bounds.cpus.1) {
             return Err(most(CPUS, cpus.to_string(), bounds.cpus.1.to_string()));
         }
-        for (name, value, limit) in [(MEMORY, self.memory, bounds.memory.1), (DISK, self.disk, bounds.disk.1)] {
+        for (name, value, limit) in [
+            (MEMORY, self.memory, bounds.memory.1),
+            (DISK, self.disk, bounds.disk.1),
+        ] {
             if let Some(value) = value.filter(|v| *v > limit) {
                 return Err(most(name, value.to_string(), limit.to_string()));
             }
         }
         if let Some(memory) = self.memory.filter(|m| *m < LEAST_MEMORY) {
-            return Err(wrong(MEMORY, &memory.to_string(), format!("a machine needs at least {}", LEAST_MEMORY)));
+            return Err(wrong(
+                MEMORY,
+                &memory.to_string(),
+                format!("a machine needs at least {}", LEAST_MEMORY),
+            ));
         }
         Ok(Granted {
             cpus: self.cpus.unwrap_or(bounds.cpus.0),
@@ -89,5 +112,9 @@ impl Wants {
 
 fn wrong(variable: &'static str, value: &str, message: String) -> Error {
     let value = value.chars().filter(|c| !c.is_control()).take(40).collect();
-    Error::Variable { variable, value, message }
+    Error::Variable {
+        variable,
+        value,
+        message,
+    }
 }

@@ -1,1 +1,63 @@
-//! The job log, progress and the operator's log.
+//! What people see: the job log for the job's author, lists for the shell, a log for the operator.
+
+mod duration;
+mod job_log;
+mod operator_log;
+mod table;
+
+pub use duration::{age, seconds};
+pub use job_log::{JobLog, Throttle};
+pub use operator_log::{OperatorLog, start as start_operator_log};
+pub use table::table;
+
+/// A number of bytes for people, in binary units with one decimal: `412.0 MiB`.
+pub fn bytes(n: u64) -> String {
+    let mut value = n as f64;
+    let mut unit = "B";
+    for next in ["KiB", "MiB", "GiB", "TiB"] {
+        if value < 1024.0 {
+            break;
+        }
+        value /= 1024.0;
+        unit = next;
+    }
+    if unit == "B" {
+        format!("{n} B")
+    } else {
+        format!("{value:.1} {unit}")
+    }
+}
+
+/// A text that came from a stranger, safe to show on a terminal and in a log: control characters are
+/// left out, and it is not longer than `most` characters.
+pub fn plain(text: &str, most: usize) -> String {
+    let mut shown: String = text.chars().filter(|c| !c.is_control()).take(most).collect();
+    if text.chars().count() > most {
+        shown.push('…');
+    }
+    shown
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_read_well() {
+        for (n, text) in [
+            (0, "0 B"),
+            (1023, "1023 B"),
+            (1024, "1.0 KiB"),
+            (432_013_312, "412.0 MiB"),
+            (1 << 41, "2.0 TiB"),
+        ] {
+            assert_eq!(bytes(n), text);
+        }
+    }
+
+    #[test]
+    fn a_strangers_text_cannot_move_the_cursor() {
+        assert_eq!(plain("a\x1b[2Jb\r\nc", 10), "a[2Jbc");
+        assert_eq!(plain("abcdef", 3), "abc…");
+    }
+}

@@ -4,12 +4,13 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::file::{
-    Accelerator, DiskBus, File, Firmware, GuestTable, HostPort, LimitsTable, MachineTable, Nic, PullPolicy, Services,
-    Shell, Subnet,
+    Accelerator, DiskBus, File, Firmware, GuestTable, HostPort, LimitsTable, MachineTable, Nic, PullPolicy,
+    Services, Shell, Subnet,
 };
 use super::pattern::Pattern;
 use super::{Error, Sources};
 use crate::quantity::Size;
+use crate::report::OperatorLog;
 use crate::secret::Secret;
 
 /// All settings of one call.
@@ -25,6 +26,8 @@ pub struct Settings {
     pub cache_dir: String,
     /// What to do with a job that asks for `services:`.
     pub services: Services,
+    /// Where the operator's log goes.
+    pub log: Option<OperatorLog>,
     /// libvirt's connection URI.
     pub libvirt_uri: String,
     /// How many machines may exist at once.
@@ -164,47 +167,76 @@ const DEFAULT_MAX_DISK: Size = Size::gib(2048);
 impl Settings {
     /// Fills in the defaults and checks what no single key can tell.
     pub fn resolve(file: File, path: &Path, sources: &Sources) -> Result<Settings, Error> {
-        let wrong = |message: String| Error::Inconsistent { path: path.to_owned(), message };
+        let wrong = |message: String| Error::Inconsistent {
+            path: path.to_owned(),
+            message,
+        };
         let libvirt_uri = file.libvirt.uri.unwrap_or_else(|| "qemu:///system".to_owned());
-        let state_dir = match (file.state_dir, libvirt_uri.ends_with(":///session"), &sources.data_home) {
+        let state_dir = match (
+            file.state_dir,
+            libvirt_uri.ends_with(":///session"),
+            &sources.data_home,
+        ) {
             (Some(dir), _, _) => dir,
             (None, true, Some(data)) => data.join("cannery"),
             (None, true, None) => return Err(wrong("state_dir must be set where HOME is not".to_owned())),
             (None, false, _) => PathBuf::from("/var/lib/cannery"),
         };
         if !state_dir.is_absolute() {
-            return Err(wrong(format!("state_dir \"{}\" is not an absolute path", state_dir.display())));
+            return Err(wrong(format!(
+                "state_dir \"{}\" is not an absolute path",
+                state_dir.display()
+            )));
         }
         let builds_dir = file.builds_dir.unwrap_or_else(|| "/builds".to_owned());
         let cache_dir = file.cache_dir.unwrap_or_else(|| "/cache".to_owned());
         for (key, dir) in [("builds_dir", &builds_dir), ("cache_dir", &cache_dir)] {
             if !dir.starts_with('/') || dir.contains(['\n', '\0']) {
-                return Err(wrong(format!("{key} \"{dir}\" is not an absolute path in the guest")));
+                return Err(wrong(format!(
+                    "{key} \"{dir}\" is not an absolute path in the guest"
+                )));
             }
         }
         if file.network.slots == Some(0) || file.host.max_machines == Some(0) {
-            return Err(wrong("network.slots and host.max_machines must be at least 1".to_owned()));
+            return Err(wrong(
+                "network.slots and host.max_machines must be at least 1".to_owned(),
+            ));
         }
         let network = match (file.network.libvirt_network, &file.network.name) {
             (Some(_), Some(_)) => {
-                return Err(wrong("network.libvirt_network and network.name exclude each other".to_owned()));
+                return Err(wrong(
+                    "network.libvirt_network and network.name exclude each other".to_owned(),
+                ));
             }
             (Some(name), None) => Network::Libvirt(name),
             (None, name) => {
-                let subnet = file.network.subnet.unwrap_or(Subnet { network: [192, 168, 177, 0].into(), prefix: 24 });
+                let subnet = file.network.subnet.unwrap_or(Subnet {
+                    network: [192, 168, 177, 0].into(),
+                    prefix: 24,
+                });
                 // The network's own address, the host's and the broadcast address are not for guests.
                 let room = (1u32 << (32 - subnet.prefix)) - 3;
                 let slots = file.network.slots.unwrap_or(DEFAULT_SLOTS.min(room));
                 if slots > room {
-                    return Err(wrong(format!("network.slots = {slots} does not fit into {subnet}, which has {room}")));
-                }
-                let name = name.clone().unwrap_or_else(|| "cannery".to_owned());
-                if name.is_empty() || name.len() > 15 || !name.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'-') {
                     return Err(wrong(format!(
-                        "network.name \"{name}\" must be 1 to 15 letters, digits or dashes, since the bridge has it too"
+                        "network.slots = {slots} does not fit into {subnet}, which has {room}"
                     )));
                 }
-                Network::Own(OwnNetwork { name, subnet, slots, host_ports: file.network.host_ports })
+                let name = name.clone().unwrap_or_else(|| "cannery".to_owned());
+                let plain = |b: u8| b.is_ascii_alphanumeric() || b == b'_';
+                let starts_well = name.starts_with(|c: char| c.is_ascii_alphabetic());
+                if !starts_well || name.len() > MAX_NETWORK_NAME || !name.bytes().all(plain) {
+                    return Err(wrong(format!(
+                        "network.name \"{name}\" must be a letter and up to {} letters, digits or underscores, since devices are named after it",
+                        MAX_NETWORK_NAME - 1
+                    )));
+                }
+                Network::Own(OwnNetwork {
+                    name,
+                    subnet,
+                    slots,
+                    host_ports: file.network.host_ports,
+                })
             }
         };
         let slots = match &network {
@@ -217,8 +249,10 @@ impl Settings {
                 "host.max_machines = {max_machines} is more than network.slots = {slots}, and every machine needs one"
             )));
         }
-        let pull_policy: Vec<PullPolicy> =
-            file.images.pull_policy.map_or_else(|| vec![PullPolicy::IfNotPresent], Vec::from);
+        let pull_policy: Vec<PullPolicy> = file
+            .images
+            .pull_policy
+            .map_or_else(|| vec![PullPolicy::IfNotPresent], Vec::from);
         if pull_policy.is_empty() {
             return Err(wrong("images.pull_policy names no policy".to_owned()));
         }
@@ -226,7 +260,13 @@ impl Settings {
         let auth_files = match file.images.auth_files {
             named if !named.is_empty() => named,
             _ => home
-                .map(|h| [h.join(".docker/config.json"), h.join(".config/containers/auth.json")].to_vec())
+                .map(|h| {
+                    [
+                        h.join(".docker/config.json"),
+                        h.join(".config/containers/auth.json"),
+                    ]
+                    .to_vec()
+                })
                 .unwrap_or_default(),
         };
         let settings = Settings {
@@ -235,13 +275,20 @@ impl Settings {
             builds_dir,
             cache_dir,
             services: file.services.unwrap_or_default(),
+            log: file.log_file.map(|file_name| OperatorLog {
+                file: file_name,
+                filter: file.log_filter.unwrap_or_else(|| "info".to_owned()),
+            }),
             libvirt_uri,
             max_machines,
             wait: file.host.wait.map_or(DEFAULT_WAIT, |s| s.0),
             images: ImageSettings {
                 default: file.images.default,
                 allow: file.images.allow,
-                allowed_pull_policies: file.images.allowed_pull_policies.unwrap_or_else(|| pull_policy.clone()),
+                allowed_pull_policies: file
+                    .images
+                    .allowed_pull_policies
+                    .unwrap_or_else(|| pull_policy.clone()),
                 pull_policy,
                 layouts: file.images.layouts,
                 plain_http: file.images.plain_http,
@@ -254,16 +301,29 @@ impl Settings {
             machine: file.machine,
             guest: file.guest,
             limits: file.limits,
-            per_image: file.image.into_iter().map(|(p, t)| (p, t.machine, t.guest)).collect(),
+            per_image: file
+                .image
+                .into_iter()
+                .map(|(p, t)| (p, t.machine, t.guest))
+                .collect(),
         };
         for name in std::iter::once("").chain(settings.per_image.iter().map(|(p, ..)| p.as_str())) {
             let machine = settings.machine(name);
-            let table = if name.is_empty() { "machine".to_owned() } else { format!("image.\"{name}\".machine") };
+            let table = if name.is_empty() {
+                "machine".to_owned()
+            } else {
+                format!("image.\"{name}\".machine")
+            };
             if machine.cpus == 0 || machine.cpus > MAX_CPUS {
-                return Err(wrong(format!("{table}.cpus = {} is not between 1 and {MAX_CPUS}", machine.cpus)));
+                return Err(wrong(format!(
+                    "{table}.cpus = {} is not between 1 and {MAX_CPUS}",
+                    machine.cpus
+                )));
             }
             if machine.memory.is_some_and(|m| m < MIN_MEMORY) {
-                return Err(wrong(format!("{table}.memory is less than {MIN_MEMORY}, too little to boot anything")));
+                return Err(wrong(format!(
+                    "{table}.memory is less than {MIN_MEMORY}, too little to boot anything"
+                )));
             }
         }
         Ok(settings)
@@ -276,7 +336,9 @@ impl Settings {
 
     /// The hardware for an image, by its full name.
     pub fn machine(&self, image: &str) -> MachineSettings {
-        let table = self.layers(image).fold(self.machine.clone(), |base, (over, _)| base.with(over));
+        let table = self
+            .layers(image)
+            .fold(self.machine.clone(), |base, (over, _)| base.with(over));
         let cpus = table.cpus.unwrap_or(MachineSettings::DEFAULT_CPUS);
         MachineSettings {
             cpus,
@@ -289,14 +351,20 @@ impl Settings {
             machine_type: table.machine_type,
             accelerator: table.accelerator.unwrap_or_default(),
             max_cpus: self.limits.cpus.unwrap_or(cpus),
-            max_memory: self.limits.memory.or(table.memory).unwrap_or(MachineSettings::DEFAULT_MEMORY),
+            max_memory: self
+                .limits
+                .memory
+                .or(table.memory)
+                .unwrap_or(MachineSettings::DEFAULT_MEMORY),
             max_disk: self.limits.disk.or(table.disk).unwrap_or(Size::from_bytes(0)),
         }
     }
 
     /// How guests of an image are entered, by the image's full name.
     pub fn guest(&self, image: &str) -> GuestSettings {
-        let table = self.layers(image).fold(self.guest.clone(), |base, (_, over)| base.with(over));
+        let table = self
+            .layers(image)
+            .fold(self.guest.clone(), |base, (_, over)| base.with(over));
         GuestSettings {
             user: table.user,
             allow_users: table.allow_users.unwrap_or_default(),
@@ -320,6 +388,8 @@ impl Settings {
     }
 }
 
+/// Linux allows 15 characters, of which a slot's number and its dash need up to six.
+const MAX_NETWORK_NAME: usize = 12;
 /// No libvirt machine type has more by default.
 const MAX_CPUS: u32 = 255;
 /// Less does not hold a kernel and an sshd.

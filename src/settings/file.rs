@@ -22,6 +22,10 @@ pub struct File {
     pub cache_dir: Option<String>,
     /// What to do with a job that asks for `services:`.
     pub services: Option<Services>,
+    /// Where the operator's log goes, as JSON lines.
+    pub log_file: Option<PathBuf>,
+    /// What is logged there.
+    pub log_filter: Option<String>,
     /// How libvirt is reached.
     pub libvirt: LibvirtTable,
     /// What may run on this host at once.
@@ -278,10 +282,15 @@ impl<'de> Deserialize<'de> for HostPort {
                 "udp" => true,
                 _ => return None,
             };
-            Some(HostPort { udp, port: port.parse().ok().filter(|p| *p > 0)? })
+            Some(HostPort {
+                udp,
+                port: port.parse().ok().filter(|p| *p > 0)?,
+            })
         };
         parse().ok_or_else(|| {
-            serde::de::Error::custom(format!("\"{text}\" is not a port; write for example \"tcp/8080\""))
+            serde::de::Error::custom(format!(
+                "\"{text}\" is not a port; write for example \"tcp/8080\""
+            ))
         })
     }
 }

@@ -10,8 +10,8 @@ mod effective;
 pub mod file;
 mod pattern;
 
-pub use pattern::Pattern;
 pub use effective::{GuestSettings, ImageSettings, MachineSettings, Network, OwnNetwork, Settings};
+pub use pattern::Pattern;
 
 /// Why the settings cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -69,8 +69,13 @@ impl Sources {
     pub fn file(&self) -> Option<PathBuf> {
         let named = self.argument.clone().or_else(|| self.variable.clone());
         named.or_else(|| {
-            let own = self.config_home.as_ref().map(|d| d.join("cannery").join("cannery.toml"));
-            own.into_iter().chain([PathBuf::from(SYSTEM_FILE)]).find(|p| p.exists())
+            let own = self
+                .config_home
+                .as_ref()
+                .map(|d| d.join("cannery").join("cannery.toml"));
+            own.into_iter()
+                .chain([PathBuf::from(SYSTEM_FILE)])
+                .find(|p| p.exists())
         })
     }
 
@@ -79,8 +84,10 @@ impl Sources {
         let (path, table) = match self.file() {
             None => (PathBuf::from("(defaults)"), file::File::default()),
             Some(path) => {
-                let text = std::fs::read_to_string(&path)
-                    .map_err(|source| Error::Unreadable { path: path.clone(), source })?;
+                let text = std::fs::read_to_string(&path).map_err(|source| Error::Unreadable {
+                    path: path.clone(),
+                    source,
+                })?;
                 let table = parse(&text, &path)?;
                 (path, table)
             }
@@ -96,14 +103,28 @@ pub fn parse(text: &str, path: &Path) -> Result<file::File, Error> {
         let before = &text.as_bytes()[..at];
         let line = 1 + before.iter().filter(|b| **b == b'\n').count();
         let column = 1 + before.iter().rev().take_while(|b| **b != b'\n').count();
-        let message = e.message().lines().collect::<Vec<_>>().join(" ").replace('`', "\"");
-        Error::Invalid { path: path.to_owned(), line, column, message: message.trim_end_matches('.').to_owned() }
+        let message = e
+            .message()
+            .lines()
+            .collect::<Vec<_>>()
+            .join(" ")
+            .replace('`', "\"");
+        Error::Invalid {
+            path: path.to_owned(),
+            line,
+            column,
+            message: message.trim_end_matches('.').to_owned(),
+        }
     })
 }
 
 /// The environment's variables that [`Sources`] is made of, looked up by `get`.
 pub fn sources(argument: Option<PathBuf>, get: impl Fn(&str) -> Option<std::ffi::OsString>) -> Sources {
-    let path = |name: &str| get(name).filter(|v| v.as_os_str() != OsStr::new("")).map(PathBuf::from);
+    let path = |name: &str| {
+        get(name)
+            .filter(|v| v.as_os_str() != OsStr::new(""))
+            .map(PathBuf::from)
+    };
     let home = path("HOME");
     let under = |variable, default| path(variable).or_else(|| home.as_ref().map(|h| h.join(default)));
     Sources {

@@ -33,7 +33,10 @@ impl FromStr for Pattern {
             .literal_separator(true)
             .build()
             .map_err(|e| format!("\"{text}\" is not a pattern: {}", e.kind()))?;
-        Ok(Pattern { text: text.to_owned(), matcher: glob.compile_matcher() })
+        Ok(Pattern {
+            text: text.to_owned(),
+            matcher: glob.compile_matcher(),
+        })
     }
 }
 

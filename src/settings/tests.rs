@@ -46,20 +46,41 @@ fn of_the_tables_that_fit_the_longest_wins_key_by_key() {
     assert_eq!((small.cpus, small.memory), (2, Some(Size::gib(2))));
     let other = s.machine("other.example.com/x:1");
     assert_eq!((other.cpus, other.memory), (1, Some(Size::gib(1))));
-    assert_eq!(s.guest("registry.example.com/vm/big:1").user.as_deref(), Some("ci"));
+    assert_eq!(
+        s.guest("registry.example.com/vm/big:1").user.as_deref(),
+        Some("ci")
+    );
     assert_eq!(s.guest("registry.example.com/vm/small:1").user, None);
 }
 
 #[test]
 fn an_error_names_file_line_and_key() {
     for (text, expected) in [
-        ("state_dir = \"/x\"\nstate_dri = 1\n", "/etc/cannery/cannery.toml:2:1: unknown field \"state_dri\""),
+        (
+            "state_dir = \"/x\"\nstate_dri = 1\n",
+            "/etc/cannery/cannery.toml:2:1: unknown field \"state_dri\"",
+        ),
         ("[machine]\ncpus = \"many\"\n", "/etc/cannery/cannery.toml:2:8: "),
-        ("[machine]\nmemory = \"lots\"\n", "/etc/cannery/cannery.toml:2:10: \"lots\" is not a size"),
-        ("[network]\nsubnet = \"10.0.0.1/24\"\n", "/etc/cannery/cannery.toml:2:10: \"10.0.0.1/24\" is not a network"),
-        ("[images]\nallow = [\"a[\"]\n", "/etc/cannery/cannery.toml:2:9: \"a[\" is not a pattern"),
-        ("[image.\"x\".machine]\nspeed = 1\n", "/etc/cannery/cannery.toml:2:1: unknown field \"speed\""),
-        ("[network]\nhost_ports = [\"http\"]\n", "/etc/cannery/cannery.toml:2:14: \"http\" is not a port"),
+        (
+            "[machine]\nmemory = \"lots\"\n",
+            "/etc/cannery/cannery.toml:2:10: \"lots\" is not a size",
+        ),
+        (
+            "[network]\nsubnet = \"10.0.0.1/24\"\n",
+            "/etc/cannery/cannery.toml:2:10: \"10.0.0.1/24\" is not a network",
+        ),
+        (
+            "[images]\nallow = [\"a[\"]\n",
+            "/etc/cannery/cannery.toml:2:9: \"a[\" is not a pattern",
+        ),
+        (
+            "[image.\"x\".machine]\nspeed = 1\n",
+            "/etc/cannery/cannery.toml:2:1: unknown field \"speed\"",
+        ),
+        (
+            "[network]\nhost_ports = [\"http\"]\n",
+            "/etc/cannery/cannery.toml:2:14: \"http\" is not a port",
+        ),
         ("x = \n", "/etc/cannery/cannery.toml:1:"),
     ] {
         let error = settings(text).unwrap_err();
@@ -72,11 +93,23 @@ fn values_that_do_not_fit_together_are_refused() {
     for (text, expected) in [
         ("state_dir = \"relative\"", "not an absolute path"),
         ("[network]\nsubnet = \"10.0.0.0/29\"\nslots = 32", "which has 5"),
-        ("[network]\nslots = 4\n[host]\nmax_machines = 5", "more than network.slots"),
-        ("[network]\nname = \"a\"\nlibvirt_network = \"b\"", "exclude each other"),
-        ("[network]\nname = \"much-too-long-for-a-bridge\"", "1 to 15"),
+        (
+            "[network]\nslots = 4\n[host]\nmax_machines = 5",
+            "more than network.slots",
+        ),
+        (
+            "[network]\nname = \"a\"\nlibvirt_network = \"b\"",
+            "exclude each other",
+        ),
+        (
+            "[network]\nname = \"much-too-long-for-a-bridge\"",
+            "must be a letter",
+        ),
         ("[machine]\ncpus = 0", "machine.cpus = 0"),
-        ("[image.\"a/b\".machine]\ncpus = 0", "image.\"a/b\".machine.cpus = 0"),
+        (
+            "[image.\"a/b\".machine]\ncpus = 0",
+            "image.\"a/b\".machine.cpus = 0",
+        ),
         ("[images]\npull_policy = []", "names no policy"),
     ] {
         let error = settings(text).unwrap_err();
@@ -88,14 +121,24 @@ fn values_that_do_not_fit_together_are_refused() {
 fn a_named_file_must_exist_and_others_need_not() {
     let missing = sources(Some("/nonexistent/cannery.toml".into()), |_| None);
     assert!(matches!(missing.load(), Err(Error::Unreadable { .. })));
-    let by_variable =
-        sources(None, |name| (name == "CANNERY_CONFIG").then(|| "/nonexistent/from-variable.toml".into()));
-    assert!(by_variable.load().unwrap_err().to_string().contains("from-variable.toml"));
+    let by_variable = sources(None, |name| {
+        (name == "CANNERY_CONFIG").then(|| "/nonexistent/from-variable.toml".into())
+    });
+    assert!(
+        by_variable
+            .load()
+            .unwrap_err()
+            .to_string()
+            .contains("from-variable.toml")
+    );
 }
 
 #[test]
 fn the_password_is_not_in_the_debug_text() {
     let s = settings("[guest]\npassword = \"hunter2\"").unwrap();
-    assert_eq!(s.guest("x").password.as_ref().map(Secret::reveal), Some("hunter2"));
+    assert_eq!(
+        s.guest("x").password.as_ref().map(Secret::reveal),
+        Some("hunter2")
+    );
     assert!(!format!("{s:?}").contains("hunter2"));
 }

@@ -1,0 +1,39 @@
+use super::{Context, print};
+use crate::outcome::Failure;
+use crate::reap;
+
+/// Remove what no runner will come back for: machines, overlays, slots
+#[derive(Debug, clap::Args)]
+pub(super) struct Arguments {
+    /// Only say what would be removed
+    #[arg(long)]
+    dry_run: bool,
+}
+
+pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
+    let settings = context.settings()?;
+    let reaper = reap::Reaper::open(&settings)?;
+    let actions = reaper.plan().await?;
+    if actions.is_empty() {
+        print("Nothing to remove.\n");
+    }
+    let mut failures = Vec::new();
+    for action in actions {
+        if arguments.dry_run {
+            print(&format!("would remove {action}\n"));
+        } else {
+            match reaper.apply(&action).await {
+                Ok(true) => print(&format!("removed {action}\n")),
+                Ok(false) => print(&format!("left {action}: someone is working on it\n")),
+                Err(failure) => failures.push(failure),
+            }
+        }
+    }
+    // All were tried; the first failure stands for the rest.
+    let more = failures.len().saturating_sub(1);
+    match failures.into_iter().next() {
+        None => Ok(()),
+        Some(first) if more == 0 => Err(first),
+        Some(first) => Err(first.hint(format!("{more} more could not be removed either"))),
+    }
+}

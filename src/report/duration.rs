@@ -1,0 +1,44 @@
+//! Lengths of time for people.
+
+use std::time::Duration;
+
+/// Seconds with the digits that matter: `0.01 s`, `0.5 s`, `13.9 s`, `132 s`.
+pub fn seconds(d: Duration) -> String {
+    let s = d.as_secs_f64();
+    match s {
+        s if s < 0.095 => format!("{s:.2} s"),
+        s if s < 99.95 => format!("{s:.1} s"),
+        s => format!("{s:.0} s"),
+    }
+}
+
+/// How long something has been there: `45s`, `12m`, `3h`, `2d`.
+pub fn age(d: Duration) -> String {
+    match d.as_secs() {
+        s @ 0..=119 => format!("{s}s"),
+        s @ 120..=7199 => format!("{}m", s / 60),
+        s @ 7200..=172_799 => format!("{}h", s / 3600),
+        s => format!("{}d", s / 86_400),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_read_well() {
+        for (ms, text) in [
+            (4, "0.00 s"),
+            (12, "0.01 s"),
+            (480, "0.5 s"),
+            (13_940, "13.9 s"),
+            (132_400, "132 s"),
+        ] {
+            assert_eq!(seconds(Duration::from_millis(ms)), text);
+        }
+        for (s, text) in [(45, "45s"), (720, "12m"), (10_800, "3h"), (200_000, "2d")] {
+            assert_eq!(age(Duration::from_secs(s)), text);
+        }
+    }
+}
