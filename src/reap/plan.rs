@@ -223,7 +223,8 @@ mod tests {
     #[test]
     fn each_reason_alone_is_enough() {
         let now = Timestamp::now();
-        let cases: [(Why, fn(&mut Found)); 5] = [
+        type Change = fn(&mut Found);
+        let cases: [(Why, Change); 5] = [
             (Why::NoRecord, |f| f.record = None),
             (Why::HalfRemoved, |f| {
                 f.record.as_mut().unwrap().state = State::Cleaning

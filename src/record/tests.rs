@@ -107,7 +107,7 @@ fn only_forward_or_to_cleaning() {
     ];
     for from in all {
         assert!(from.may_become(Cleaning));
-        assert_eq!(from.may_become(Admitted), false, "{from}");
+        assert!(!from.may_become(Admitted), "{from}");
     }
     assert!(Booting.may_become(Cloning) && !Ready.may_become(Cloning));
     assert!(Ready.may_become(Running) && Running.may_become(Ready) && Running.may_become(Running));

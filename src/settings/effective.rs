@@ -303,6 +303,7 @@ impl Settings {
             limits: file.limits,
             per_image: file
                 .image
+                .0
                 .into_iter()
                 .map(|(p, t)| (p, t.machine, t.guest))
                 .collect(),
@@ -380,7 +381,6 @@ impl Settings {
 
     /// The tables that fit an image, the shortest pattern first.
     fn layers<'a>(&'a self, image: &'a str) -> impl Iterator<Item = (&'a MachineTable, &'a GuestTable)> {
-        // The map is ordered by the pattern's length.
         self.per_image
             .iter()
             .filter(move |(pattern, ..)| pattern.fits(image) || pattern.as_str() == image)

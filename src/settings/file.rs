@@ -1,6 +1,5 @@
 //! The shape of `cannery.toml`: every key that there is, and nothing else.
 
-use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
@@ -41,7 +40,7 @@ pub struct File {
     /// How a guest is entered.
     pub guest: GuestTable,
     /// Exceptions for images, by pattern; of several that fit, the longest pattern wins, key by key.
-    pub image: BTreeMap<Pattern, ImageTable>,
+    pub image: ImageTables,
 }
 
 /// `services`: a virtual machine has none beside it.
@@ -348,6 +347,31 @@ pub struct ImageTable {
     pub machine: MachineTable,
     /// How guests of these images are entered.
     pub guest: GuestTable,
+}
+
+/// The `[image."PATTERN"]` tables, the shortest pattern first.
+#[derive(Debug, Clone, Default)]
+pub struct ImageTables(pub Vec<(Pattern, ImageTable)>);
+
+impl<'de> Deserialize<'de> for ImageTables {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Self, D::Error> {
+        struct Tables;
+        impl<'de> serde::de::Visitor<'de> for Tables {
+            type Value = ImageTables;
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("tables named by patterns, such as [image.\"registry.example.com/**\"]")
+            }
+            fn visit_map<A: serde::de::MapAccess<'de>>(self, mut map: A) -> Result<ImageTables, A::Error> {
+                let mut tables = Vec::new();
+                while let Some(entry) = map.next_entry::<Pattern, ImageTable>()? {
+                    tables.push(entry);
+                }
+                tables.sort_by(|(a, _), (b, _)| a.by_length(b));
+                Ok(ImageTables(tables))
+            }
+        }
+        d.deserialize_map(Tables)
+    }
 }
 
 /// Takes each key that `over` sets, else keeps the one of `base`.

@@ -19,6 +19,11 @@ impl Pattern {
         self.matcher.is_match(name)
     }
 
+    /// The order in which patterns apply: shorter first, so that longer ones, being more exact, win.
+    pub(super) fn by_length(&self, other: &Pattern) -> std::cmp::Ordering {
+        (self.text.len(), &self.text).cmp(&(other.text.len(), &other.text))
+    }
+
     /// The pattern as it was written.
     pub fn as_str(&self) -> &str {
         &self.text
@@ -43,24 +48,6 @@ impl FromStr for Pattern {
 impl fmt::Debug for Pattern {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Pattern({})", self.text)
-    }
-}
-
-impl PartialEq for Pattern {
-    fn eq(&self, other: &Self) -> bool {
-        self.text == other.text
-    }
-}
-impl Eq for Pattern {}
-impl PartialOrd for Pattern {
-    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
-        Some(self.cmp(other))
-    }
-}
-impl Ord for Pattern {
-    /// Shorter first, so that later tables, being more exact, win.
-    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
-        (self.text.len(), &self.text).cmp(&(other.text.len(), &other.text))
     }
 }
 

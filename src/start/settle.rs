@@ -9,6 +9,8 @@ use crate::report::plain;
 /// What scripts will need.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Needs<'a> {
+    /// What the guest is to be called.
+    pub hostname: &'a str,
     /// Folders that the user must be able to write to.
     pub folders: [&'a str; 2],
     /// The shell that runs scripts.
