@@ -1,5 +1,11 @@
 //! The libvirt thread, against libvirt's own test driver, which needs no daemon.
 
+// A test fails by panicking, in its helpers too.
+#![allow(clippy::unwrap_used)]
+
+use std::os::unix::fs::chown;
+use std::path::Path;
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use cannery::machine::libvirt::{Error, Libvirt};
@@ -86,4 +92,81 @@ async fn a_nul_in_a_name_is_an_error_and_the_thread_lives_on() {
     // Whether the binding refuses or panics on it, the next call must be answered.
     assert!(libvirt.state("a\0b").await.is_err());
     assert_eq!(libvirt.state("test").await.unwrap(), State::Running);
+}
+
+/// The user that a daemon of our own runs as, so that it has nothing to do with the host's.
+const NOBODY: u32 = 65534;
+
+/// A libvirtd of our own, whose test driver stands behind a socket.
+struct Daemon {
+    child: Child,
+}
+
+impl Daemon {
+    fn start(folder: &Path) -> Daemon {
+        let socket = Daemon::socket(folder);
+        let child = Command::new("setpriv")
+            .args(["--reuid=65534", "--regid=65534", "--clear-groups", "libvirtd"])
+            .env("HOME", folder)
+            .env("XDG_RUNTIME_DIR", folder)
+            .env("XDG_CONFIG_HOME", folder)
+            .env("XDG_CACHE_HOME", folder)
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let start = Instant::now();
+        while std::os::unix::net::UnixStream::connect(&socket).is_err() {
+            assert!(
+                start.elapsed() < Duration::from_secs(60),
+                "libvirtd does not listen"
+            );
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        Daemon { child }
+    }
+
+    fn socket(folder: &Path) -> std::path::PathBuf {
+        folder.join("libvirt/libvirt-sock")
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs libvirtd, and root to run one of its own as nobody"]
+async fn a_restarted_daemon_is_found_again() {
+    let folder = tempfile::tempdir().unwrap();
+    chown(folder.path(), Some(NOBODY), Some(NOBODY)).unwrap();
+    let uri = format!(
+        "test+unix:///default?socket={}",
+        Daemon::socket(folder.path()).display()
+    );
+    let libvirt = Libvirt::open(&uri).unwrap();
+
+    let daemon = Daemon::start(folder.path());
+    assert_eq!(libvirt.state("test").await.unwrap(), State::Running);
+    drop(daemon);
+    let error = libvirt.state("test").await.unwrap_err();
+    assert!(matches!(error, Error::Unreachable { .. }), "{error}");
+
+    let daemon = Daemon::start(folder.path());
+    assert_eq!(libvirt.state("test").await.unwrap(), State::Running);
+    // Killed and started between two calls, and while one is waiting for it.
+    drop(daemon);
+    let daemon = Daemon::start(folder.path());
+    assert_eq!(libvirt.state("test").await.unwrap(), State::Running);
+    drop(daemon);
+    let waiting = {
+        let libvirt = libvirt.clone();
+        tokio::spawn(async move { libvirt.state("test").await })
+    };
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    let _daemon = Daemon::start(folder.path());
+    assert_eq!(waiting.await.unwrap().unwrap(), State::Running);
 }

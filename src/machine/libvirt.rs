@@ -163,3 +163,83 @@ fn connection_lost(error: &virt::error::Error) -> bool {
     ];
     is(error, ErrorNumber::InvalidConn) || (transport && broken.iter().any(|number| is(error, *number)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Instant;
+
+    fn test_driver() -> Libvirt {
+        Libvirt::open("test:///default").unwrap()
+    }
+
+    async fn ask(libvirt: &Libvirt) -> String {
+        let driver = libvirt.call("answer".to_owned(), QUERY_DEADLINE, |connection| {
+            connection.driver_type()
+        });
+        driver.await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_panic_is_an_error_and_the_next_call_is_answered() {
+        let libvirt = test_driver();
+        let error = libvirt
+            .call(
+                "do it".to_owned(),
+                QUERY_DEADLINE,
+                |_| -> Result<(), virt::error::Error> { panic!("as the binding's Drop does") },
+            )
+            .await
+            .unwrap_err();
+        assert_eq!(
+            error.to_string(),
+            "the libvirt binding failed while it was to do it"
+        );
+        assert_eq!(ask(&libvirt).await, "TEST");
+    }
+
+    #[tokio::test]
+    async fn a_hung_call_is_given_up_and_holds_nobody_up() {
+        let libvirt = test_driver();
+        let (release, hang) = std::sync::mpsc::channel::<()>();
+        let short = Duration::from_millis(100);
+        let error = libvirt
+            .call("hang".to_owned(), short, move |_| {
+                let _ = hang.recv();
+                Ok(())
+            })
+            .await
+            .unwrap_err();
+        assert!(matches!(error, Error::Late { .. }), "{error}");
+        let start = Instant::now();
+        assert_eq!(ask(&libvirt).await, "TEST");
+        assert!(start.elapsed() < Duration::from_secs(5));
+        drop(release);
+    }
+
+    #[tokio::test]
+    async fn what_a_caller_gave_up_in_the_queue_is_not_done_behind_its_back() {
+        let libvirt = test_driver();
+        let (release, hang) = std::sync::mpsc::channel::<()>();
+        let (told, done) = std::sync::mpsc::channel::<()>();
+        let slow = libvirt.call("wait".to_owned(), QUERY_DEADLINE, move |_| {
+            let _ = hang.recv();
+            Ok(())
+        });
+        let queued = libvirt.call("tell".to_owned(), Duration::from_millis(100), move |_| {
+            let _ = told.send(());
+            Ok(())
+        });
+        let both = async {
+            let late = queued.await;
+            release.send(()).unwrap();
+            late
+        };
+        let (slow, late) = tokio::join!(slow, both);
+        slow.unwrap();
+        assert!(matches!(late, Err(Error::Late { .. })));
+        assert_eq!(ask(&libvirt).await, "TEST");
+        // The sender went away with the closure, unused.
+        assert!(done.recv_timeout(Duration::from_secs(5)).is_err());
+    }
+}

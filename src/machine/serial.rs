@@ -4,6 +4,9 @@
 //! write: at 2 MiB (`max_size` in virtlogd.conf) it renames the file to `.0`, that to `.1`, and so on, and keeps three
 //! of them (`max_backups`), so a job has at most 8 MiB on disk whatever its guest does. Where the operator has set
 //! `stdio_handler = "file"` in qemu.conf, QEMU writes the file itself and **nothing bounds it**.
+//!
+//! The file that the caller made keeps its owner when it is renamed; the one that virtlogd then begins is root's, 0600. A
+//! caller that is not root therefore sees, of a guest that writes more than 2 MiB, the first part only.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -15,7 +18,7 @@ use super::overlay::{self, own_file};
 /// Mode of the log: virtlogd, which runs as root, writes it; the caller and its group read it.
 const MODE: u32 = 0o640;
 
-/// How many rotated files are looked for; one more than virtlogd keeps unless told otherwise would be unusual.
+/// How many rotated files are looked for: virtlogd keeps three unless told otherwise.
 const BACKUPS: u32 = 8;
 
 /// Makes the empty log, so that it belongs to the caller: one that virtlogd made would be root's alone. Removes what
@@ -68,6 +71,7 @@ pub fn last_bytes(log: &Path, bytes: usize) -> io::Result<Vec<u8>> {
     let files = std::iter::once(log.to_owned()).chain((0..BACKUPS).map(|n| rotated(log, n)));
     let mut parts: Vec<Vec<u8>> = Vec::new();
     let mut missing = bytes;
+    let mut denied = None;
     for path in files {
         if missing == 0 {
             break;
@@ -77,6 +81,11 @@ pub fn last_bytes(log: &Path, bytes: usize) -> io::Result<Vec<u8>> {
             // Rotation removes and renames: a gap is an end.
             Err(error) if error.kind() == io::ErrorKind::NotFound && path != log => break,
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            // What virtlogd began anew is root's alone; the file that we made has only moved.
+            Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+                denied = denied.or(Some(error));
+                continue;
+            }
             Err(error) => return Err(error),
         };
         let wanted = u64::try_from(missing).unwrap_or(u64::MAX);
@@ -87,8 +96,13 @@ pub fn last_bytes(log: &Path, bytes: usize) -> io::Result<Vec<u8>> {
         missing -= part.len().min(missing);
         parts.push(part);
     }
-    parts.reverse();
-    Ok(parts.concat())
+    match denied {
+        Some(error) if parts.is_empty() => Err(error),
+        _ => {
+            parts.reverse();
+            Ok(parts.concat())
+        }
+    }
 }
 
 fn rotated(log: &Path, n: u32) -> PathBuf {

@@ -10,8 +10,8 @@ use virt::error::ErrorNumber;
 use super::{Error, connection_lost, is};
 
 /// How long a connection that died is tried again: a libvirtd that is restarted is back in about a second where no
-/// socket activation holds the door.
-const REOPEN_FOR: Duration = Duration::from_secs(5);
+/// socket activation holds the door, later on a busy host.
+const REOPEN_FOR: Duration = Duration::from_secs(10);
 /// Pause between two tries.
 const REOPEN_PAUSE: Duration = Duration::from_millis(200);
 

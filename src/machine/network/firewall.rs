@@ -209,22 +209,17 @@ pub async fn provide(plan: &NetworkPlan, state_dir: &Path) -> Result<bool, Error
     let rules = rules(plan);
     let path = note_path(plan, state_dir);
     let boot = read(Path::new(BOOT_ID))?.unwrap_or_default().trim().to_owned();
-    let note: Option<Note> = read(&path)?.and_then(|text| serde_json::from_str(&text).ok());
-    let fits = note
-        .as_ref()
-        .is_some_and(|note| note.boot == boot && note.rules == hash(&rules));
-    if !rustix::process::geteuid().is_root() {
-        return if fits {
-            Ok(false)
-        } else {
-            Err(Error::NotLoaded(plan.name.clone()))
-        };
-    }
-    if let Some(note) = note.filter(|_| fits) {
-        let listing = list(plan).await?;
-        if listing.is_some_and(|listing| hash(&listing) == note.listing) {
-            return Ok(false);
+    let note = read(&path)?.and_then(|text| serde_json::from_str(&text).ok());
+    let root = rustix::process::geteuid().is_root();
+    match standing(root, note.as_ref(), &boot, &hash(&rules)) {
+        Standing::Trusted => return Ok(false),
+        Standing::Unloadable => return Err(Error::NotLoaded(plan.name.clone())),
+        Standing::Compare(noted) => {
+            if list(plan).await?.is_some_and(|listing| hash(&listing) == noted) {
+                return Ok(false);
+            }
         }
+        Standing::Missing => {}
     }
     load(plan, &rules).await?;
     let listing = list(plan).await?.ok_or_else(|| Error::Refused {
@@ -240,6 +235,30 @@ pub async fn provide(plan: &NetworkPlan, state_dir: &Path) -> Result<bool, Error
         },
     )?;
     Ok(true)
+}
+
+/// What a note says about the rules.
+#[derive(Debug, PartialEq, Eq)]
+enum Standing<'a> {
+    /// They are there, says root.
+    Trusted,
+    /// They are not there, and this caller cannot load them.
+    Unloadable,
+    /// They are there if nft lists them with this hash.
+    Compare(&'a str),
+    /// They are to be loaded.
+    Missing,
+}
+
+fn standing<'a>(root: bool, note: Option<&'a Note>, boot: &str, rules: &str) -> Standing<'a> {
+    // A boot that cannot be told apart from others proves nothing.
+    let note = note.filter(|note| !boot.is_empty() && note.boot == boot && note.rules == rules);
+    match (root, note) {
+        (false, Some(_)) => Standing::Trusted,
+        (false, None) => Standing::Unloadable,
+        (true, Some(note)) => Standing::Compare(&note.listing),
+        (true, None) => Standing::Missing,
+    }
 }
 
 /// Takes the rules down; rules that are not there are fine.
@@ -378,6 +397,31 @@ mod tests {
         assert!(text.contains("elements = { 22, 8080 }"), "{text}");
         assert!(text.contains("elements = { 123 }"), "{text}");
         assert_ne!(hash(&text), hash(&rules(&plan())));
+    }
+
+    #[test]
+    fn a_note_of_another_boot_or_plan_is_none() {
+        let note = Note {
+            boot: "b".to_owned(),
+            rules: "r".to_owned(),
+            listing: "l".to_owned(),
+        };
+        let nameless = Note {
+            boot: String::new(),
+            ..note.clone()
+        };
+        let some = Some(&note);
+        assert_eq!(standing(true, some, "b", "r"), Standing::Compare("l"));
+        assert_eq!(standing(false, some, "b", "r"), Standing::Trusted);
+        for (note, boot, rules) in [
+            (None, "b", "r"),
+            (some, "c", "r"),
+            (some, "b", "s"),
+            (Some(&nameless), "", "r"),
+        ] {
+            assert_eq!(standing(true, note, boot, rules), Standing::Missing);
+            assert_eq!(standing(false, note, boot, rules), Standing::Unloadable);
+        }
     }
 
     #[test]

@@ -253,7 +253,7 @@ proptest! {
     }
 }
 
-/// The golden file is what a reviewer reads; it is rewritten by hand, with `CANNERY_GOLDEN` nowhere.
+/// The golden file is what a reviewer reads; whoever changes the rendering changes it too, by hand.
 #[test]
 fn the_arm_machine_is_the_one_on_file() {
     let placement = Placement {
