@@ -84,8 +84,8 @@ impl Coordinator {
     /// Puts a job into the queue.
     pub fn enqueue(&self, job: &Job) -> Handle {
         let mut table = self.desk.table();
-        let id = job.wanted_id().unwrap_or(table.next_id);
-        table.next_id = table.next_id.max(id) + 1;
+        let id = job.wanted_id().unwrap_or(table.last_id + 1);
+        table.last_id = table.last_id.max(id);
         let token = format!("job-token-{id}");
         let payload = job.payload(id, &token, &self.url);
         let replaced = table.jobs.insert(id, Entry::new(payload, &token));
@@ -236,7 +236,7 @@ pub(super) struct Desk {
 
 #[derive(Debug, Default)]
 struct Table {
-    next_id: u64,
+    last_id: u64,
     queue: VecDeque<u64>,
     jobs: BTreeMap<u64, Entry>,
 }
