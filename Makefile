@@ -1,0 +1,43 @@
+# make demo         run two jobs in virtual machines on this machine, from nothing
+# make demo-clean   remove what that made; the packages stay
+# make check        the quick checks: format, lints, quick tests, licences
+# make test         everything: set-up, check, and the tests that need libvirt, guests and registries
+# make bench        how fast the stages are, each against a peer in the same run
+# make install      into PREFIX (/usr/local), under DESTDIR for packages
+# make clean        remove what was built, the guests too
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+CARGO ?= cargo
+INSTALL ?= install
+
+.PHONY: all build demo demo-clean check test bench install clean
+
+all: build
+
+build:
+	$(CARGO) build --locked --release
+
+demo:
+	contrib/demo/run
+
+demo-clean:
+	contrib/demo/run --clean
+
+check:
+	contrib/check
+
+test:
+	contrib/test
+
+bench: build
+	target/release/cannery bench stages
+
+install: build
+	$(INSTALL) -D -m 0755 target/release/cannery $(DESTDIR)$(PREFIX)/bin/cannery
+	test -e $(DESTDIR)/etc/cannery/cannery.toml || \
+		$(INSTALL) -D -m 0644 contrib/gitlab-runner/cannery.toml $(DESTDIR)/etc/cannery/cannery.toml
+
+clean:
+	$(CARGO) clean
+	rm -rf .cache
