@@ -1,5 +1,7 @@
 //! The documentation says what the program does.
 
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
 use std::collections::BTreeSet;
 use std::path::Path;
 

@@ -350,6 +350,7 @@ pub async fn alive(libvirt: &Libvirt, name: &str, serial_log: &std::path::Path) 
 /// Makes a guest that answers ready for scripts.
 async fn make_ready(plan: &Plan<'_>, connection: &Connection) -> Result<Started, Failure> {
     let needs = Needs {
+        hostname: &plan.hostname,
         folders: plan.folders,
         shell: plan.guest.shell.as_str(),
         helper: plan.needs_helper,

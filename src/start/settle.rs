@@ -46,6 +46,13 @@ fn command(needs: &Needs<'_>) -> String {
             quote(folder)
         ));
     }
+    // systemd before 254 does not read its name from the introduction. A name is no reason to fail.
+    script.push_str(&format!(
+        "h={}; [ \"$(cat /proc/sys/kernel/hostname)\" = \"$h\" ] || \
+         {{ [ -w /proc/sys/kernel/hostname ] && echo \"$h\" >/proc/sys/kernel/hostname; }} 2>/dev/null || \
+         sudo -n sh -c 'echo \"$1\" >/proc/sys/kernel/hostname' - \"$h\" 2>/dev/null; ",
+        quote(needs.hostname)
+    ));
     script.push_str(&format!(
         "command -v {} >/dev/null || echo noshell; ",
         needs.shell
@@ -107,7 +114,9 @@ mod tests {
     fn the_command_makes_folders_and_finds_what_is_missing() {
         let dir = tempfile::tempdir().unwrap();
         let builds = dir.path().join("it's a folder").display().to_string();
+        let hostname = std::fs::read_to_string("/proc/sys/kernel/hostname").unwrap();
         let needs = Needs {
+            hostname: hostname.trim(),
             folders: [&builds, "/proc/nowhere"],
             shell: "no-such-shell",
             helper: false,
