@@ -15,9 +15,9 @@ use std::time::{Duration, Instant};
 use cannery::guest::keys::KeyPair;
 use cannery::guest::ready::wait_ready;
 use cannery::guest::script::{Control, Ending, Error, run_script};
-use cannery::guest::secret::Secret;
 use cannery::guest::shell::{RunId, Shell, preamble, wrapper};
 use cannery::guest::ssh::{self, Auth, Connection, HostKeyPolicy, Patience, Progress};
+use cannery::secret::Secret;
 use sshd::{Sshd, children, patience, signal};
 
 type Alive = fn() -> Ready<Result<(), String>>;

@@ -10,6 +10,7 @@
 
 pub mod coordinator;
 pub mod guests;
+pub mod host;
 pub mod job;
 pub mod log;
 pub mod runner;
