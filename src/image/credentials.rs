@@ -4,29 +4,13 @@
 //! `credsStore`).
 
 use std::collections::BTreeMap;
-<<<<<<< HEAD
-use std::process::Stdio;
-use std::time::Duration;
-=======
-use std::fmt;
->>>>>>> image
 
 use base64::Engine as _;
 use serde::Deserialize;
 
 use super::error::quoted;
-<<<<<<< HEAD
-use crate::secret::Secret;
-
-/// Time that a credential helper has to answer. Some ask a cloud's metadata service or a key ring; none
-/// waits for a human here.
-const HELPER_DEADLINE: Duration = Duration::from_secs(30);
-
-/// Most that is read of a helper's answer, in bytes.
-const HELPER_ANSWER_MAX: u64 = 64 * 1024;
-=======
 use super::helper;
->>>>>>> image
+use crate::secret::Secret;
 
 /// Largest file of logins, in bytes.
 const CONFIG_MAX: usize = 1024 * 1024;
@@ -346,81 +330,6 @@ impl DockerAuth {
     }
 }
 
-<<<<<<< HEAD
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct HelperAnswer {
-    username: String,
-    secret: String,
-}
-
-async fn ask_helper(helper: &str, registry: &str) -> Result<Option<Login>, CredentialsError> {
-    let failed = |reason: String| CredentialsError::Helper {
-        helper: helper.to_owned(),
-        registry: registry.to_owned(),
-        reason,
-    };
-    // The name that docker stores Docker Hub under.
-    let server = if DOCKER_HUB.contains(&registry) {
-        "https://index.docker.io/v1/"
-    } else {
-        registry
-    };
-    let talk = async {
-        let mut child = tokio::process::Command::new(format!("docker-credential-{helper}"))
-            .arg("get")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()?;
-        if let Some(mut stdin) = child.stdin.take() {
-            // A helper that needs no input may be gone already; its answer decides.
-            drop(stdin.write_all(format!("{server}\n").as_bytes()).await);
-        }
-        let mut answer = Vec::new();
-        if let Some(stdout) = child.stdout.take() {
-            stdout.take(HELPER_ANSWER_MAX).read_to_end(&mut answer).await?;
-        }
-        std::io::Result::Ok((child.wait().await?, answer))
-    };
-    let (status, answer) = tokio::time::timeout(HELPER_DEADLINE, talk)
-        .await
-        .map_err(|_| failed(format!("no answer within {} s", HELPER_DEADLINE.as_secs())))?
-        .map_err(|error| failed(error.to_string()))?;
-    parse_helper(status.success(), &answer)
-        .map_err(|reason| failed(reason.to_owned()))
-        .and_then(|login| match login {
-            Some(login) if login.user == "<token>" => Err(CredentialsError::IdentityToken {
-                registry: registry.to_owned(),
-            }),
-            other => Ok(other),
-        })
-}
-
-/// Reads a helper's answer. "Not found" is a failure with a fixed text on stdout.
-fn parse_helper(success: bool, answer: &[u8]) -> Result<Option<Login>, &'static str> {
-    if !success {
-        let text = String::from_utf8_lossy(answer);
-        return if text.contains("credentials not found") {
-            Ok(None)
-        } else {
-            Err("it ended with an error")
-        };
-    }
-    let answer: HelperAnswer =
-        serde_json::from_slice(answer).map_err(|_| "its answer is not the JSON of a credential helper")?;
-    if answer.username.is_empty() && answer.secret.is_empty() {
-        return Ok(None);
-    }
-    Ok(Some(Login {
-        user: answer.username,
-        password: Secret::new(answer.secret),
-    }))
-}
-
-=======
->>>>>>> image
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -11,8 +11,8 @@ use serde::Deserialize;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 
+use super::credentials::{CredentialsError, DOCKER_HUB, Login};
 use crate::secret::Secret;
-use super::credentials::{CredentialsError, DOCKER_HUB, Login, };
 
 /// Time that a helper has to answer. Some ask a cloud's metadata service or a key ring; none waits for a
 /// human here.
