@@ -286,7 +286,6 @@ impl Executor {
 }
 
 /// What cleanup prints goes to the runner's own log; here, to whoever runs the tests.
-#[allow(clippy::print_stderr)]
 fn show(piece: &[u8]) {
     eprint!("cleanup: {}", String::from_utf8_lossy(piece));
 }
