@@ -10,8 +10,6 @@
 
 pub mod coordinator;
 pub mod guests;
-// Examples are given the program's path by their caller; cargo tells it to tests only.
-#[cfg(test)]
 pub mod host;
 pub mod job;
 pub mod log;
