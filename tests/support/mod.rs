@@ -5,7 +5,7 @@
 
 // Every test binary takes the parts that it needs.
 #![allow(dead_code, unreachable_pub)]
-// A test's support may panic: that is how a test fails.
+// A test's support may panic, which is how a test fails, and print for whoever reads why.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
 pub mod coordinator;
