@@ -336,6 +336,7 @@ fn snapshots(disk: &impl ReadAt, header: &Header, tables: &mut Tables) -> Result
         return Err(Hostility::Impossible("place of a table").into());
     }
     let mut at = header.snapshots_offset;
+    let mut end = at;
     for _ in 0..header.snapshots {
         let outside = || Finding::from(Hostility::TableOutside(NAME));
         if at.checked_add(40).is_none_or(|end| end > tables.length) {
@@ -349,10 +350,12 @@ fn snapshots(disk: &impl ReadAt, header: &Header, tables: &mut Tables) -> Result
             return Err(Hostility::Impossible("snapshot").into());
         }
         let names = (be32(&entry, 12) >> 16) + (be32(&entry, 12) & 0xffff);
-        at += (40 + u64::from(extra) + u64::from(names)).next_multiple_of(8);
-        if at > tables.length {
+        end = at + 40 + u64::from(extra) + u64::from(names);
+        if end > tables.length {
             return Err(outside());
         }
+        // The last entry of a file may stand without its padding.
+        at = end.next_multiple_of(8);
         let l1_bytes = u64::from(be32(&entry, 8)) * 8;
         if l1_bytes > L1_MAX {
             return Err(Hostility::Impossible("snapshot").into());
@@ -361,7 +364,7 @@ fn snapshots(disk: &impl ReadAt, header: &Header, tables: &mut Tables) -> Result
             tables.add("first-level table of a snapshot", be64(&entry, 0), l1_bytes)?;
         }
     }
-    tables.add(NAME, header.snapshots_offset, at - header.snapshots_offset)?;
+    tables.add(NAME, header.snapshots_offset, end - header.snapshots_offset)?;
     Ok(())
 }
 
@@ -569,13 +572,16 @@ mod tests {
     }
 
     fn qemu_img(arguments: &[&str], dir: &std::path::Path) {
-        let status = Command::new("qemu-img")
+        let output = Command::new("qemu-img")
             .args(arguments)
-            .arg("-q")
             .current_dir(dir)
-            .status()
+            .output()
             .unwrap();
-        assert!(status.success(), "qemu-img {arguments:?}");
+        assert!(
+            output.status.success(),
+            "qemu-img {arguments:?}: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
     }
 
     #[test]
