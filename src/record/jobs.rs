@@ -10,8 +10,8 @@ use jiff::Timestamp;
 
 use super::{Error, JobKey, Record, State, VERSION, read_json, write_json};
 
-/// Longer than any single step of a job takes: the longest is libvirt's destroy of a loaded machine.
-const LOCK_DEADLINE: Duration = Duration::from_secs(60);
+/// Longer than any single step of a job takes: the longest is a start that libvirt is given three minutes for.
+const LOCK_DEADLINE: Duration = Duration::from_secs(200);
 /// How often a lock is tried meanwhile.
 const LOCK_POLL: Duration = Duration::from_millis(20);
 /// Group-writable: root and members of the state folder's group clean up after each other. Others may pass
