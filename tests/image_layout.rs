@@ -1,5 +1,7 @@
 //! Images from OCI layout folders: every format that is read, and every class that is refused.
 
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
 #[path = "support/image_fixture.rs"]
 mod image_fixture;
 

@@ -6,7 +6,7 @@
 
 use std::cell::Cell;
 use std::error::Error as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use reqwest::header::{
@@ -480,7 +480,15 @@ fn cause(error: &reqwest::Error) -> String {
     while let Some(next) = deepest.and_then(std::error::Error::source) {
         deepest = Some(next);
     }
-    deepest.map_or_else(|| "the request failed".to_owned(), ToString::to_string)
+    let text = deepest.map_or_else(|| "the request failed".to_owned(), ToString::to_string);
+    // OpenSSL's form is error:NUMBER:LIBRARY:FUNCTION:REASON:FILE:LINE.
+    match text
+        .strip_prefix("error:")
+        .and_then(|parts| parts.split(':').nth(3))
+    {
+        Some(reason) => format!("TLS failed: {reason}"),
+        None => text,
+    }
 }
 
 fn client(ca_files: &[PathBuf]) -> Result<Client, Error> {
@@ -505,22 +513,7 @@ fn client(ca_files: &[PathBuf]) -> Result<Client, Error> {
             }
         }));
     for path in ca_files {
-        let unusable = |reason: String| Error::CaFile {
-            path: path.clone(),
-            reason,
-        };
-        let pem = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
-        for certificate in openssl::x509::X509::stack_from_pem(&pem)
-            .and_then(|stack| {
-                stack
-                    .iter()
-                    .map(|one| one.to_der())
-                    .collect::<Result<Vec<_>, _>>()
-            })
-            .map_err(|_| unusable("it holds no PEM certificates".to_owned()))?
-        {
-            let certificate =
-                reqwest::Certificate::from_der(&certificate).map_err(|error| unusable(cause(&error)))?;
+        for certificate in authorities(path)? {
             builder = builder.add_root_certificate(certificate);
         }
     }
@@ -528,6 +521,26 @@ fn client(ca_files: &[PathBuf]) -> Result<Client, Error> {
         registry: "the registry".to_owned(),
         reason: format!("TLS cannot be set up ({})", cause(&error)),
     })
+}
+
+/// The certificates of a PEM file.
+fn authorities(path: &Path) -> Result<Vec<reqwest::Certificate>, Error> {
+    let unusable = |reason: String| Error::CaFile {
+        path: path.to_owned(),
+        reason,
+    };
+    let pem = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
+    let stack = openssl::x509::X509::stack_from_pem(&pem).unwrap_or_default();
+    if stack.is_empty() {
+        return Err(unusable("it holds no PEM certificates".to_owned()));
+    }
+    let read = |certificate: &openssl::x509::X509| {
+        let der = certificate
+            .to_der()
+            .map_err(|error| unusable(error.to_string()))?;
+        reqwest::Certificate::from_der(&der).map_err(|error| unusable(cause(&error)))
+    };
+    stack.iter().map(read).collect()
 }
 
 #[cfg(test)]
