@@ -20,9 +20,9 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use cannery::image::{
-    Credentials, Digest, Disk, Error, Event, Limits, Origin, Progress, PullPolicy, Request, Secret, Silent,
-    Store,
+    Credentials, Digest, Disk, Error, Event, Limits, Origin, Progress, PullPolicy, Request, Silent, Store,
 };
+use cannery::secret::Secret;
 use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, noise, raw_disk, sha256, zstd};
 use registry_fixture::{PASSWORD, Registry, USER};
 

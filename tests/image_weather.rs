@@ -14,7 +14,8 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, Response, StatusCode, Uri, header};
 use axum::routing::get;
-use cannery::image::{Credentials, Disk, Error, Limits, PullPolicy, Request, Secret, Silent, Store};
+use cannery::image::{Credentials, Disk, Error, Limits, PullPolicy, Request, Silent, Store};
+use cannery::secret::Secret;
 use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar, noise};
 
 /// What the registry does wrong, and what it saw.
