@@ -347,6 +347,22 @@ async fn a_killed_server_is_a_lost_connection_and_no_exit_code() {
 
 #[tokio::test]
 #[ignore = "needs root and sshd"]
+async fn a_server_that_runs_something_else_is_quoted_however_large_the_script() {
+    let server = Sshd::start_with("ForceCommand echo no thanks; exit 3");
+    let script = b"# comment\n".repeat(800_000);
+    for script in [&b"true"[..], &script] {
+        let ending = tokio::time::timeout(Duration::from_secs(10), run(&server, Shell::Sh, script));
+        let (output, ending) = ending.await.unwrap();
+        assert!(output.is_empty());
+        assert_eq!(
+            ending.unwrap_err().to_string(),
+            "the guest did not start the script; it said: no thanks"
+        );
+    }
+}
+
+#[tokio::test]
+#[ignore = "needs root and sshd"]
 async fn a_killed_guardian_is_no_exit_code_either() {
     let server = Sshd::start();
     let script = b"echo before; kill -KILL $PPID; sleep 0.2; echo after";

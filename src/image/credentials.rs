@@ -1,32 +1,22 @@
 //! Logins for registries, from docker's and podman's files or given one by one.
 //!
 //! Source of the format: docker's `config.json` and containers' `auth.json` (`auths`, `credHelpers`,
-//! `credsStore`); of the helper protocol: docker-credential-helpers (`get`, the server on stdin, JSON on
-//! stdout).
+//! `credsStore`).
 
 use std::collections::BTreeMap;
-use std::process::Stdio;
-use std::time::Duration;
 
 use base64::Engine as _;
 use serde::Deserialize;
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use super::error::quoted;
+use super::helper;
 use crate::secret::Secret;
-
-/// Time that a credential helper has to answer. Some ask a cloud's metadata service or a key ring; none
-/// waits for a human here.
-const HELPER_DEADLINE: Duration = Duration::from_secs(30);
-
-/// Most that is read of a helper's answer, in bytes.
-const HELPER_ANSWER_MAX: u64 = 64 * 1024;
 
 /// Largest file of logins, in bytes.
 const CONFIG_MAX: usize = 1024 * 1024;
 
 /// Docker Hub's names: the first is the one that references carry.
-const DOCKER_HUB: [&str; 3] = ["docker.io", "index.docker.io", "registry-1.docker.io"];
+pub(super) const DOCKER_HUB: [&str; 3] = ["docker.io", "index.docker.io", "registry-1.docker.io"];
 
 /// Why logins cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -219,7 +209,7 @@ impl Credentials {
     ) -> Result<Option<Login>, CredentialsError> {
         for file in &self.files {
             if let Some(helper) = names(registry).find_map(|name| file.helpers.get(name)) {
-                if let Some(login) = ask_helper(helper, registry).await? {
+                if let Some(login) = helper::ask(helper, registry).await? {
                     return Ok(Some(login));
                 }
                 continue;
@@ -234,7 +224,7 @@ impl Credentials {
                 None => {}
             }
             if let Some(helper) = &file.store
-                && let Some(login) = ask_helper(helper, registry).await?
+                && let Some(login) = helper::ask(helper, registry).await?
             {
                 return Ok(Some(login));
             }
@@ -340,78 +330,6 @@ impl DockerAuth {
     }
 }
 
-#[derive(Deserialize)]
-#[serde(rename_all = "PascalCase")]
-struct HelperAnswer {
-    username: String,
-    secret: String,
-}
-
-async fn ask_helper(helper: &str, registry: &str) -> Result<Option<Login>, CredentialsError> {
-    let failed = |reason: String| CredentialsError::Helper {
-        helper: helper.to_owned(),
-        registry: registry.to_owned(),
-        reason,
-    };
-    // The name that docker stores Docker Hub under.
-    let server = if DOCKER_HUB.contains(&registry) {
-        "https://index.docker.io/v1/"
-    } else {
-        registry
-    };
-    let talk = async {
-        let mut child = tokio::process::Command::new(format!("docker-credential-{helper}"))
-            .arg("get")
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::null())
-            .kill_on_drop(true)
-            .spawn()?;
-        if let Some(mut stdin) = child.stdin.take() {
-            // A helper that needs no input may be gone already; its answer decides.
-            drop(stdin.write_all(format!("{server}\n").as_bytes()).await);
-        }
-        let mut answer = Vec::new();
-        if let Some(stdout) = child.stdout.take() {
-            stdout.take(HELPER_ANSWER_MAX).read_to_end(&mut answer).await?;
-        }
-        std::io::Result::Ok((child.wait().await?, answer))
-    };
-    let (status, answer) = tokio::time::timeout(HELPER_DEADLINE, talk)
-        .await
-        .map_err(|_| failed(format!("no answer within {} s", HELPER_DEADLINE.as_secs())))?
-        .map_err(|error| failed(error.to_string()))?;
-    parse_helper(status.success(), &answer)
-        .map_err(|reason| failed(reason.to_owned()))
-        .and_then(|login| match login {
-            Some(login) if login.user == "<token>" => Err(CredentialsError::IdentityToken {
-                registry: registry.to_owned(),
-            }),
-            other => Ok(other),
-        })
-}
-
-/// Reads a helper's answer. "Not found" is a failure with a fixed text on stdout.
-fn parse_helper(success: bool, answer: &[u8]) -> Result<Option<Login>, &'static str> {
-    if !success {
-        let text = String::from_utf8_lossy(answer);
-        return if text.contains("credentials not found") {
-            Ok(None)
-        } else {
-            Err("it ended with an error")
-        };
-    }
-    let answer: HelperAnswer =
-        serde_json::from_slice(answer).map_err(|_| "its answer is not the JSON of a credential helper")?;
-    if answer.username.is_empty() && answer.secret.is_empty() {
-        return Ok(None);
-    }
-    Ok(Some(Login {
-        user: answer.username,
-        password: Secret::new(answer.secret),
-    }))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -507,20 +425,5 @@ mod tests {
             !error.contains("sesame") && error.contains("by the host"),
             "{error}"
         );
-    }
-
-    #[test]
-    fn a_helpers_answer_is_read() {
-        let answer = br#"{"ServerURL":"r","Username":"u","Secret":"s"}"#;
-        assert_eq!(
-            parse_helper(true, answer).unwrap().unwrap().password.reveal(),
-            "s"
-        );
-        assert_eq!(
-            parse_helper(false, b"credentials not found in native keychain\n"),
-            Ok(None)
-        );
-        assert!(parse_helper(false, b"boom").is_err());
-        assert!(parse_helper(true, b"{}").is_err());
     }
 }

@@ -13,7 +13,7 @@
 //! | concern | modules |
 //! |---|---|
 //! | what is asked for | [`Reference`], [`Request`], [`Credentials`] |
-//! | where it comes from | `registry` (with `challenge`), `layout`; both behind `source` |
+//! | where it comes from | `registry` (with `transport`, `challenge`, `helper`), `layout`; both behind `source` |
 //! | what it is | `manifest`, `platform`, `format`, `hints` |
 //! | how it is unpacked | `decompress`, `sparse`, `room` |
 //! | whether it is harmless | `inspect` |
@@ -29,6 +29,7 @@ mod decompress;
 mod digest;
 mod error;
 mod format;
+mod helper;
 mod hints;
 mod inspect;
 mod layout;
@@ -43,6 +44,7 @@ mod room;
 mod source;
 mod sparse;
 mod store;
+mod transport;
 
 pub use credentials::{Credentials, CredentialsError, Login, Origin};
 pub use digest::{Digest, NoDigest};

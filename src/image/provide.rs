@@ -142,12 +142,19 @@ impl Pull<'_> {
         self.fetch().await
     }
 
-    /// What the store knows under this name.
+    /// What the store knows under this name; a digest in it is known by itself.
     fn known(&self) -> Result<Option<Disk>, Error> {
-        let remembered = self
+        if let Reference::Registry {
+            digest: Some(digest), ..
+        } = &self.request.reference
+            && let Some(disk) = self.here(digest)?
+        {
+            return Ok(Some(disk));
+        }
+        match self
             .store
-            .reference(&self.request.reference, &self.request.architecture)?;
-        match remembered {
+            .reference(&self.request.reference, &self.request.architecture)?
+        {
             Some(digest) => self.here(&digest),
             None => Ok(None),
         }

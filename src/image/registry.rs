@@ -5,14 +5,13 @@
 //! weather (worth another try) from an answer.
 
 use std::cell::Cell;
-use std::error::Error as _;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use reqwest::header::{
     ACCEPT, AUTHORIZATION, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE, RETRY_AFTER, WWW_AUTHENTICATE,
 };
-use reqwest::{Client, Response, StatusCode, Url, redirect};
+use reqwest::{Client, Response, StatusCode, Url};
 use serde::Deserialize;
 use tokio::sync::{Mutex, mpsc};
 
@@ -25,12 +24,7 @@ use super::manifest::{
     OCI_IMAGE_MEDIA_TYPE,
 };
 use super::source::{DOCUMENT_MAX, Piece};
-
-/// Time to connect, TLS included. A registry that is up answers within one; the rest is for packet loss.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// Longest silence on a connection. Registries that fetch from their own storage first need some seconds.
-const SILENCE_TIMEOUT: Duration = Duration::from_secs(30);
+use super::transport::{TooMuch, cause, client, read_bounded};
 
 /// Pauses before the second, third and fourth try. Long enough for a load balancer to notice a dead server,
 /// short enough that a job's author who looks at the log does not give up.
@@ -46,9 +40,6 @@ const PAUSE_MAX: Duration = Duration::from_secs(30);
 /// Progress in a layer that makes up for an earlier failure, in bytes: a transfer that is cut now and then
 /// arrives, one that is cut all the time ends.
 const PROGRESS_THAT_COUNTS: u64 = 4 << 20;
-
-/// Most redirects that are followed; registries use one, to their storage.
-const REDIRECTS_MAX: usize = 5;
 
 /// Largest answer of a token service, in bytes.
 const TOKEN_MAX: u64 = 1 << 20;
@@ -432,28 +423,6 @@ impl Session {
     }
 }
 
-/// Why an answer was not read to its end.
-enum TooMuch {
-    /// At least so many bytes.
-    Size(u64),
-    Cut(String),
-}
-
-async fn read_bounded(mut response: Response, limit: u64) -> Result<Vec<u8>, TooMuch> {
-    let mut bytes = Vec::new();
-    while let Some(piece) = response
-        .chunk()
-        .await
-        .map_err(|error| TooMuch::Cut(cause(&error)))?
-    {
-        bytes.extend_from_slice(&piece);
-        if bytes.len() as u64 > limit {
-            return Err(TooMuch::Size(bytes.len() as u64));
-        }
-    }
-    Ok(bytes)
-}
-
 /// Where a partial answer begins; past every file when it does not say.
 fn range_start(headers: &HeaderMap) -> u64 {
     headers
@@ -469,65 +438,6 @@ fn range_start(headers: &HeaderMap) -> u64 {
                 .ok()
         })
         .unwrap_or(u64::MAX)
-}
-
-/// The innermost reason of a failed request, without its address: that may carry a signature.
-fn cause(error: &reqwest::Error) -> String {
-    if error.is_timeout() {
-        return "it does not answer in time".to_owned();
-    }
-    let mut deepest: Option<&dyn std::error::Error> = error.source();
-    while let Some(next) = deepest.and_then(std::error::Error::source) {
-        deepest = Some(next);
-    }
-    deepest.map_or_else(|| "the request failed".to_owned(), ToString::to_string)
-}
-
-fn client(ca_files: &[PathBuf]) -> Result<Client, Error> {
-    let mut builder = Client::builder()
-        .user_agent(concat!("cannery/", env!("CARGO_PKG_VERSION")))
-        .connect_timeout(CONNECT_TIMEOUT)
-        .read_timeout(SILENCE_TIMEOUT)
-        // An address with a signature must not be told to the next host.
-        .referer(false)
-        // reqwest itself drops the authorization when a redirect leads to another host.
-        .redirect(redirect::Policy::custom(|attempt| {
-            let was_encrypted = attempt
-                .previous()
-                .last()
-                .is_some_and(|url| url.scheme() == "https");
-            if attempt.previous().len() > REDIRECTS_MAX {
-                attempt.error("it redirects in circles")
-            } else if was_encrypted && attempt.url().scheme() != "https" {
-                attempt.error("it redirects to an address without TLS")
-            } else {
-                attempt.follow()
-            }
-        }));
-    for path in ca_files {
-        let unusable = |reason: String| Error::CaFile {
-            path: path.clone(),
-            reason,
-        };
-        let pem = std::fs::read(path).map_err(|error| unusable(error.to_string()))?;
-        for certificate in openssl::x509::X509::stack_from_pem(&pem)
-            .and_then(|stack| {
-                stack
-                    .iter()
-                    .map(|one| one.to_der())
-                    .collect::<Result<Vec<_>, _>>()
-            })
-            .map_err(|_| unusable("it holds no PEM certificates".to_owned()))?
-        {
-            let certificate =
-                reqwest::Certificate::from_der(&certificate).map_err(|error| unusable(cause(&error)))?;
-            builder = builder.add_root_certificate(certificate);
-        }
-    }
-    builder.build().map_err(|error| Error::Unreachable {
-        registry: "the registry".to_owned(),
-        reason: format!("TLS cannot be set up ({})", cause(&error)),
-    })
 }
 
 #[cfg(test)]

@@ -34,7 +34,8 @@ impl Sshd {
         keys.save(folder.path()).unwrap();
         Self::allow(folder.path(), keys.user.public());
         let address = free_address();
-        let child = Self::spawn(folder.path(), address, configuration, "", "true");
+        let environment = home(folder.path());
+        let child = Self::spawn(folder.path(), address, configuration, &environment, "true");
         Self::listening(child, address, keys, folder)
     }
 
@@ -68,7 +69,13 @@ impl Sshd {
             "mount -t proc proc {at}/proc && touch {at}/dev/null && mount --bind /dev/null {at}/dev/null"
         );
         let configuration = format!("ChrootDirectory {at}");
-        let child = Self::spawn(folder.path(), address, &configuration, "PATH=/bin", &prelude);
+        let child = Self::spawn(
+            folder.path(),
+            address,
+            &configuration,
+            "PATH=/bin HOME=/root",
+            &prelude,
+        );
         Self::listening(child, address, keys, folder)
     }
 
@@ -173,6 +180,13 @@ impl Sshd {
 
 impl Drop for Sshd {
     fn drop(&mut self) {
+        // Sessions first: a stopped one would otherwise stay, and nobody would know whose it was.
+        for session in self.sessions() {
+            for inner in children(session) {
+                signal("KILL", inner);
+            }
+            signal("KILL", session);
+        }
         let _ = self.child.kill();
         let _ = self.child.wait();
         // What a failed test has left may have gone into sessions of its own; its environment tells, or its parent's.
@@ -193,6 +207,11 @@ impl Drop for Sshd {
     }
 }
 
+/// A home of its own: what the developer's login scripts do is none of the tests' business.
+fn home(folder: &Path) -> String {
+    format!("HOME={}", folder.display())
+}
+
 /// Marks everything that runs under a server of ours, by the server's port.
 const MARK: &str = "CANNERY_TEST_SERVER";
 
@@ -211,7 +230,8 @@ pub struct Sleeping {
 impl Sleeping {
     /// Starts it.
     pub fn wake(self) -> Sshd {
-        let child = Sshd::spawn(self.folder.path(), self.address, "", "", "true");
+        let environment = home(self.folder.path());
+        let child = Sshd::spawn(self.folder.path(), self.address, "", &environment, "true");
         Sshd {
             child,
             address: self.address,

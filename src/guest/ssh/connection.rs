@@ -226,6 +226,13 @@ impl Running {
     }
 }
 
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.events.close();
+        self.wake.ring();
+    }
+}
+
 fn keep(kept: &mut Vec<u8>, bytes: &[u8]) {
     let room = MOST_OUTPUT.saturating_sub(kept.len());
     kept.extend_from_slice(&bytes[..bytes.len().min(room)]);

@@ -256,44 +256,31 @@ impl Task {
                 }
                 self.stage = Stage::Sending;
             }
-            Stage::Sending => match self.request.input.get(self.sent..) {
-                Some(rest) if !rest.is_empty() => match channel.write(rest) {
-                    Ok(0) => return Ok(false),
-                    Ok(count) => self.sent += count,
-                    Err(e) if e.kind() == ErrorKind::WouldBlock => return Ok(false),
-                    // The command has closed its input early: what it has to say about that is to be read.
-                    Err(_) if channel.eof() => self.stage = Stage::Reading,
-                    Err(e) => return Err(Error::Lost(e.to_string())),
-                },
-                _ => {
+            Stage::Sending => {
+                let rest = self.request.input.get(self.sent..).unwrap_or_default();
+                if rest.is_empty() {
                     self.request.input = Vec::new();
                     self.stage = Stage::Closing;
+                    return Ok(true);
                 }
-            },
+                match channel.write(rest) {
+                    Ok(count @ 1..) => self.sent += count,
+                    Err(e) if e.kind() != ErrorKind::WouldBlock => {
+                        return Err(Error::Lost(e.to_string()));
+                    }
+                    // A packet that is half out comes before anything that reading could send.
+                    _ if link.wants().contains(PollFlags::OUT) => return Ok(false),
+                    // No room at the other end: it may have something to say, or have ended without reading all.
+                    _ => return self.receive(buffer),
+                }
+            }
             Stage::Closing => {
                 if settle(channel.send_eof())?.is_none() {
                     return Ok(false);
                 }
                 self.stage = Stage::Reading;
             }
-            Stage::Reading => {
-                let output = read(&mut channel.stream(0), buffer)?;
-                if let Some(count @ 1..) = output {
-                    self.pending = Some(Event::Output(buffer[..count].to_vec()));
-                    return Ok(true);
-                }
-                let diagnostics = read(&mut channel.stderr(), buffer)?;
-                if let Some(count @ 1..) = diagnostics {
-                    self.pending = Some(Event::Diagnostics(buffer[..count].to_vec()));
-                    return Ok(true);
-                }
-                self.output_ended |= output.is_some();
-                self.diagnostics_ended |= diagnostics.is_some();
-                if !(self.output_ended && self.diagnostics_ended) {
-                    return Ok(false);
-                }
-                self.stage = Stage::Ending;
-            }
+            Stage::Reading => return self.receive(buffer),
             Stage::Ending => {
                 if settle(channel.wait_close())?.is_none() {
                     return Ok(false);
@@ -306,6 +293,30 @@ impl Task {
             }
         }
         Ok(true)
+    }
+
+    /// Takes what the command has printed, if anything; false when it would block.
+    fn receive(&mut self, buffer: &mut [u8]) -> Result<bool, Error> {
+        let Some(channel) = self.channel.as_mut() else {
+            return Ok(false);
+        };
+        let output = read(&mut channel.stream(0), buffer)?;
+        if let Some(count @ 1..) = output {
+            self.pending = Some(Event::Output(buffer[..count].to_vec()));
+            return Ok(true);
+        }
+        let diagnostics = read(&mut channel.stderr(), buffer)?;
+        if let Some(count @ 1..) = diagnostics {
+            self.pending = Some(Event::Diagnostics(buffer[..count].to_vec()));
+            return Ok(true);
+        }
+        self.output_ended |= output.is_some();
+        self.diagnostics_ended |= diagnostics.is_some();
+        let ended = self.output_ended && self.diagnostics_ended;
+        if ended {
+            self.stage = Stage::Ending;
+        }
+        Ok(ended)
     }
 }
 

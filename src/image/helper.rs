@@ -1,0 +1,137 @@
+//! Runs a credential helper that a file of the host names.
+//!
+//! Source of the protocol: docker-credential-helpers (`docker-credential-NAME get`, the server on stdin, JSON
+//! on stdout).
+
+use std::io;
+use std::process::Stdio;
+use std::time::Duration;
+
+use serde::Deserialize;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::process::Command;
+
+use super::credentials::{CredentialsError, DOCKER_HUB, Login};
+use crate::secret::Secret;
+
+/// Time that a helper has to answer. Some ask a cloud's metadata service or a key ring; none waits for a
+/// human here.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// Most that is read of an answer, in bytes.
+const ANSWER_MAX: u64 = 64 * 1024;
+
+/// Asks `docker-credential-HELPER` for a registry's login; none when it knows none.
+pub(super) async fn ask(helper: &str, registry: &str) -> Result<Option<Login>, CredentialsError> {
+    let failed = |reason: String| CredentialsError::Helper {
+        helper: helper.to_owned(),
+        registry: registry.to_owned(),
+        reason,
+    };
+    // The name that docker stores Docker Hub under.
+    let server = if DOCKER_HUB.contains(&registry) {
+        "https://index.docker.io/v1/"
+    } else {
+        registry
+    };
+    let talk = talk(Command::new(format!("docker-credential-{helper}")), server);
+    let (success, answer) = tokio::time::timeout(DEADLINE, talk)
+        .await
+        .map_err(|_| failed(format!("no answer within {} s", DEADLINE.as_secs())))?
+        .map_err(|error| failed(error.to_string()))?;
+    match parse(success, &answer).map_err(|reason| failed(reason.to_owned()))? {
+        Some(login) if login.user == "<token>" => Err(CredentialsError::IdentityToken {
+            registry: registry.to_owned(),
+        }),
+        login => Ok(login),
+    }
+}
+
+/// Whether the helper ended well, and what it wrote.
+async fn talk(mut program: Command, server: &str) -> io::Result<(bool, Vec<u8>)> {
+    let mut child = program
+        .arg("get")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()?;
+    if let Some(mut stdin) = child.stdin.take() {
+        // A helper that needs no input may be gone already; its answer decides.
+        drop(stdin.write_all(format!("{server}\n").as_bytes()).await);
+    }
+    let mut answer = Vec::new();
+    if let Some(stdout) = child.stdout.take() {
+        stdout.take(ANSWER_MAX).read_to_end(&mut answer).await?;
+    }
+    Ok((child.wait().await?.success(), answer))
+}
+
+/// Reads an answer. "Not found" is a failure with a fixed text on stdout.
+fn parse(success: bool, answer: &[u8]) -> Result<Option<Login>, &'static str> {
+    #[derive(Deserialize)]
+    #[serde(rename_all = "PascalCase")]
+    struct Answer {
+        username: String,
+        secret: String,
+    }
+    if !success {
+        let text = String::from_utf8_lossy(answer);
+        return if text.contains("credentials not found") {
+            Ok(None)
+        } else {
+            Err("it ended with an error")
+        };
+    }
+    let answer: Answer =
+        serde_json::from_slice(answer).map_err(|_| "its answer is not the JSON of a credential helper")?;
+    if answer.username.is_empty() && answer.secret.is_empty() {
+        return Ok(None);
+    }
+    Ok(Some(Login {
+        user: answer.username,
+        password: Secret::new(answer.secret),
+    }))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_answer_is_read() {
+        let answer = br#"{"ServerURL":"r","Username":"u","Secret":"s"}"#;
+        assert_eq!(parse(true, answer).unwrap().unwrap().password.reveal(), "s");
+        assert_eq!(
+            parse(false, b"credentials not found in native keychain\n"),
+            Ok(None)
+        );
+        assert!(parse(false, b"boom").is_err());
+        assert!(parse(true, b"{}").is_err());
+    }
+
+    #[tokio::test]
+    async fn a_helper_is_asked_for_the_server() {
+        let script = r#"read server; echo "{\"ServerURL\":\"\",\"Username\":\"$0\",\"Secret\":\"$server\"}""#;
+        let mut shell = Command::new("sh");
+        shell.args(["-c", script]);
+        let (success, answer) = talk(shell, "r.example.com:5000").await.unwrap();
+        let login = parse(success, &answer).unwrap().unwrap();
+        assert_eq!(
+            (login.user.as_str(), login.password.reveal()),
+            ("get", "r.example.com:5000")
+        );
+    }
+
+    #[tokio::test]
+    async fn a_helper_that_is_missing_is_named() {
+        let error = ask("that-nobody-has", "r.example.com")
+            .await
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("docker-credential-that-nobody-has failed for r.example.com"),
+            "{error}"
+        );
+    }
+}
