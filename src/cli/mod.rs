@@ -11,6 +11,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::job::Environment;
 use crate::outcome::{ExitCodes, Failure, Fault};
+use crate::record;
 use crate::report::{self, JobLog};
 use crate::settings::{self, Settings};
 
@@ -86,13 +87,14 @@ struct Context {
 }
 
 impl Context {
-    /// Reads the settings, and starts the operator's log if they name one.
+    /// Reads the settings, makes the state folder that they name, and starts the operator's log if they name one.
     fn settings(&self) -> Result<Settings, Failure> {
         let settings = self.sources.load()?;
+        record::open_state(&settings.state_dir)?;
         if let Some(log) = &settings.log {
-            report::start_operator_log(log).map_err(|e| {
+            report::start_operator_log(log, &settings.state_dir).map_err(|e| {
                 Failure::system(format!("cannot write the log file {}: {e}", log.file.display()))
-                    .hint("Mend log_file and log_filter in the settings")
+                    .hint("Mend log_file and log_filter in the settings; a log that root began is for the state folder's group to write")
             })?;
         }
         Ok(settings)

@@ -3,12 +3,11 @@
 //! A lease is a file `slots/NETWORK/INDEX` that holds the job's key, made whole or not at all. How many
 //! there are is the measure of how full the host is; whoever wants one more holds `slots/lock` while it counts.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
-use crate::record::{JobKey, write_atomic};
+use crate::record::{JobKey, make_shared, open_lock, write_atomic};
 
 /// Why no place can be had.
 #[derive(Debug, thiserror::Error)]
@@ -77,11 +76,7 @@ impl Slots {
     /// Opens the folder in a state folder, and makes it where it is missing.
     pub fn open(state_dir: &Path) -> Result<Self, Error> {
         let dir = state_dir.join("slots");
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o2771)
-            .create(&dir)
-            .map_err(failed("create the folder", &dir))?;
+        make_shared(&dir).map_err(failed("create the folder", &dir))?;
         Ok(Slots { dir })
     }
 
@@ -112,11 +107,7 @@ impl Slots {
                 network: capacity.network.to_owned(),
             })?;
         let folder = self.dir.join(capacity.network);
-        DirBuilder::new()
-            .recursive(true)
-            .mode(0o2771)
-            .create(&folder)
-            .map_err(failed("create the folder", &folder))?;
+        make_shared(&folder).map_err(failed("create the folder", &folder))?;
         let path = folder.join(index.to_string());
         write_atomic(&path, format!("{job}\n").as_bytes(), 0o664).map_err(failed("write", &path))?;
         Ok(index)
@@ -184,12 +175,7 @@ impl Slots {
 
     fn lock(&self) -> Result<File, Error> {
         let path = self.dir.join("lock");
-        let file = OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o664)
-            .open(&path)
-            .map_err(failed("open", &path))?;
+        let file = open_lock(&path).map_err(failed("open", &path))?;
         // Whoever holds it counts a few files: it is free within milliseconds, and the kernel frees a dead one's.
         file.lock().map_err(failed("lock", &path))?;
         Ok(file)

@@ -2,14 +2,14 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::digest::Digest;
 use super::error::Error;
 use super::progress::{Event, Progress};
-use super::store::remove;
+use super::store::{inherited_mode, remove};
 
 /// How often a lock is tried that another process holds. The kernel could wake us, but only by blocking a
 /// thread that nothing can cancel.
@@ -90,6 +90,10 @@ impl Work {
     /// Makes the folder, which is empty and which nobody else looks at.
     pub(super) fn dir(&self) -> Result<&Path, Error> {
         fs::create_dir(&self.dir).map_err(Error::storage(&self.dir))?;
+        // Whoever shares the store must be able to sweep it, should this process be killed.
+        let parent = self.dir.parent().unwrap_or(&self.dir);
+        fs::set_permissions(&self.dir, fs::Permissions::from_mode(inherited_mode(parent)))
+            .map_err(Error::storage(&self.dir))?;
         Ok(&self.dir)
     }
 }

@@ -391,7 +391,7 @@ pub(super) fn remove(path: &Path) -> Result<(), Error> {
 /// The mode for a new folder in `parent`: whoever may write there may write in it (a store that is shared by a
 /// group is made by giving its folder that group and mode), and everybody may pass, for QEMU runs as somebody
 /// else.
-fn inherited_mode(parent: &Path) -> u32 {
+pub(super) fn inherited_mode(parent: &Path) -> u32 {
     let mode = fs::metadata(parent).map_or(0, |data| data.mode() & 0o2777);
     // Never writable for everybody, even below /tmp.
     (mode & !0o002) | 0o755

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::description::Accelerator;
+use crate::record::write_atomic;
 
 /// KVM's device.
 const DEVICE: &str = "/dev/kvm";
@@ -206,12 +207,9 @@ pub fn remember(state_dir: &Path, on: &Combination, seen: Seen) -> Result<(), Er
         on: on.clone(),
         seen,
     };
-    // Whole or not at all, under a name of this process's own: jobs end their trials at the same time.
-    let partial = state_dir.join(format!("{MEMORY}.{}", std::process::id()));
     let written = serde_json::to_vec_pretty(&memory)
         .map_err(io::Error::from)
-        .and_then(|text| std::fs::write(&partial, text))
-        .and_then(|()| std::fs::rename(&partial, &path));
+        .and_then(|text| write_atomic(&path, &text, 0o644));
     written.map_err(|source| Error { path, source })
 }
 

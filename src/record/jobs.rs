@@ -1,22 +1,22 @@
 //! The folder of jobs, and a job's own folder.
 
-use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use super::{Error, JobKey, Record, State, VERSION, read_json, write_json};
+use super::folder::DIR_MODE;
+use super::{
+    Error, JobKey, Record, State, VERSION, make_shared, open_lock, open_state, read_json, write_json,
+};
 
 /// Longer than any single step of a job takes: the longest is a start that libvirt is given three minutes for.
 const LOCK_DEADLINE: Duration = Duration::from_secs(200);
 /// How often a lock is tried meanwhile.
 const LOCK_POLL: Duration = Duration::from_millis(20);
-/// Group-writable: root and members of the state folder's group clean up after each other. Others may pass
-/// through, since QEMU must reach its files, but not list.
-const DIR_MODE: u32 = 0o2771;
 /// Records hold no secret.
 const RECORD_MODE: u32 = 0o664;
 
@@ -50,12 +50,9 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Erro
 impl Jobs {
     /// Opens the folder in a state folder, and makes it where it is missing.
     pub fn open(state_dir: &Path) -> Result<Self, Error> {
+        open_state(state_dir)?;
         let dir = state_dir.join("jobs");
-        DirBuilder::new()
-            .recursive(true)
-            .mode(DIR_MODE)
-            .create(&dir)
-            .map_err(io_error("create the folder", &dir))?;
+        make_shared(&dir).map_err(io_error("create the folder", &dir))?;
         Ok(Jobs { dir })
     }
 
@@ -195,7 +192,7 @@ impl JobDir {
     /// Is someone just taking a step of this job?
     pub fn is_busy(&self) -> Result<bool, Error> {
         let path = self.file("lock");
-        let file = match OpenOptions::new().append(true).open(&path) {
+        let file = match File::open(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
             opened => opened.map_err(io_error("open", &path))?,
         };
@@ -209,12 +206,7 @@ impl JobDir {
     /// Waits for whoever takes a step of this job.
     fn lock(&self) -> Result<File, Error> {
         let path = self.file("lock");
-        let file = match OpenOptions::new()
-            .create(true)
-            .append(true)
-            .mode(0o664)
-            .open(&path)
-        {
+        let file = match open_lock(&path) {
             Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(Error::Gone(self.key.clone())),
             opened => opened.map_err(io_error("open", &path))?,
         };

@@ -36,10 +36,12 @@ use sha2::{Digest, Sha256};
 
 mod caller;
 mod files;
+mod folder;
 mod jobs;
 
 pub use caller::Caller;
 pub use files::{read_json, write_atomic, write_json};
+pub use folder::{GROUP, make_shared, open_lock, open_state};
 pub use jobs::{JobDir, Jobs, Step};
 
 /// The version of [`Record`] that this program writes. A reader accepts no newer one.

@@ -142,6 +142,24 @@ impl Host {
         left
     }
 
+    /// What is in the making in the store; empty when no image is being fetched.
+    pub fn downloads(&self) -> Vec<PathBuf> {
+        let entries = fs::read_dir(self.state().join("store/partial"))
+            .into_iter()
+            .flatten();
+        entries.map(|e| e.unwrap().path()).collect()
+    }
+
+    /// A copy of the program where every user may start it.
+    pub fn program_for_all(&self) -> PathBuf {
+        let copy = self.folder.path().join("cannery");
+        if !copy.exists() {
+            fs::copy(cannery(), &copy).unwrap();
+            fs::set_permissions(&copy, fs::Permissions::from_mode(0o755)).unwrap();
+        }
+        copy
+    }
+
     /// The names of the machines on this host's network, as `virsh` knows them.
     pub fn machines(&self) -> Vec<String> {
         let list = Command::new("virsh")

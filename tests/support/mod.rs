@@ -14,8 +14,16 @@ pub mod guests;
 #[cfg(test)]
 pub mod host;
 pub mod job;
+pub mod libvirtd;
 pub mod log;
 pub mod runner;
+pub mod stages;
+
+/// Lets other users into a folder of the test, to files that they may read.
+pub fn everybody_may_pass(folder: &std::path::Path) {
+    use std::os::unix::fs::PermissionsExt;
+    std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
 
 /// The environment variable's value, where it is set and not empty.
 ///

@@ -25,6 +25,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
 use super::{NetworkPlan, Protocol};
+use crate::record::write_atomic;
 
 /// Deadline of one run of `nft`, which takes 10 ms; it waits where another program is changing rules.
 const NFT_DEADLINE: Duration = Duration::from_secs(15);
@@ -350,7 +351,7 @@ fn read(path: &Path) -> Result<Option<String>, Error> {
     }
 }
 
-/// Writes the note whole or not at all: another process may be reading it.
+/// Writes the note, which another process may be reading.
 fn write_note(path: &Path, note: &Note) -> Result<(), Error> {
     let failed = |source: io::Error| Error::Note {
         path: path.to_owned(),
@@ -360,9 +361,8 @@ fn write_note(path: &Path, note: &Note) -> Result<(), Error> {
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder).map_err(failed)?;
     }
-    let partial = path.with_extension("partial");
-    std::fs::write(&partial, text).map_err(failed)?;
-    std::fs::rename(&partial, path).map_err(failed)
+    // Whatever the umask is: callers that are not root read it.
+    write_atomic(path, text.as_bytes(), 0o644).map_err(failed)
 }
 
 #[cfg(test)]

@@ -1,7 +1,8 @@
 //! Making our network what its plan says, once.
 
-use std::fs::{File, TryLockError};
+use std::fs::{File, Permissions, TryLockError};
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -10,6 +11,7 @@ use super::super::xml::{self, Node};
 use super::plan::{BadPlan, Shape};
 use super::routes::{self, Conflict};
 use super::{Difference, NetworkPlan, firewall};
+use crate::record::{open_lock, open_state};
 
 /// How long another process may take to make the network; it takes two seconds.
 const LOCK_DEADLINE: Duration = Duration::from_secs(90);
@@ -165,6 +167,16 @@ fn free(plan: &NetworkPlan) -> Result<(), Error> {
     }
 }
 
+/// The folder of notes about networks. Only its maker writes to it, since callers that are not root believe the notes.
+fn make_folder(folder: &Path) -> io::Result<()> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    std::fs::create_dir_all(folder)?;
+    // Whatever the umask was: others must read the notes.
+    std::fs::set_permissions(folder, Permissions::from_mode(0o755))
+}
+
 /// Holds off other processes; the kernel lets go when the file is closed. The file stays: a lock file that is deleted
 /// no longer locks.
 async fn lock(plan: &NetworkPlan, state_dir: &Path) -> Result<File, Error> {
@@ -173,15 +185,19 @@ async fn lock(plan: &NetworkPlan, state_dir: &Path) -> Result<File, Error> {
         path: path.clone(),
         source,
     };
-    if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(failed)?;
-    }
-    // For reading where it is there: root's file locks as well for a user who may not write it.
-    let file = match File::open(&path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => File::create(&path),
-        result => result,
+    let made = open_state(state_dir)
+        .map_err(io::Error::other)
+        .and_then(|()| match path.parent() {
+            Some(folder) => make_folder(folder),
+            None => Ok(()),
+        });
+    let file = match made.and_then(|()| open_lock(&path)) {
+        // Root has never been here, and so the firewall, which only root can load, is not there either.
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            return Err(firewall::Error::NotLoaded(plan.name.clone()).into());
+        }
+        opened => opened.map_err(failed)?,
     };
-    let file = file.map_err(failed)?;
     let start = Instant::now();
     loop {
         match file.try_lock() {
