@@ -35,6 +35,7 @@ impl fmt::Display for Action {
         match self {
             Action::RemoveJob(key, why) => write!(f, "job {key}: {why}"),
             Action::DestroyDomain(name, why) => write!(f, "machine {name}: {why}"),
+            Action::RemoveFolder(path, why) => write!(f, "folder {}: {why}", path.display()),
             Action::FreeSlot(lease, why) => {
                 write!(f, "slot {} of network {}: {why}", lease.index, lease.network)
             }
@@ -65,6 +66,7 @@ impl Reaper {
                 jobs,
                 domains,
                 leases,
+                unborn: self.jobs.unborn()?,
             },
             Timestamp::now(),
         ))
@@ -110,6 +112,10 @@ impl Reaper {
             },
             Action::DestroyDomain(name, _) => Ok(self.libvirt.destroy(name).await.map(drop)?),
             Action::FreeSlot(lease, _) => Ok(self.slots.free(lease)?),
+            Action::RemoveFolder(path, _) => std::fs::remove_dir_all(path).or_else(|e| match e.kind() {
+                std::io::ErrorKind::NotFound => Ok(()),
+                _ => Err(Failure::system(format!("cannot remove {}: {e}", path.display()))),
+            }),
         }
     }
 

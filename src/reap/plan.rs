@@ -1,6 +1,7 @@
 //! What is left behind, decided from facts alone.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use jiff::Timestamp;
 
@@ -16,6 +17,8 @@ pub struct World {
     pub domains: Vec<(String, JobKey)>,
     /// Every leased slot.
     pub leases: Vec<Lease>,
+    /// Folders that killed processes began to make for jobs.
+    pub unborn: Vec<PathBuf>,
 }
 
 /// A job's folder, and what is known of those who may want it.
@@ -94,6 +97,8 @@ pub enum Action {
     DestroyDomain(String, Why),
     /// Free a slot whose job is gone.
     FreeSlot(Lease, Why),
+    /// Remove a folder that never became a job's.
+    RemoveFolder(PathBuf, Why),
 }
 
 /// What to do about what there is. Whatever a live runner may still want is left alone.
@@ -117,6 +122,12 @@ pub fn plan(world: &World, now: Timestamp) -> Vec<Action> {
             .iter()
             .filter(|lease| !lease.job.as_ref().is_some_and(known))
             .map(|lease| Action::FreeSlot(lease.clone(), Why::NoJob)),
+    );
+    actions.extend(
+        world
+            .unborn
+            .iter()
+            .map(|path| Action::RemoveFolder(path.clone(), Why::NoJob)),
     );
     actions
 }
@@ -184,7 +195,10 @@ mod tests {
 
     fn whys(world: &World, now: Timestamp) -> Vec<Why> {
         let why = |action: &Action| match action {
-            Action::RemoveJob(_, why) | Action::DestroyDomain(_, why) | Action::FreeSlot(_, why) => *why,
+            Action::RemoveJob(_, why)
+            | Action::DestroyDomain(_, why)
+            | Action::FreeSlot(_, why)
+            | Action::RemoveFolder(_, why) => *why,
         };
         plan(world, now).iter().map(why).collect()
     }
@@ -197,6 +211,7 @@ mod tests {
             jobs: vec![job],
             domains,
             leases: Vec::new(),
+            unborn: Vec::new(),
         };
         assert!(plan(&world, Timestamp::now()).is_empty());
     }
@@ -274,9 +289,11 @@ mod tests {
             jobs: vec![mine],
             domains,
             leases: slots.leases().unwrap(),
+            unborn: vec!["/x/jobs/.y".into()],
         };
         let actions = plan(&world, Timestamp::now());
-        assert_eq!(actions.len(), 2);
+        assert_eq!(actions.len(), 3);
+        assert_eq!(actions[2], Action::RemoveFolder("/x/jobs/.y".into(), Why::NoJob));
         assert_eq!(actions[0], Action::DestroyDomain("b".into(), Why::NoJob));
         assert!(matches!(&actions[1], Action::FreeSlot(lease, Why::NoJob) if lease.job == Some(gone)));
     }

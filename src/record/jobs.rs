@@ -56,11 +56,47 @@ impl Jobs {
         Ok(Jobs { dir })
     }
 
+    /// The folder in a state folder as it is; one that is missing has no jobs.
+    pub fn look(state_dir: &Path) -> Self {
+        Jobs {
+            dir: state_dir.join("jobs"),
+        }
+    }
+
+    fn entries(&self) -> Result<Vec<fs::DirEntry>, Error> {
+        let entries = match fs::read_dir(&self.dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(io_error("list", &self.dir))?,
+        };
+        entries
+            .collect::<Result<_, _>>()
+            .map_err(io_error("list", &self.dir))
+    }
+
+    /// Folders that a process began to make for a job before it was killed: nothing else can be there yet.
+    pub fn unborn(&self) -> Result<Vec<PathBuf>, Error> {
+        let maker = |entry: &fs::DirEntry| {
+            let name = entry.file_name();
+            let (key, pid) = name.to_str()?.strip_prefix('.')?.rsplit_once('.')?;
+            key.parse::<JobKey>().ok()?;
+            pid.parse::<u32>().ok()
+        };
+        let dead = |entry: &fs::DirEntry| {
+            maker(entry)
+                .is_some_and(|pid| pid != std::process::id() && !Path::new(&format!("/proc/{pid}")).exists())
+        };
+        Ok(self
+            .entries()?
+            .into_iter()
+            .filter(dead)
+            .map(|e| e.path())
+            .collect())
+    }
+
     /// All jobs' folders, in order; what is no job's folder is passed over.
     pub fn list(&self) -> Result<Vec<JobDir>, Error> {
         let mut jobs = Vec::new();
-        for entry in fs::read_dir(&self.dir).map_err(io_error("list", &self.dir))? {
-            let entry = entry.map_err(io_error("list", &self.dir))?;
+        for entry in self.entries()? {
             if let Some(key) = entry.file_name().to_str().and_then(|n| n.parse::<JobKey>().ok()) {
                 jobs.push(JobDir {
                     dir: entry.path(),

@@ -45,6 +45,29 @@ fn a_record_comes_back_as_it_was_saved_and_attempts_count_up() {
 }
 
 #[test]
+fn a_folder_that_a_killed_process_began_is_found_and_a_living_ones_is_not() {
+    let state = tempfile::tempdir().unwrap();
+    assert!(
+        Jobs::look(state.path()).list().unwrap().is_empty(),
+        "a missing folder has no jobs"
+    );
+    let jobs = Jobs::open(state.path()).unwrap();
+    let mut child = std::process::Command::new("true").spawn().unwrap();
+    child.wait().unwrap();
+    let folder = |pid: u32| {
+        state
+            .path()
+            .join("jobs")
+            .join(format!(".{}.{pid}", JobKey::new("x", 1, 1)))
+    };
+    std::fs::create_dir(folder(child.id())).unwrap();
+    std::fs::create_dir(folder(1)).unwrap();
+    std::fs::create_dir(state.path().join("jobs/.something.7")).unwrap();
+    assert_eq!(jobs.unborn().unwrap(), [folder(child.id())]);
+    assert!(jobs.list().unwrap().is_empty());
+}
+
+#[test]
 fn nothing_is_added_to_a_job_that_is_being_cleaned_up() {
     let state = tempfile::tempdir().unwrap();
     let job = Jobs::open(state.path())

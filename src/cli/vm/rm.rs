@@ -13,7 +13,7 @@ pub(in crate::cli) struct Arguments {
 
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
     let settings = context.settings()?;
-    let all = Jobs::open(&settings.state_dir)?.list()?;
+    let all = Jobs::look(&settings.state_dir).list()?;
     // All names are checked before anything is removed.
     let chosen = arguments
         .jobs
