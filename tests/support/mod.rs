@@ -8,6 +8,7 @@
 // A test's support may panic: that is how a test fails.
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
+pub mod call;
 pub mod coordinator;
 pub mod guests;
 pub mod host;
