@@ -85,12 +85,18 @@ fn any_stage_name_will_do(job: &Try) {
         let path = job.folder().join("script");
         fs::write(&path, script).unwrap();
         let done = call::finish(&mut job.command(&["run", path.to_str().unwrap(), stage]));
-        assert_eq!((done.code, done.text().as_str()), (0, "done\n"), "{stage}: {}", done.log);
+        assert_eq!(
+            (done.code, done.text().as_str()),
+            (0, "done\n"),
+            "{stage}: {}",
+            done.log
+        );
     }
 }
 
 fn output_and_errors_keep_their_order(job: &Try) {
-    let script = "for i in $(seq 500); do echo out $i; echo err $i >&2; done; printf 'no newline at the end'\n";
+    let script =
+        "for i in $(seq 500); do echo out $i; echo err $i >&2; done; printf 'no newline at the end'\n";
     let mut expected: String = (1..=500).map(|i| format!("out {i}\nerr {i}\n")).collect();
     expected.push_str("no newline at the end");
     let done = job.script(script).ok();
@@ -148,12 +154,14 @@ fn what_a_script_leaves_in_the_background_holds_nobody_up_and_lives_on(job: &Try
         done.took
     );
     std::thread::sleep(Duration::from_secs(2));
-    job.script("kill -0 $(cat /tmp/sleeper) && kill -0 $(cat /tmp/writer)\n").ok();
+    job.script("kill -0 $(cat /tmp/sleeper) && kill -0 $(cat /tmp/writer)\n")
+        .ok();
     job.script("kill $(cat /tmp/sleeper) $(cat /tmp/writer)\n").ok();
 }
 
 fn a_call_that_is_told_to_end_ends_the_script_and_its_children(job: &Try) {
-    let mut child = job.start("trap 'echo caught' TERM; sleep 1000 & echo $! >/tmp/child; echo begun; wait; wait\n");
+    let mut child =
+        job.start("trap 'echo caught' TERM; sleep 1000 & echo $! >/tmp/child; echo begun; wait; wait\n");
     let mut stdout = child.stdout.take().unwrap();
     let mut first = [0; 6];
     stdout.read_exact(&mut first).unwrap();
@@ -208,7 +216,12 @@ fn a_quarter_of_a_gigabyte_of_output_arrives_whole_and_takes_little_memory() {
         length += n as u64;
     }
     assert!(child.wait().unwrap().success());
-    eprintln!("{} MiB in {:?}, cannery's peak {} MiB", length >> 20, begin.elapsed(), peak >> 20);
+    eprintln!(
+        "{} MiB in {:?}, cannery's peak {} MiB",
+        length >> 20,
+        begin.elapsed(),
+        peak >> 20
+    );
     assert_eq!(length, BULK);
     let mut expected = Sha256::new();
     let piece = vec![b'x'; 1 << 20];
