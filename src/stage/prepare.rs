@@ -32,6 +32,14 @@ pub async fn prepare(settings: &Settings, environment: &Environment, log: &JobLo
     let job = Job::read(environment)?;
     let wants = Wants::read(environment)?;
     let order = Order::new(&job, settings)?;
+    if !job.services.is_empty() {
+        // The operator wants them ignored, else there were no order; the author must not wait for them.
+        let names: Vec<String> = job.services.iter().map(|s| plain(s, 80)).collect();
+        log.line(format!(
+            "Services are not started on this runner: the job runs without {}.",
+            names.join(", ")
+        ));
+    }
     let credentials = order.credentials(&job, &settings.images)?;
     let libvirt = Libvirt::open(&settings.libvirt_uri)?;
     let arch = start::host_arch()?;

@@ -8,6 +8,7 @@
 // A test's support may panic, which is how a test fails, and print for whoever reads why.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
+pub mod call;
 pub mod coordinator;
 pub mod guests;
 // The demo, which shares these parts, knows the program by its arguments.
