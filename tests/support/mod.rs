@@ -8,16 +8,20 @@
 // A test's support may panic, which is how a test fails, and print for whoever reads why.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
-pub mod call;
 pub mod coordinator;
 pub mod guests;
-// The demo, which shares these parts, knows the program by its arguments.
-#[cfg(test)]
-pub mod host;
 pub mod job;
-pub mod libvirtd;
 pub mod log;
 pub mod runner;
+
+// The demo shares what is above and knows the program by its arguments; what is below is told by cargo where it is.
+#[cfg(test)]
+pub mod call;
+#[cfg(test)]
+pub mod host;
+#[cfg(test)]
+pub mod libvirtd;
+#[cfg(test)]
 pub mod stages;
 
 /// Lets other users into a folder of the test, to files that they may read.
