@@ -69,8 +69,6 @@ pub enum Why {
     Expired,
     /// No job's folder belongs to it.
     NoJob,
-    /// Someone asked for it.
-    Asked,
 }
 
 impl fmt::Display for Why {
@@ -83,7 +81,6 @@ impl fmt::Display for Why {
             Why::TryOver => "gitlab-runner ended it without cleaning up",
             Why::Expired => "its time-out has passed by an hour",
             Why::NoJob => "no job belongs to it",
-            Why::Asked => "asked for",
         })
     }
 }
@@ -94,7 +91,7 @@ pub enum Action {
     /// Remove a job with all that it has.
     RemoveJob(JobKey, Why),
     /// Remove a domain whose job is gone.
-    DestroyDomain(String, Why),
+    DestroyDomain(String, JobKey, Why),
     /// Free a slot whose job is gone.
     FreeSlot(Lease, Why),
     /// Remove a folder that never became a job's.
@@ -114,7 +111,7 @@ pub fn plan(world: &World, now: Timestamp) -> Vec<Action> {
             .domains
             .iter()
             .filter(|(_, key)| !known(key))
-            .map(|(name, _)| Action::DestroyDomain(name.clone(), Why::NoJob)),
+            .map(|(name, key)| Action::DestroyDomain(name.clone(), key.clone(), Why::NoJob)),
     );
     actions.extend(
         world
@@ -133,7 +130,7 @@ pub fn plan(world: &World, now: Timestamp) -> Vec<Action> {
 }
 
 /// Why nobody will come back for a job, if so.
-fn judge(job: &Found, now: Timestamp) -> Option<Why> {
+pub(super) fn judge(job: &Found, now: Timestamp) -> Option<Why> {
     if job.foreign {
         return None;
     }
@@ -196,7 +193,7 @@ mod tests {
     fn whys(world: &World, now: Timestamp) -> Vec<Why> {
         let why = |action: &Action| match action {
             Action::RemoveJob(_, why)
-            | Action::DestroyDomain(_, why)
+            | Action::DestroyDomain(_, _, why)
             | Action::FreeSlot(_, why)
             | Action::RemoveFolder(_, why) => *why,
         };
@@ -294,7 +291,10 @@ mod tests {
         let actions = plan(&world, Timestamp::now());
         assert_eq!(actions.len(), 3);
         assert_eq!(actions[2], Action::RemoveFolder("/x/jobs/.y".into(), Why::NoJob));
-        assert_eq!(actions[0], Action::DestroyDomain("b".into(), Why::NoJob));
+        assert_eq!(
+            actions[0],
+            Action::DestroyDomain("b".into(), gone.clone(), Why::NoJob)
+        );
         assert!(matches!(&actions[1], Action::FreeSlot(lease, Why::NoJob) if lease.job == Some(gone)));
     }
 }

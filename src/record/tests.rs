@@ -108,6 +108,42 @@ fn two_processes_cannot_be_in_a_step_of_one_job_at_once() {
 }
 
 #[test]
+fn what_was_decided_before_the_lock_is_decided_again_behind_it() {
+    let state = tempfile::tempdir().unwrap();
+    let job = Jobs::open(state.path())
+        .unwrap()
+        .create(record("https://a.example.com", 7))
+        .unwrap();
+    let refused = job
+        .enter_if(State::Cleaning, |r| r.project == "other", |_| ())
+        .unwrap();
+    assert!(refused.is_none());
+    assert_eq!(job.read().unwrap().unwrap().state, State::Admitted);
+    assert!(
+        job.enter_if(State::Cleaning, |r| r.project == "grp/demo", |_| ())
+            .unwrap()
+            .is_some()
+    );
+}
+
+#[test]
+fn a_folder_is_removed_though_others_look_into_it_meanwhile() {
+    let state = tempfile::tempdir().unwrap();
+    let jobs = Jobs::open(state.path()).unwrap();
+    for id in 0..5 {
+        let job = jobs.create(record("https://a.example.com", id)).unwrap();
+        std::thread::scope(|scope| {
+            let others: Vec<_> = (0..4)
+                .map(|_| scope.spawn(|| while job.enter(State::Cleaning, |_| ()).is_ok() {}))
+                .collect();
+            let step = job.enter(State::Cleaning, |_| ()).unwrap();
+            job.remove(Some(step)).unwrap();
+            others.into_iter().for_each(|o| o.join().unwrap());
+        });
+    }
+}
+
+#[test]
 fn a_newer_or_damaged_record_is_named() {
     let state = tempfile::tempdir().unwrap();
     let job = Jobs::open(state.path())
