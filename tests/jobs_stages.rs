@@ -122,7 +122,7 @@ fn what_only_the_author_can_mend_is_a_build_failure_and_leaves_nothing() {
         assert!(done.stdout.is_empty(), "{}", done.text());
         // No machine, or one that never came to be ready.
         job.run("after_script", "true\n")
-            .fails(SYSTEM_FAILURE, &["prepare"]);
+            .fails(SYSTEM_FAILURE, &["machine"]);
         job.cleanup().ok();
         assert_eq!(host.leftovers(), NOTHING, "{says:?}");
     }
@@ -248,7 +248,7 @@ fn a_machine_that_is_destroyed_under_a_script_is_a_system_failure_at_once() {
 fn runner_that_prepares(host: &Host, job: &Try) -> std::process::Child {
     let script =
         "set -m; \"$0\" --config \"$1\" prepare & wait $!; echo $? >\"$TMPDIR/prepared\"; exec sleep 1000";
-    let mut shell = Command::new("sh");
+    let mut shell = Command::new("bash");
     shell.args(["-c", script]).arg(cannery()).arg(host.settings());
     job.surround(&mut shell);
     let child = shell
