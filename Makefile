@@ -19,19 +19,19 @@ build:
 	$(CARGO) build --locked --release
 
 demo:
-	contrib/demo/run
+	@contrib/demo/run
 
 demo-clean:
-	contrib/demo/run --clean
+	@contrib/demo/run --clean
 
 check:
-	contrib/check
+	@contrib/check
 
 test:
-	contrib/test
+	@contrib/test
 
 bench:
-	contrib/demo/run --bench
+	@contrib/demo/run --bench
 
 install: build
 	$(INSTALL) -D -m 0755 target/release/cannery $(DESTDIR)$(PREFIX)/bin/cannery
