@@ -38,7 +38,12 @@ fn main() -> ExitCode {
     let driver = Driver::new(Path::new(cannery), &["--config", config]);
     let running = Runner::Double.start(&coordinator, &driver, 1);
     let job = Job::new("nothing").image(image).script(["true"]);
-    coordinator.enqueue(&job).wait(JOB_TIMEOUT);
+    let first = coordinator.enqueue(&job);
+    assert!(
+        first.wait(JOB_TIMEOUT).success,
+        "the first job failed:\n{}",
+        first.log()
+    );
     let warm_up = driver.calls.lock().expect("the calls' lock").len();
 
     let mut phases = Vec::new();

@@ -18,11 +18,16 @@ pub fn readable(raw: &[u8]) -> String {
         }
     }
     let mut text = String::new();
-    for line in without_escapes(&joined).lines() {
-        text.push_str(line.rsplit_once('\r').map_or(line, |(marks, rest)| {
-            if marks.contains("section_") { rest } else { line }
-        }));
-        text.push('\n');
+    for line in without_escapes(&joined).trim_end_matches('\n').split('\n') {
+        // `section_start:TIME:NAME` and `section_end:TIME:NAME` end with a carriage return; they may follow each other.
+        let rest = match line.rsplit_once('\r') {
+            Some((marks, rest)) if marks.starts_with("section_") => rest,
+            _ => line,
+        };
+        if !rest.is_empty() || rest == line {
+            text.push_str(rest);
+            text.push('\n');
+        }
     }
     text
 }
@@ -63,12 +68,15 @@ mod tests {
     fn marks_colours_and_time_stamps_go() {
         let raw = b"2026-11-21T07:32:05.171955Z 00O section_start:1795246325:prepare_executor\r\x1b[0K\n\
             2026-11-21T07:32:05.171959Z 00O+\x1b[0K\x1b[36;1mPreparing\x1b[0;m\x1b[0;m\n\
-            2026-11-21T07:32:05.204885Z 01E a  b\n";
-        assert_eq!(readable(raw), "Preparing\na  b\n");
+            2026-11-21T07:32:05.204885Z 01E a  b\n\
+            2026-11-21T07:32:05.205011Z 00O section_end:1795246325:prepare_executor\r\x1b[0K\n\
+            2026-11-21T07:32:05.205338Z 00O+section_start:1795246325:get_sources\r\x1b[0K\n\
+            2026-11-21T07:32:05.205348Z 00O+\x1b[0KGetting\n\n";
+        assert_eq!(readable(raw), "Preparing\na  b\nGetting\n");
     }
 
     #[test]
     fn plain_lines_stay() {
-        assert_eq!(readable(b"one two\nthree"), "one two\nthree\n");
+        assert_eq!(readable(b"one two\n\nthree"), "one two\n\nthree\n");
     }
 }
