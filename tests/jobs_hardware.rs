@@ -1,6 +1,7 @@
 //! The machines that jobs may get: firmware, disks, cards, networks; and that none of it touches the store.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+// What was measured is shown to whoever runs the tests.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
 mod support;
 
