@@ -1,6 +1,7 @@
 //! What a job's scripts see and do on a real guest, and what the runner hears of it: the stage `run`, called by hand.
 
-#![allow(clippy::unwrap_used, clippy::expect_used)]
+// What was measured is shown to whoever runs the tests.
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
 mod support;
 
