@@ -16,6 +16,7 @@ use plan::judge;
 pub use plan::{Action, Found, Why, World, plan};
 
 use crate::host::Slots;
+use crate::image::Store;
 use crate::machine::Libvirt;
 use crate::outcome::Failure;
 use crate::record::{self, JobDir, JobKey, Jobs, Record, State};
@@ -132,7 +133,20 @@ impl Reaper {
                 failed += 1;
             }
         }
+        self.sweep_store();
         Ok(failed)
+    }
+
+    /// Removes what killed downloads left in the store, where there is one.
+    pub fn sweep_store(&self) {
+        let store = self.state_dir.join("store");
+        if store.is_dir()
+            // Opening it is sweeping it.
+            && let Err(e) = Store::open(&store)
+        {
+            // No job waits for this; whoever fetches an image next is told.
+            tracing::warn!("the store is not swept: {e}");
+        }
     }
 
     /// Removes a job with all that it has, at whatever point it is, after whoever is just working on it.
@@ -170,6 +184,7 @@ impl Reaper {
         for (job, _) in self.jobs.of_session(session)? {
             self.remove(&job).await?;
         }
+        self.sweep_store();
         Ok(())
     }
 

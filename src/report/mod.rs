@@ -28,10 +28,11 @@ pub fn bytes(n: u64) -> String {
     }
 }
 
-/// A text that came from a stranger, safe to show on a terminal and in a log: control characters are
-/// left out, and it is not longer than `most` characters.
+/// A text that came from a stranger, safe to show on a terminal, in a log and in XML: control characters, and those that stand for
+/// no character, are left out, and it is not longer than `most` characters.
 pub fn plain(text: &str, most: usize) -> String {
-    let mut shown: String = text.chars().filter(|c| !c.is_control()).take(most).collect();
+    let shown = |c: &char| !c.is_control() && !matches!(c, '\u{fffe}' | '\u{ffff}');
+    let mut shown: String = text.chars().filter(shown).take(most).collect();
     if text.chars().count() > most {
         shown.push('…');
     }
@@ -59,5 +60,7 @@ mod tests {
     fn a_strangers_text_cannot_move_the_cursor() {
         assert_eq!(plain("a\x1b[2Jb\r\nc", 10), "a[2Jbc");
         assert_eq!(plain("abcdef", 3), "abc…");
+        // XML has no way to write these.
+        assert_eq!(plain("a\u{fffe}b\u{ffff}\u{1}é", 10), "abé");
     }
 }
