@@ -212,6 +212,17 @@ fn a_cancelled_job_and_one_that_takes_too_long_end_their_scripts_and_run_after_s
     says(&cancelled, &["told to end", "all gone"]);
     until("the machine is gone", CLEAN, || scene.host.leftovers().is_empty());
 
+    // Given up altogether: how it ended is of no interest to GitLab any more, and not told.
+    let given_up = Job::new("given up")
+        .image(&image)
+        .script(["while sleep 0.5; do echo tick; done"])
+        .after_script(after);
+    let given_up = scene.coordinator.enqueue(&given_up);
+    given_up.wait_log("tick", SOON);
+    given_up.cancel(Wish::CancelAtOnce);
+    until("the machine is gone", SOON, || scene.host.leftovers().is_empty());
+    assert!(!given_up.log().contains("all gone"), "{}", given_up.log());
+
     let job = Job::new("slow").image(&image).script(script).after_script(after);
     // Time for the script alone: how long the boot takes is not what is tested.
     let (slow, outcome) = scene.run(&job.variable("RUNNER_SCRIPT_TIMEOUT", "5s"));

@@ -277,12 +277,20 @@ fn the_reaper_removes_what_a_dead_runner_left_and_nothing_else() {
     let text = host
         .settings_text()
         .replace("accelerator", "cpus = 1\naccelerator");
-    fs::write(&other, format!("builds_dir = \"/work\"\n{text}")).unwrap();
+    fs::write(
+        &other,
+        format!("builds_dir = \"/work\"\n{text}[guest]\nshell = \"sh\"\n"),
+    )
+    .unwrap();
     let live = Try::new(&host, &unit, 1).with_settings(&other);
     let answer: Value = serde_json::from_slice(&live.config().ok().stdout).unwrap();
-    assert_eq!(answer["builds_dir"], "/work");
+    assert_eq!(
+        (&answer["builds_dir"], &answer["shell"]),
+        (&json!("/work"), &json!("sh"))
+    );
     live.prepare().ok();
-    live.script("test -d /work && [ $(nproc) = 1 ]\n").ok();
+    live.script("test -d /work && [ $(nproc) = 1 ] && [ -z \"$BASH_VERSION\" ]\n")
+        .ok();
 
     let dead = Try::new(&host, &unit, 2);
     let mut runner = runner_that_prepares(&host, &dead);
