@@ -47,7 +47,7 @@ fn rooms_import_only_what_the_plan_allows() {
             "outcome",
             &["settings", "job", "image", "host", "machine", "guest"],
         ),
-        ("reap", &["settings", "host", "machine", "outcome"]),
+        ("reap", &["settings", "image", "host", "machine", "outcome"]),
         (
             "start",
             &[

@@ -2,7 +2,7 @@ use super::{Context, print};
 use crate::outcome::Failure;
 use crate::reap;
 
-/// Remove what no runner will come back for: machines, overlays, slots
+/// Remove what no runner will come back for: machines, overlays, slots, half-fetched images
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     /// Only say what would be removed
@@ -28,6 +28,9 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
                 Err(failure) => failures.push(failure),
             }
         }
+    }
+    if !arguments.dry_run {
+        reaper.sweep_store();
     }
     // All were tried; the first failure stands for the rest.
     let more = failures.len().saturating_sub(1);

@@ -15,6 +15,7 @@ mod plan;
 pub use plan::{Action, Found, Why, World, plan};
 
 use crate::host::Slots;
+use crate::image::Store;
 use crate::machine::Libvirt;
 use crate::outcome::Failure;
 use crate::record::{self, JobDir, JobKey, Jobs, State};
@@ -122,7 +123,20 @@ impl Reaper {
                 failed += 1;
             }
         }
+        self.sweep_store();
         Ok(failed)
+    }
+
+    /// Removes what killed downloads left in the store, where there is one.
+    pub fn sweep_store(&self) {
+        let store = self.state_dir.join("store");
+        if store.is_dir()
+            // Opening it is sweeping it.
+            && let Err(e) = Store::open(&store)
+        {
+            // No job waits for this; whoever fetches an image next is told.
+            tracing::warn!("the store is not swept: {e}");
+        }
     }
 
     /// Removes a job with all that it has, at whatever point it is.
@@ -154,6 +168,7 @@ impl Reaper {
         for (job, _) in self.jobs.of_session(session)? {
             self.remove(&job).await?;
         }
+        self.sweep_store();
         Ok(())
     }
 

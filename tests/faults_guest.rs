@@ -1,0 +1,238 @@
+//! Guests that do not come up, or not as they should, and a host that fails around them: the right exit code, a sentence that says
+//! how far it came, and nothing left.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::print_stdout, reason = "what is shown is the table of faults")]
+
+#[path = "support/image_fixture.rs"]
+#[allow(dead_code, reason = "each suite uses its part of the fixture")]
+mod image_fixture;
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar};
+use serde_json::json;
+use support::host::Host;
+use support::stages::{SYSTEM_FAILURE, Stages};
+
+/// Lines of the serial log that a failure shows.
+const SERIAL_LINES: usize = 30;
+
+fn add_settings(host: &Host, text: &str) {
+    host.write_settings(&format!("{}\n{text}\n", host.settings_text()));
+}
+
+#[test]
+#[ignore = "needs libvirt and a guest"]
+fn a_guest_that_never_answers_is_told_by_how_far_it_came() {
+    let host = Host::new(&[], "[guest]\nboot_timeout = \"25 s\"").with_network();
+    let cases = [
+        (
+            "tiny.sshd=off",
+            &["within 25 s", "DHCP", "no SSH server, as asked"][..],
+        ),
+        (
+            "tiny.net=off",
+            &["within 25 s", "nothing answered at its address"],
+        ),
+    ];
+    let images: Vec<String> = cases
+        .iter()
+        .map(|(option, _)| host.images().add_tiny(&option.replace('=', "-"), option))
+        .collect();
+    std::thread::scope(|scope| {
+        for (image, (option, parts)) in images.iter().zip(cases) {
+            let host = &host;
+            scope.spawn(move || {
+                let job = Stages::new(host, image);
+                let call = job.prepare();
+                call.failed(SYSTEM_FAILURE, parts);
+                assert!(
+                    call.log.contains("The end of the guest's serial log:"),
+                    "{}",
+                    call.log
+                );
+                let shown = call.log.lines().filter(|line| line.contains("  | ")).count();
+                assert!((1..=SERIAL_LINES).contains(&shown), "{shown} lines: {}", call.log);
+                println!("{option}: {}", call.last_line());
+                job.call(&["cleanup"]).succeeded();
+            });
+        }
+    });
+    Stages::new(&host, "vm").nothing_is_left();
+}
+
+#[test]
+#[ignore = "needs libvirt and a guest"]
+fn a_guest_that_dies_at_boot_fails_at_once_with_its_last_words() {
+    // The time-out is the usual one, of five minutes.
+    let host = Host::new(&[], "").with_network();
+    for (option, part) in [
+        ("tiny.panic=0 tiny.sshd=off", "panic"),
+        ("tiny.poweroff=0 tiny.sshd=off", "off"),
+    ] {
+        let image = host.images().add_tiny("dying", option);
+        let job = Stages::new(&host, &image);
+        let begin = Instant::now();
+        let call = job.prepare();
+        assert!(begin.elapsed() < Duration::from_secs(90), "{:?}", begin.elapsed());
+        call.failed(SYSTEM_FAILURE, &[part, "The end of the guest's serial log"]);
+        println!("{option}: {} s: {}", begin.elapsed().as_secs(), call.last_line());
+        job.cleanup();
+    }
+}
+
+#[test]
+#[ignore = "needs libvirt and a guest"]
+fn a_guest_that_lets_us_in_neither_by_key_nor_by_password_says_what_was_offered() {
+    let host = Host::new(&[], "[guest]\nboot_timeout = \"60 s\"").with_network();
+    let image = host
+        .images()
+        .add_tiny("locked", "tiny.credentials=off tiny.password=sesame");
+    // What it cannot know is not what it shows.
+    let job = Stages::new(&host, &image);
+    let call = job.prepare();
+    call.failed(SYSTEM_FAILURE, &["guest.key_file or guest.password"]);
+    println!("key only: {}", call.last_line());
+    job.cleanup();
+    add_settings(&host, "password = \"not-it\"");
+    let job = Stages::new(&host, &image);
+    let call = job.prepare();
+    call.failed(SYSTEM_FAILURE, &["refuses user root", "password"]);
+    assert!(!call.log.contains("not-it"), "{}", call.log);
+    println!("wrong password: {}", call.last_line());
+    job.cleanup();
+    // The right one is all that was missing.
+    let text = host.settings_text().replace("not-it", "sesame");
+    host.write_settings(&text);
+    let job = Stages::new(&host, &image);
+    job.prepare().succeeded();
+    assert_eq!(job.run("echo in").succeeded().out, "in\n");
+    job.cleanup();
+}
+
+#[test]
+#[ignore = "needs libvirt and a guest"]
+fn a_job_with_an_evil_name_runs_as_any_other_and_its_network_stays_under_it() {
+    let host = Host::new(&[], "").with_network();
+    let image = host.images().add_tiny("tiny", "");
+    let evil = "a'\"><b>&amp;\u{1}\u{fffe}\n]]>;rm -rf /;$(reboot)`reboot`";
+    let job = Stages::new(&host, &image)
+        .variable("CUSTOM_ENV_CI_JOB_ID", "../../../etc")
+        .variable("CUSTOM_ENV_EVIL", evil.replace('\u{0}', ""));
+    let mut payload = job.payload(4711, &image);
+    payload["job_info"]["name"] = json!(evil);
+    payload["job_info"]["project_full_path"] = json!(format!("../../{evil}"));
+    job.response(payload.to_string().as_bytes());
+    job.prepare().succeeded();
+    let list = host.expect(&["vm", "list"]);
+    assert_eq!(list.lines().count(), 2, "{list}");
+    assert!(!list.contains('\u{1}'), "{list}");
+    assert_eq!(job.run("hostname").succeeded().out, "job-4711\n");
+
+    // The network cannot be pulled away from under it, nor changed, and the job notices nothing.
+    let down = host.cannery(&["network", "down"]);
+    assert!(!down.status.success());
+    let words = String::from_utf8_lossy(&down.stderr).into_owned();
+    assert!(words.contains("is in use by"), "{words}");
+    let settings = host.settings_text();
+    host.write_settings(&settings.replacen("slots = 6", "slots = 5", 1));
+    let other = Stages::new(&host, &image);
+    other
+        .prepare()
+        .failed(SYSTEM_FAILURE, &["is not the one in the settings", "slots"]);
+    other.call(&["cleanup"]).succeeded();
+    job.run("exit 9").failed_script(9, &job);
+    host.write_settings(&settings);
+    job.cleanup();
+}
+
+/// A small file system, to be filled.
+struct Small<'a>(&'a Path);
+
+impl<'a> Small<'a> {
+    fn new(folder: &'a Path, size: &str) -> Self {
+        fs::create_dir(folder).unwrap();
+        let mounted = Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size},mode=0755"), "tmpfs"])
+            .arg(folder)
+            .status()
+            .unwrap();
+        assert!(mounted.success());
+        Self(folder)
+    }
+}
+
+impl Drop for Small<'_> {
+    fn drop(&mut self) {
+        Command::new("umount").arg("--lazy").arg(self.0).status().unwrap();
+    }
+}
+
+#[test]
+#[ignore = "needs root, libvirt and a guest"]
+fn a_disk_that_fills_up_fails_the_job_that_fills_it_and_no_other() {
+    let folder = tempfile::tempdir().unwrap();
+    support::everybody_may_pass(folder.path());
+    let small = folder.path().join("small");
+    let _mounted = Small::new(&small, "760M");
+    let host = Host::new(&[], "");
+    let state = host.state();
+    let text = host.settings_text();
+    let text = text.replacen(state.to_str().unwrap(), small.join("state").to_str().unwrap(), 1);
+    host.write_settings(&text);
+    host.expect(&["network", "up"]);
+    let image = host.images().add_tiny("tiny", "");
+    let other = Stages::new(&host, &image);
+    other.prepare().succeeded();
+
+    // Compressed it is nothing; unpacked there is no room for it. Its size is told by the archive, not by the manifest.
+    let big = Layout::new(&host.folder().join("big"));
+    let archive = Tar::new()
+        .dir("disk/")
+        .file("disk/disk.img", &vec![0x55; 300 << 20])
+        .bytes();
+    big.add("vm", &Image::container_disk(&archive, OCI_TAR_GZIP));
+    let text = text.replacen(
+        "layouts = [",
+        &format!("layouts = [\"{}\", ", big.dir.display()),
+        1,
+    );
+    host.write_settings(&text);
+    let full = Stages::new(&host, &big.reference("vm"));
+    let call = full.prepare();
+    call.failed(SYSTEM_FAILURE, &["no room for", "bytes are needed", "Make room"]);
+    println!("{}", call.last_line());
+    full.call(&["cleanup"]).succeeded();
+    assert_eq!(
+        fs::read_dir(small.join("state/store/partial")).unwrap().count(),
+        0
+    );
+
+    let work =
+        other.run("dd if=/dev/urandom of=/root/file bs=1M count=8 2>/dev/null && sync && echo unharmed");
+    assert_eq!(work.succeeded().out, "unharmed\n");
+
+    // Full to the last byte: cleaning up needs no room.
+    let filler = Command::new("dd")
+        .args(["if=/dev/zero", "bs=1M", "status=none"])
+        .arg(format!("of={}", small.join("filler").display()))
+        .stderr(std::process::Stdio::null())
+        .status()
+        .unwrap();
+    assert!(!filler.success());
+    let late = Stages::new(&host, &image);
+    let call = late.prepare();
+    call.failed(SYSTEM_FAILURE, &["room"]);
+    println!("{}", call.last_line());
+    late.call(&["cleanup"]).succeeded();
+    other.call(&["cleanup"]).succeeded();
+    assert_eq!(fs::read_dir(small.join("state/jobs")).unwrap().count(), 0);
+    assert_eq!(host.machines(), Vec::<String>::new());
+    fs::remove_file(small.join("filler")).unwrap();
+    host.expect(&["network", "down"]);
+}
