@@ -2,7 +2,7 @@
 # make demo-clean   remove what that made; the packages stay
 # make check        the quick checks: format, lints, quick tests, licences
 # make test         everything: set-up, check, and the tests that need libvirt, guests and registries
-# make bench        how fast the stages are, each against a peer in the same run
+# make bench        how long the stages take on this machine, with the demo's guest
 # make install      into PREFIX (/usr/local), under DESTDIR for packages
 # make clean        remove what was built, the guests too
 
@@ -30,8 +30,8 @@ check:
 test:
 	contrib/test
 
-bench: build
-	target/release/cannery bench stages
+bench:
+	contrib/demo/run --bench
 
 install: build
 	$(INSTALL) -D -m 0755 target/release/cannery $(DESTDIR)$(PREFIX)/bin/cannery

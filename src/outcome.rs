@@ -10,7 +10,9 @@
 
 use std::fmt;
 
-use crate::{guest, image, machine};
+use crate::guest;
+use crate::image;
+use crate::machine;
 
 /// Whose fault a failure is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 //!
 //! Needs root and `/usr/sbin/sshd`.
 
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 #[path = "support/sshd.rs"]
 mod sshd;

@@ -5,15 +5,19 @@
 
 mod support;
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use support::coordinator::Coordinator;
+use support::call::until;
+use support::coordinator::{Coordinator, Handle, Outcome, Wish};
 use support::host::Host;
 use support::job::Job;
-use support::runner::Runner;
+use support::runner::{Runner, Running};
 
 /// A job on an emulated guest, on a busy machine.
 const SOON: Duration = Duration::from_secs(240);
+/// What is cleaned up after the outcome was told.
+const CLEAN: Duration = Duration::from_secs(20);
+const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
 
 /// A port for each coordinator: guests may reach only ports that the settings name beforehand.
 fn port() -> u16 {
@@ -24,15 +28,58 @@ fn port() -> u16 {
         .port()
 }
 
+/// A GitLab, a host with cannery, and a runner between them.
+struct Scene {
+    // First, since fields are dropped in order: the runner cleans up while the host is still there.
+    _running: Running,
+    coordinator: Coordinator,
+    host: Host,
+}
+
+impl Scene {
+    fn new(host: Host, port: u16, concurrent: usize) -> Self {
+        let coordinator = Coordinator::listen(host.address(), port, &host.address().to_string());
+        Self {
+            _running: Runner::from_environment().start(&coordinator, &host.driver(), concurrent),
+            coordinator,
+            host,
+        }
+    }
+
+    fn run(&self, job: &Job) -> (Handle, Outcome) {
+        let handle = self.coordinator.enqueue(job);
+        let outcome = handle.wait(SOON);
+        (handle, outcome)
+    }
+
+    fn is_clean_soon(&self) {
+        let end = Instant::now() + CLEAN;
+        while !self.host.leftovers().is_empty() && Instant::now() < end {
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        assert_eq!(self.host.leftovers(), Vec::<String>::new());
+    }
+}
+
+/// Fails the test unless the log says all of this.
+#[track_caller]
+fn says(handle: &Handle, texts: &[&str]) {
+    let log = handle.log();
+    for text in texts {
+        assert!(log.contains(text), "{text:?} is not in\n{log}");
+    }
+}
+
 #[test]
 #[ignore = "needs libvirt and a guest"]
 fn a_job_clones_its_project_fails_with_its_own_code_and_leaves_nothing() {
     let port = port();
-    let host = Host::new(&[port], "").with_network();
+    let host = Host::new(&[port], EMULATION).with_network();
     let image = host.images().add_tiny("tiny", "");
-    let coordinator = Coordinator::listen(host.address(), port, &host.address().to_string());
-    let repository = coordinator.repository("grp/demo", &[("README", "hello from the repository\n")]);
-    let _running = Runner::from_environment().start(&coordinator, &host.driver(), 1);
+    let scene = Scene::new(host, port, 1);
+    let repository = scene
+        .coordinator
+        .repository("grp/demo", &[("README", "hello from the repository\n")]);
     let job = Job::new("unit")
         .image(&image)
         .clones(&repository)
@@ -43,24 +90,135 @@ fn a_job_clones_its_project_fails_with_its_own_code_and_leaves_nothing() {
             "exit 3",
         ])
         .after_script(["echo \"after: $CI_JOB_STATUS\""]);
-    let handle = coordinator.enqueue(&job);
-    let outcome = handle.wait(SOON);
+    let (handle, outcome) = scene.run(&job);
     let log = handle.log();
     assert_eq!((outcome.success, outcome.exit_code), (false, Some(3)), "{log}");
     assert_eq!(outcome.failure_reason, "script_failure", "{log}");
-    for expected in [
-        "Using Custom executor with driver cannery",
-        "hello from the repository",
-        &format!("on job-{}", handle.id()),
-        "first\nsecond\nthird",
-        "after: failed",
-        "Ready: image",
+    says(
+        &handle,
+        &[
+            "Using Custom executor with driver cannery",
+            "hello from the repository",
+            &format!("on job-{}", handle.id()),
+            "first\nsecond\nthird",
+            "after: failed",
+            "Ready: image",
+        ],
+    );
+    scene.is_clean_soon();
+}
+
+#[test]
+#[ignore = "needs libvirt and a guest"]
+fn two_jobs_at_once_have_a_machine_each_of_the_size_and_for_the_user_that_they_ask_for() {
+    let port = port();
+    let settings =
+        format!("{EMULATION}[limits]\ncpus = 2\nmemory = \"1G\"\n[guest]\nallow_users = [\"ci\"]\n");
+    let host = Host::new(&[port], &settings).with_network();
+    let image = host.images().add_tiny("tiny", "");
+    // What the operator chose for jobs that choose nothing; services are said to be missing and no more.
+    let text = host.settings_text();
+    let text = text.replace("[images]\n", &format!("[images]\ndefault = \"{image}\"\n"));
+    host.write_settings(&format!("services = \"ignore\"\n{text}"));
+    let scene = Scene::new(host, port, 2);
+    let small = Job::new("small")
+        .service("postgres:17")
+        .variable("CANNERY_CPUS", "1")
+        .script(["echo \"$(id -un) has $(nproc) CPU\"", "echo wait; sleep 20"]);
+    let large = Job::new("large")
+        .image(&image)
+        .image_user("ci")
+        .variable("CANNERY_CPUS", "2")
+        .variable("CANNERY_MEMORY", "640M")
+        .artifacts(["result"])
+        .script([
+            "echo \"$(id -un) has $(nproc) CPU\"",
+            "awk '/MemTotal/ { print ($2 > 540 * 1024 && $2 < 640 * 1024) ? \"memory is right\" : $2 }' /proc/meminfo",
+            "pwd; echo x >result; sleep 20",
+        ]);
+    let (small, large) = (
+        scene.coordinator.enqueue(&small),
+        scene.coordinator.enqueue(&large),
+    );
+    small.wait_log("wait", SOON);
+    large.wait_log("memory is right", SOON);
+    assert_eq!(scene.host.machines().len(), 2);
+    let (first, second) = (small.wait(SOON), large.wait(SOON));
+    assert!(first.success, "{}", small.log());
+    says(&small, &["root has 1 CPU", "postgres:17", &image]);
+    says(&large, &["ci has 2 CPU", "has no gitlab-runner binary"]);
+    // The runner's own rule: artifacts that cannot be uploaded do not change what the script came to.
+    assert!(
+        second.success || second.failure_reason == "script_failure",
+        "{second:?}\n{}",
+        large.log()
+    );
+    assert_eq!(large.artifacts(), None);
+    scene.is_clean_soon();
+}
+
+#[test]
+#[ignore = "needs libvirt and a guest"]
+fn a_wrong_image_is_the_authors_failure_at_the_first_try() {
+    let port = port();
+    let host = Host::new(&[port], EMULATION).with_network();
+    let image = host.images().add_tiny("tiny", "");
+    let scene = Scene::new(host, port, 1);
+    for (job, texts) in [
+        (
+            Job::new("unit").image(&image.replace(":tiny", ":tyni")),
+            ["tyni", "Is the name right, and was the tag pushed?"],
+        ),
+        (
+            Job::new("unit").image(&image).service("postgres:17"),
+            ["postgres:17", "virtual machine has none"],
+        ),
     ] {
-        assert!(log.contains(expected), "{expected:?} is not in\n{log}");
+        let (handle, outcome) = scene.run(&job.script(["echo never"]));
+        assert_eq!(
+            (outcome.success, outcome.failure_reason.as_str()),
+            (false, "script_failure"),
+            "{}",
+            handle.log()
+        );
+        says(&handle, &texts);
+        assert_eq!(handle.log().matches("ERROR: The").count(), 1, "{}", handle.log());
+        scene.is_clean_soon();
     }
-    let end = std::time::Instant::now() + Duration::from_secs(20);
-    while !host.leftovers().is_empty() && std::time::Instant::now() < end {
-        std::thread::sleep(Duration::from_millis(100));
-    }
-    assert_eq!(host.leftovers(), Vec::<String>::new());
+}
+
+#[test]
+#[ignore = "needs libvirt and a guest"]
+fn a_cancelled_job_and_one_that_takes_too_long_end_their_scripts_and_run_after_script() {
+    let port = port();
+    let host = Host::new(&[port], EMULATION).with_network();
+    let image = host.images().add_tiny("tiny", "");
+    let scene = Scene::new(host, port, 1);
+    let script = ["trap 'echo told to end' TERM; echo begun; sleep 1000 & wait"];
+    let after = ["if ps | grep -q '[s]leep 1000'; then echo still running; else echo all gone; fi"];
+
+    let cancelled = scene.coordinator.enqueue(
+        &Job::new("cancelled")
+            .image(&image)
+            .script(script)
+            .after_script(after),
+    );
+    cancelled.wait_log("begun", SOON);
+    cancelled.cancel(Wish::CancelGracefully);
+    let outcome = cancelled.wait(SOON);
+    assert!(!outcome.success, "{outcome:?}");
+    says(&cancelled, &["told to end", "all gone"]);
+    until("the machine is gone", CLEAN, || scene.host.leftovers().is_empty());
+
+    let job = Job::new("slow").image(&image).script(script).after_script(after);
+    // Time for the script alone: how long the boot takes is not what is tested.
+    let (slow, outcome) = scene.run(&job.variable("RUNNER_SCRIPT_TIMEOUT", "5s"));
+    assert_eq!(
+        (outcome.success, outcome.failure_reason.as_str()),
+        (false, "job_execution_timeout"),
+        "{}",
+        slow.log()
+    );
+    says(&slow, &["told to end", "all gone"]);
+    scene.is_clean_soon();
 }

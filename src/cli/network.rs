@@ -52,7 +52,7 @@ pub(super) async fn run(context: &Context, command: &Command) -> Result<(), Fail
 /// Nobody's machine loses its network.
 fn refuse_in_use(settings: &Settings, name: &str) -> Result<(), Failure> {
     let mut users = Vec::new();
-    for job in Jobs::open(&settings.state_dir)?.list()? {
+    for job in Jobs::look(&settings.state_dir).list()? {
         let on_it = job
             .read()
             .is_ok_and(|r| r.and_then(|r| r.slot).is_some_and(|s| s.network == *name));

@@ -10,6 +10,7 @@ pub(super) struct Arguments {
     /// The script, a file on the host
     script: PathBuf,
     /// gitlab-runner's name for what the script is: any name will do
+    #[arg(allow_hyphen_values = true)]
     stage: String,
 }
 

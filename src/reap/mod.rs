@@ -12,13 +12,14 @@ use jiff::Timestamp;
 
 mod plan;
 
+use plan::judge;
 pub use plan::{Action, Found, Why, World, plan};
 
 use crate::host::Slots;
 use crate::image::Store;
 use crate::machine::Libvirt;
 use crate::outcome::Failure;
-use crate::record::{self, JobDir, JobKey, Jobs, State};
+use crate::record::{self, JobDir, JobKey, Jobs, Record, State};
 use crate::settings::Settings;
 
 /// Gathers what there is, and removes what is decided.
@@ -35,7 +36,8 @@ impl fmt::Display for Action {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Action::RemoveJob(key, why) => write!(f, "job {key}: {why}"),
-            Action::DestroyDomain(name, why) => write!(f, "machine {name}: {why}"),
+            Action::DestroyDomain(name, _, why) => write!(f, "machine {name}: {why}"),
+            Action::RemoveFolder(path, why) => write!(f, "folder {}: {why}", path.display()),
             Action::FreeSlot(lease, why) => {
                 write!(f, "slot {} of network {}: {why}", lease.index, lease.network)
             }
@@ -66,6 +68,7 @@ impl Reaper {
                 jobs,
                 domains,
                 leases,
+                unborn: self.jobs.unborn()?,
             },
             Timestamp::now(),
         ))
@@ -89,29 +92,36 @@ impl Reaper {
             .collect())
     }
 
-    /// Does one thing, unless someone is just working on it: then the answer is false.
+    /// Does one thing, unless someone is just working on it or it is not as it was when it was decided: then
+    /// the answer is false.
     pub async fn apply(&self, action: &Action) -> Result<bool, Failure> {
-        if let Action::RemoveJob(key, _) = action
-            && let Some(job) = self.jobs.find(key)
-            && job.is_busy()?
-        {
-            return Ok(false);
-        }
-        self.apply_now(action).await?;
-        Ok(true)
-    }
-
-    /// Does one thing, after whoever is just working on it.
-    pub async fn apply_now(&self, action: &Action) -> Result<(), Failure> {
         tracing::info!(%action, "removing");
         match action {
             Action::RemoveJob(key, _) => match self.jobs.find(key) {
-                Some(job) => self.remove(&job).await,
-                None => Ok(()),
+                Some(job) if job.is_busy()? => return Ok(false),
+                Some(job) => {
+                    let still = |record: &Record| {
+                        judge(&known(key.clone(), record.clone()), Timestamp::now()).is_some()
+                    };
+                    return self.remove_if(&job, still).await;
+                }
+                None => {}
             },
-            Action::DestroyDomain(name, _) => Ok(self.libvirt.destroy(name).await.map(drop)?),
-            Action::FreeSlot(lease, _) => Ok(self.slots.free(lease)?),
+            Action::DestroyDomain(name, key, _) => {
+                if self.jobs.find(key).is_some() {
+                    return Ok(false);
+                }
+                self.libvirt.destroy(name).await?;
+            }
+            Action::FreeSlot(lease, _) => self.slots.free(lease)?,
+            Action::RemoveFolder(path, _) => match std::fs::remove_dir_all(path) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Failure::system(format!("cannot remove {}: {e}", path.display())));
+                }
+                _ => {}
+            },
         }
+        Ok(true)
     }
 
     /// Removes what no runner will come back for, and says how many things could not be removed.
@@ -139,10 +149,16 @@ impl Reaper {
         }
     }
 
-    /// Removes a job with all that it has, at whatever point it is.
+    /// Removes a job with all that it has, at whatever point it is, after whoever is just working on it.
     pub async fn remove(&self, job: &JobDir) -> Result<(), Failure> {
-        let step = match job.enter(State::Cleaning, |_| ()) {
-            Ok(step) => Some(step),
+        tracing::info!(job = %job.key(), "removing");
+        self.remove_if(job, |_| true).await.map(drop)
+    }
+
+    async fn remove_if(&self, job: &JobDir, permit: impl FnOnce(&Record) -> bool) -> Result<bool, Failure> {
+        let step = match job.enter_if(State::Cleaning, permit, |_| ()) {
+            Ok(None) => return Ok(false),
+            Ok(step) => step,
             // Removed meanwhile, or a folder whose record is gone already or unreadable: the key says enough.
             Err(record::Error::Gone(_) | record::Error::Damaged { .. }) => None,
             Err(e) => return Err(e.into()),
@@ -160,7 +176,7 @@ impl Reaper {
         };
         self.slots.release(job.key())?;
         job.remove(step)?;
-        Ok(())
+        Ok(true)
     }
 
     /// Removes what one try of the runner has; nothing is fine too.
@@ -199,11 +215,16 @@ fn found(job: &JobDir) -> Found {
         }
         Err(_) => None,
     };
-    let Some(record) = record else {
-        return Found::unknown(job.key().clone());
-    };
+    match record {
+        Some(record) => known(job.key().clone(), record),
+        None => Found::unknown(job.key().clone()),
+    }
+}
+
+/// What is known about a job by its record.
+fn known(key: JobKey, record: Record) -> Found {
     Found {
-        key: job.key().clone(),
+        key,
         caller_alive: record.caller.is_alive(),
         rebooted: record.caller.was_before_this_boot(),
         session_over: is_gone(&record.session),

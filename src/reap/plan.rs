@@ -1,6 +1,7 @@
 //! What is left behind, decided from facts alone.
 
 use std::fmt;
+use std::path::PathBuf;
 
 use jiff::Timestamp;
 
@@ -16,6 +17,8 @@ pub struct World {
     pub domains: Vec<(String, JobKey)>,
     /// Every leased slot.
     pub leases: Vec<Lease>,
+    /// Folders that killed processes began to make for jobs.
+    pub unborn: Vec<PathBuf>,
 }
 
 /// A job's folder, and what is known of those who may want it.
@@ -66,8 +69,6 @@ pub enum Why {
     Expired,
     /// No job's folder belongs to it.
     NoJob,
-    /// Someone asked for it.
-    Asked,
 }
 
 impl fmt::Display for Why {
@@ -80,7 +81,6 @@ impl fmt::Display for Why {
             Why::TryOver => "gitlab-runner ended it without cleaning up",
             Why::Expired => "its time-out has passed by an hour",
             Why::NoJob => "no job belongs to it",
-            Why::Asked => "asked for",
         })
     }
 }
@@ -91,9 +91,11 @@ pub enum Action {
     /// Remove a job with all that it has.
     RemoveJob(JobKey, Why),
     /// Remove a domain whose job is gone.
-    DestroyDomain(String, Why),
+    DestroyDomain(String, JobKey, Why),
     /// Free a slot whose job is gone.
     FreeSlot(Lease, Why),
+    /// Remove a folder that never became a job's.
+    RemoveFolder(PathBuf, Why),
 }
 
 /// What to do about what there is. Whatever a live runner may still want is left alone.
@@ -109,7 +111,7 @@ pub fn plan(world: &World, now: Timestamp) -> Vec<Action> {
             .domains
             .iter()
             .filter(|(_, key)| !known(key))
-            .map(|(name, _)| Action::DestroyDomain(name.clone(), Why::NoJob)),
+            .map(|(name, key)| Action::DestroyDomain(name.clone(), key.clone(), Why::NoJob)),
     );
     actions.extend(
         world
@@ -118,11 +120,17 @@ pub fn plan(world: &World, now: Timestamp) -> Vec<Action> {
             .filter(|lease| !lease.job.as_ref().is_some_and(known))
             .map(|lease| Action::FreeSlot(lease.clone(), Why::NoJob)),
     );
+    actions.extend(
+        world
+            .unborn
+            .iter()
+            .map(|path| Action::RemoveFolder(path.clone(), Why::NoJob)),
+    );
     actions
 }
 
 /// Why nobody will come back for a job, if so.
-fn judge(job: &Found, now: Timestamp) -> Option<Why> {
+pub(super) fn judge(job: &Found, now: Timestamp) -> Option<Why> {
     if job.foreign {
         return None;
     }
@@ -184,7 +192,10 @@ mod tests {
 
     fn whys(world: &World, now: Timestamp) -> Vec<Why> {
         let why = |action: &Action| match action {
-            Action::RemoveJob(_, why) | Action::DestroyDomain(_, why) | Action::FreeSlot(_, why) => *why,
+            Action::RemoveJob(_, why)
+            | Action::DestroyDomain(_, _, why)
+            | Action::FreeSlot(_, why)
+            | Action::RemoveFolder(_, why) => *why,
         };
         plan(world, now).iter().map(why).collect()
     }
@@ -197,6 +208,7 @@ mod tests {
             jobs: vec![job],
             domains,
             leases: Vec::new(),
+            unborn: Vec::new(),
         };
         assert!(plan(&world, Timestamp::now()).is_empty());
     }
@@ -274,10 +286,15 @@ mod tests {
             jobs: vec![mine],
             domains,
             leases: slots.leases().unwrap(),
+            unborn: vec!["/x/jobs/.y".into()],
         };
         let actions = plan(&world, Timestamp::now());
-        assert_eq!(actions.len(), 2);
-        assert_eq!(actions[0], Action::DestroyDomain("b".into(), Why::NoJob));
+        assert_eq!(actions.len(), 3);
+        assert_eq!(actions[2], Action::RemoveFolder("/x/jobs/.y".into(), Why::NoJob));
+        assert_eq!(
+            actions[0],
+            Action::DestroyDomain("b".into(), gone.clone(), Why::NoJob)
+        );
         assert!(matches!(&actions[1], Action::FreeSlot(lease, Why::NoJob) if lease.job == Some(gone)));
     }
 }

@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
+use std::os::unix::fs::{DirBuilderExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -13,10 +13,12 @@ use super::{
     Error, JobKey, Record, State, VERSION, make_shared, open_lock, open_state, read_json, write_json,
 };
 
-/// Longer than any single step of a job takes: the longest is libvirt's destroy of a loaded machine.
-const LOCK_DEADLINE: Duration = Duration::from_secs(60);
+/// Longer than any single step of a job takes: the longest is a start that libvirt is given three minutes for.
+const LOCK_DEADLINE: Duration = Duration::from_secs(200);
 /// How often a lock is tried meanwhile.
 const LOCK_POLL: Duration = Duration::from_millis(20);
+/// How often a folder is removed into which others look meanwhile.
+const REMOVE_TRIES: usize = 10;
 /// Records hold no secret.
 const RECORD_MODE: u32 = 0o664;
 
@@ -47,6 +49,12 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Erro
     move |source| Error::Io { action, path, source }
 }
 
+/// Is the open file still the one of this name?
+fn is_at(file: &File, path: &Path) -> bool {
+    let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
+    matches!((file.metadata(), fs::metadata(path)), (Ok(a), Ok(b)) if same(&a, &b))
+}
+
 impl Jobs {
     /// Opens the folder in a state folder, and makes it where it is missing.
     pub fn open(state_dir: &Path) -> Result<Self, Error> {
@@ -56,11 +64,47 @@ impl Jobs {
         Ok(Jobs { dir })
     }
 
+    /// The folder in a state folder as it is; one that is missing has no jobs.
+    pub fn look(state_dir: &Path) -> Self {
+        Jobs {
+            dir: state_dir.join("jobs"),
+        }
+    }
+
+    fn entries(&self) -> Result<Vec<fs::DirEntry>, Error> {
+        let entries = match fs::read_dir(&self.dir) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            entries => entries.map_err(io_error("list", &self.dir))?,
+        };
+        entries
+            .collect::<Result<_, _>>()
+            .map_err(io_error("list", &self.dir))
+    }
+
+    /// Folders that a process began to make for a job before it was killed: nothing else can be there yet.
+    pub fn unborn(&self) -> Result<Vec<PathBuf>, Error> {
+        let maker = |entry: &fs::DirEntry| {
+            let name = entry.file_name();
+            let (key, pid) = name.to_str()?.strip_prefix('.')?.rsplit_once('.')?;
+            key.parse::<JobKey>().ok()?;
+            pid.parse::<u32>().ok()
+        };
+        let dead = |entry: &fs::DirEntry| {
+            maker(entry)
+                .is_some_and(|pid| pid != std::process::id() && !Path::new(&format!("/proc/{pid}")).exists())
+        };
+        Ok(self
+            .entries()?
+            .into_iter()
+            .filter(dead)
+            .map(|e| e.path())
+            .collect())
+    }
+
     /// All jobs' folders, in order; what is no job's folder is passed over.
     pub fn list(&self) -> Result<Vec<JobDir>, Error> {
         let mut jobs = Vec::new();
-        for entry in fs::read_dir(&self.dir).map_err(io_error("list", &self.dir))? {
-            let entry = entry.map_err(io_error("list", &self.dir))?;
+        for entry in self.entries()? {
             if let Some(key) = entry.file_name().to_str().and_then(|n| n.parse::<JobKey>().ok()) {
                 jobs.push(JobDir {
                     dir: entry.path(),
@@ -175,6 +219,18 @@ impl JobDir {
     /// Takes the next step: saves the new state and what `change` adds, and keeps the job locked until
     /// the step is dropped. Fails with [`Error::Gone`] once the job is being cleaned up.
     pub fn enter(&self, state: State, change: impl FnOnce(&mut Record)) -> Result<Step, Error> {
+        let step = self.enter_if(state, |_| true, change)?;
+        step.ok_or_else(|| Error::Gone(self.key.clone()))
+    }
+
+    /// Takes the next step as [`JobDir::enter`] does, if the record is still one that `permit` lets: what was
+    /// decided from an earlier look may be out of date by the time that the job is locked.
+    pub fn enter_if(
+        &self,
+        state: State,
+        permit: impl FnOnce(&Record) -> bool,
+        change: impl FnOnce(&mut Record),
+    ) -> Result<Option<Step>, Error> {
         let lock = self.lock()?;
         let Some(mut record) = self.read()? else {
             return Err(Error::Gone(self.key.clone()));
@@ -182,11 +238,14 @@ impl JobDir {
         if !record.state.may_become(state) {
             return Err(Error::Gone(self.key.clone()));
         }
+        if !permit(&record) {
+            return Ok(None);
+        }
         record.state = state;
         record.since = Timestamp::now();
         change(&mut record);
         write_json(&self.record_path(), &record, RECORD_MODE)?;
-        Ok(Step { _lock: lock, record })
+        Ok(Some(Step { _lock: lock, record }))
     }
 
     /// Is someone just taking a step of this job?
@@ -206,14 +265,16 @@ impl JobDir {
     /// Waits for whoever takes a step of this job.
     fn lock(&self) -> Result<File, Error> {
         let path = self.file("lock");
-        let file = match open_lock(&path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(Error::Gone(self.key.clone())),
-            opened => opened.map_err(io_error("open", &path))?,
-        };
         let begin = Instant::now();
         loop {
+            let file = match open_lock(&path) {
+                Err(e) if e.kind() == io::ErrorKind::NotFound => return Err(Error::Gone(self.key.clone())),
+                opened => opened.map_err(io_error("open", &path))?,
+            };
             match file.try_lock() {
-                Ok(()) => return Ok(file),
+                Ok(()) if is_at(&file, &path) => return Ok(file),
+                // Removed since it was opened, perhaps made anew: that one counts.
+                Ok(()) => {}
                 Err(fs::TryLockError::WouldBlock) if begin.elapsed() < LOCK_DEADLINE => {
                     std::thread::sleep(LOCK_POLL)
                 }
@@ -257,7 +318,17 @@ impl JobDir {
             let path = self.file(name);
             absent_is_fine(fs::remove_file(&path), &path)?;
         }
-        absent_is_fine(fs::remove_dir(&self.dir), &self.dir)?;
+        // Someone who looks for the lock just now makes it anew, finds no record, and goes.
+        let mut removed = fs::remove_dir(&self.dir);
+        for _ in 0..REMOVE_TRIES {
+            if !matches!(&removed, Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty) {
+                break;
+            }
+            let lock = self.file("lock");
+            absent_is_fine(fs::remove_file(&lock), &lock)?;
+            removed = fs::remove_dir(&self.dir);
+        }
+        absent_is_fine(removed, &self.dir)?;
         drop(step);
         Ok(())
     }

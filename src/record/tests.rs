@@ -45,6 +45,29 @@ fn a_record_comes_back_as_it_was_saved_and_attempts_count_up() {
 }
 
 #[test]
+fn a_folder_that_a_killed_process_began_is_found_and_a_living_ones_is_not() {
+    let state = tempfile::tempdir().unwrap();
+    assert!(
+        Jobs::look(state.path()).list().unwrap().is_empty(),
+        "a missing folder has no jobs"
+    );
+    let jobs = Jobs::open(state.path()).unwrap();
+    let mut child = std::process::Command::new("true").spawn().unwrap();
+    child.wait().unwrap();
+    let folder = |pid: u32| {
+        state
+            .path()
+            .join("jobs")
+            .join(format!(".{}.{pid}", JobKey::new("x", 1, 1)))
+    };
+    std::fs::create_dir(folder(child.id())).unwrap();
+    std::fs::create_dir(folder(1)).unwrap();
+    std::fs::create_dir(state.path().join("jobs/.something.7")).unwrap();
+    assert_eq!(jobs.unborn().unwrap(), [folder(child.id())]);
+    assert!(jobs.list().unwrap().is_empty());
+}
+
+#[test]
 fn nothing_is_added_to_a_job_that_is_being_cleaned_up() {
     let state = tempfile::tempdir().unwrap();
     let job = Jobs::open(state.path())
@@ -82,6 +105,42 @@ fn two_processes_cannot_be_in_a_step_of_one_job_at_once() {
     assert!(!waiting.is_finished());
     drop(step);
     assert_eq!(waiting.join().unwrap().unwrap(), State::Cleaning);
+}
+
+#[test]
+fn what_was_decided_before_the_lock_is_decided_again_behind_it() {
+    let state = tempfile::tempdir().unwrap();
+    let job = Jobs::open(state.path())
+        .unwrap()
+        .create(record("https://a.example.com", 7))
+        .unwrap();
+    let refused = job
+        .enter_if(State::Cleaning, |r| r.project == "other", |_| ())
+        .unwrap();
+    assert!(refused.is_none());
+    assert_eq!(job.read().unwrap().unwrap().state, State::Admitted);
+    assert!(
+        job.enter_if(State::Cleaning, |r| r.project == "grp/demo", |_| ())
+            .unwrap()
+            .is_some()
+    );
+}
+
+#[test]
+fn a_folder_is_removed_though_others_look_into_it_meanwhile() {
+    let state = tempfile::tempdir().unwrap();
+    let jobs = Jobs::open(state.path()).unwrap();
+    for id in 0..5 {
+        let job = jobs.create(record("https://a.example.com", id)).unwrap();
+        std::thread::scope(|scope| {
+            let others: Vec<_> = (0..4)
+                .map(|_| scope.spawn(|| while job.enter(State::Cleaning, |_| ()).is_ok() {}))
+                .collect();
+            let step = job.enter(State::Cleaning, |_| ()).unwrap();
+            job.remove(Some(step)).unwrap();
+            others.into_iter().for_each(|o| o.join().unwrap());
+        });
+    }
 }
 
 #[test]

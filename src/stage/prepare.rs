@@ -13,7 +13,7 @@ use crate::outcome::Failure;
 use crate::quantity::Size;
 use crate::reap::Reaper;
 use crate::record::{Caller, JobDir, JobKey, Jobs, Record, Slot, State, VERSION};
-use crate::report::{JobLog, Throttle, bytes};
+use crate::report::{JobLog, Throttle, bytes, plain};
 use crate::settings::{MachineSettings, Network, Settings};
 use crate::start::{self, Hardware, Phases, Plan};
 
@@ -21,6 +21,8 @@ use crate::start::{self, Hardware, Phases, Plan};
 const AFTER_TIMEOUT: SignedDuration = SignedDuration::from_hours(1);
 /// How often a job asks again for a place.
 const PLACE_POLL: Duration = Duration::from_secs(1);
+/// A line of `virsh desc`, in characters.
+const TITLE_LENGTH: usize = 120;
 /// How often a long wait says a word in the job log.
 const PROGRESS_EVERY: Duration = Duration::from_secs(5);
 
@@ -30,6 +32,14 @@ pub async fn prepare(settings: &Settings, environment: &Environment, log: &JobLo
     let job = Job::read(environment)?;
     let wants = Wants::read(environment)?;
     let order = Order::new(&job, settings)?;
+    if !job.services.is_empty() {
+        // The operator wants them ignored, else there were no order; the author must not wait for them.
+        let names: Vec<String> = job.services.iter().map(|s| plain(s, 80)).collect();
+        log.line(format!(
+            "Services are not started on this runner: the job runs without {}.",
+            names.join(", ")
+        ));
+    }
     let credentials = order.credentials(&job, &settings.images)?;
     let libvirt = Libvirt::open(&settings.libvirt_uri)?;
     let arch = start::host_arch()?;
@@ -87,7 +97,7 @@ pub async fn prepare(settings: &Settings, environment: &Environment, log: &JobLo
     let plan = Plan {
         job: &folder,
         state_dir: settings.state_dir.clone(),
-        title: format!("{} {}", job.project, job.name),
+        title: plain(&format!("{} {}", job.project, job.name), TITLE_LENGTH),
         hostname: super::hostname(&job.identity),
         uri: settings.libvirt_uri.clone(),
         disk: &disk,

@@ -48,8 +48,8 @@ pub async fn start(
                 }
                 Err(Unstarted::Failed(failure)) => return Err(failure),
                 Err(Unstarted::Unanswered(under_kvm)) => {
-                    log.line(format!("Not under KVM: {under_kvm}"));
-                    log.line("Starting again with emulation.");
+                    tracing::warn!("under KVM: {under_kvm}");
+                    log.line("KVM does not boot this guest on this host: starting again with emulation, which is slower.");
                     hardware.libvirt.destroy(&plan.job.key().machine_name()).await?;
                     phases.end("kvm trial");
                     let started = started_with(Accelerator::Emulation, plan, hardware, phases, log).await?;

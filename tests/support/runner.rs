@@ -7,6 +7,7 @@ pub mod double;
 mod real;
 
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use super::coordinator::Coordinator;
@@ -67,6 +68,8 @@ pub struct Driver {
     pub force_kill: Duration,
     /// `output_limit`: how much of a job's output is kept, in KiB.
     pub output_limit: usize,
+    /// Every call of the driver and how long it took: `config`, `run prepare_script`, …; only the double tells.
+    pub calls: Arc<Mutex<Vec<(String, Duration)>>>,
 }
 
 impl Driver {
@@ -82,6 +85,7 @@ impl Driver {
             graceful_kill: Duration::from_secs(10),
             force_kill: Duration::from_secs(5),
             output_limit: 4096,
+            calls: Arc::default(),
         }
     }
 }

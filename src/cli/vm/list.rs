@@ -80,7 +80,7 @@ pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failur
     let settings = context.settings()?;
     let now = Timestamp::now();
     let mut rows = Vec::new();
-    for job in Jobs::open(&settings.state_dir)?.list()? {
+    for job in Jobs::look(&settings.state_dir).list()? {
         match job.read() {
             Ok(Some(record)) => rows.push(Row::of(record, now)),
             // Removed since the folder was listed, or by a removal that was killed: `reap` knows.

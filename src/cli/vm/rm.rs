@@ -1,6 +1,6 @@
 use crate::cli::{Context, print};
 use crate::outcome::Failure;
-use crate::reap::{Action, Reaper, Why};
+use crate::reap::Reaper;
 use crate::record::{JobDir, Jobs};
 
 /// Remove machines at once, whatever runs in them; their jobs fail
@@ -13,7 +13,7 @@ pub(in crate::cli) struct Arguments {
 
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
     let settings = context.settings()?;
-    let all = Jobs::open(&settings.state_dir)?.list()?;
+    let all = Jobs::look(&settings.state_dir).list()?;
     // All names are checked before anything is removed.
     let chosen = arguments
         .jobs
@@ -22,8 +22,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
         .collect::<Result<Vec<_>, _>>()?;
     let reaper = Reaper::open(&settings)?;
     for job in chosen {
-        let action = Action::RemoveJob(job.key().clone(), Why::Asked);
-        reaper.apply_now(&action).await?;
+        reaper.remove(job).await?;
         print(&format!("{}\n", job.key()));
     }
     Ok(())

@@ -85,7 +85,6 @@ impl Drop for Real {
 }
 
 /// For whoever reads why a test failed.
-#[allow(clippy::print_stderr)]
 fn show(title: &str, text: &str) {
     eprintln!("--- {title}\n{text}---");
 }

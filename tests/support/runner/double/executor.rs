@@ -5,7 +5,7 @@ use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::Command;
 use std::sync::Mutex;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -250,11 +250,17 @@ impl Executor {
             .args(arguments)
             .envs(pairs)
             .current_dir(self.folder.path());
-        let end = std::time::Instant::now() + STAGE_TIMEOUT;
+        let begun = Instant::now();
+        let end = begun + STAGE_TIMEOUT;
         let halt = || halt().or_else(|| super::past(Some(end), Halt::TimedOut));
         let grace = (self.driver.graceful_kill, self.driver.force_kill);
         let end = process::call(&mut command, grace, &halt, stdout, stderr)
             .map_err(|error| Problem::System(format!("{}: {error}", self.driver.program.display())))?;
+        // "run SCRIPT STAGE" is known by its stage.
+        let name = [arguments[0], arguments.get(2).copied().unwrap_or_default()].join(" ");
+        let mut calls = self.driver.calls.lock().expect("the calls' lock");
+        calls.push((name.trim_end().to_owned(), begun.elapsed()));
+        drop(calls);
         match end {
             End::Halted(halt) => Err(Problem::Halted(halt)),
             End::Exit(status) => self.judge(process::code(status)),
@@ -280,7 +286,6 @@ impl Executor {
 }
 
 /// What cleanup prints goes to the runner's own log; here, to whoever runs the tests.
-#[allow(clippy::print_stderr)]
 fn show(piece: &[u8]) {
     eprint!("cleanup: {}", String::from_utf8_lossy(piece));
 }
