@@ -22,6 +22,9 @@ use support::stages::{SYSTEM_FAILURE, Stages};
 /// Lines of the serial log that a failure shows.
 const SERIAL_LINES: usize = 30;
 
+/// Whether KVM works is for other tests to see.
+const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
+
 fn add_settings(host: &Host, text: &str) {
     host.write_settings(&format!("{}\n{text}\n", host.settings_text()));
 }
@@ -29,7 +32,7 @@ fn add_settings(host: &Host, text: &str) {
 #[test]
 #[ignore = "needs libvirt and a guest"]
 fn a_guest_that_never_answers_is_told_by_how_far_it_came() {
-    let host = Host::new(&[], "[guest]\nboot_timeout = \"25 s\"").with_network();
+    let host = Host::new(&[], &format!("{EMULATION}[guest]\nboot_timeout = \"25 s\"")).with_network();
     let cases = [
         (
             "tiny.sshd=off",
@@ -70,10 +73,10 @@ fn a_guest_that_never_answers_is_told_by_how_far_it_came() {
 #[ignore = "needs libvirt and a guest"]
 fn a_guest_that_dies_at_boot_fails_at_once_with_its_last_words() {
     // The time-out is the usual one, of five minutes.
-    let host = Host::new(&[], "").with_network();
+    let host = Host::new(&[], EMULATION).with_network();
     for (option, part) in [
         ("tiny.panic=0 tiny.sshd=off", "panic"),
-        ("tiny.poweroff=0 tiny.sshd=off", "off"),
+        ("tiny.poweroff=0 tiny.sshd=off", "The machine"),
     ] {
         let image = host.images().add_tiny("dying", option);
         let job = Stages::new(&host, &image);
@@ -89,14 +92,17 @@ fn a_guest_that_dies_at_boot_fails_at_once_with_its_last_words() {
 #[test]
 #[ignore = "needs libvirt and a guest"]
 fn a_guest_that_lets_us_in_neither_by_key_nor_by_password_says_what_was_offered() {
-    let host = Host::new(&[], "[guest]\nboot_timeout = \"60 s\"").with_network();
+    let host = Host::new(&[], &format!("{EMULATION}[guest]\nboot_timeout = \"30 s\"")).with_network();
     let image = host
         .images()
         .add_tiny("locked", "tiny.credentials=off tiny.password=sesame");
     // What it cannot know is not what it shows.
     let job = Stages::new(&host, &image);
     let call = job.prepare();
-    call.failed(SYSTEM_FAILURE, &["guest.key_file or guest.password"]);
+    call.failed(
+        SYSTEM_FAILURE,
+        &["shows host key", "guest.key_file or guest.password"],
+    );
     println!("key only: {}", call.last_line());
     job.cleanup();
     add_settings(&host, "password = \"not-it\"");
@@ -118,7 +124,7 @@ fn a_guest_that_lets_us_in_neither_by_key_nor_by_password_says_what_was_offered(
 #[test]
 #[ignore = "needs libvirt and a guest"]
 fn a_job_with_an_evil_name_runs_as_any_other_and_its_network_stays_under_it() {
-    let host = Host::new(&[], "").with_network();
+    let host = Host::new(&[], EMULATION).with_network();
     let image = host.images().add_tiny("tiny", "");
     let evil = "a'\"><b>&amp;\u{1}\u{fffe}\n]]>;rm -rf /;$(reboot)`reboot`";
     let job = Stages::new(&host, &image)
@@ -180,7 +186,7 @@ fn a_disk_that_fills_up_fails_the_job_that_fills_it_and_no_other() {
     support::everybody_may_pass(folder.path());
     let small = folder.path().join("small");
     let _mounted = Small::new(&small, "760M");
-    let host = Host::new(&[], "");
+    let host = Host::new(&[], EMULATION);
     let state = host.state();
     let text = host.settings_text();
     let text = text.replacen(state.to_str().unwrap(), small.join("state").to_str().unwrap(), 1);
@@ -205,7 +211,7 @@ fn a_disk_that_fills_up_fails_the_job_that_fills_it_and_no_other() {
     host.write_settings(&text);
     let full = Stages::new(&host, &big.reference("vm"));
     let call = full.prepare();
-    call.failed(SYSTEM_FAILURE, &["no room for", "bytes are needed", "Make room"]);
+    call.failed(SYSTEM_FAILURE, &["No room for", "bytes are needed", "Make room"]);
     println!("{}", call.last_line());
     full.call(&["cleanup"]).succeeded();
     assert_eq!(

@@ -69,7 +69,7 @@ fn kill_in(host: &Host, mut child: Child, wanted: &str) -> String {
 #[test]
 #[ignore = "needs libvirt and a guest"]
 fn a_kill_at_any_point_leaves_nothing_after_the_next_call() {
-    let host = Host::new(&[], "").with_network();
+    let host = Host::new(&[], "[machine]\naccelerator = \"emulation\"").with_network();
     let cached = host.images().add_tiny("cached", "");
     let mut table = vec!["kill wanted in → died in      then      left before → after".to_owned()];
     let mut row = |wanted: &str, died_in: &str, after: After, stages: Stages<'_>| {

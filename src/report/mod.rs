@@ -28,10 +28,11 @@ pub fn bytes(n: u64) -> String {
     }
 }
 
-/// A text that came from a stranger, safe to show on a terminal and in a log: control characters are
-/// left out, and it is not longer than `most` characters.
+/// A text that came from a stranger, safe to show on a terminal, in a log and in XML: control characters, and those that stand for
+/// no character, are left out, and it is not longer than `most` characters.
 pub fn plain(text: &str, most: usize) -> String {
-    let mut shown: String = text.chars().filter(|c| !c.is_control()).take(most).collect();
+    let shown = |c: &char| !c.is_control() && !matches!(c, '\u{fffe}' | '\u{ffff}');
+    let mut shown: String = text.chars().filter(shown).take(most).collect();
     if text.chars().count() > most {
         shown.push('…');
     }

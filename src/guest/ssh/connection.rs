@@ -17,6 +17,9 @@ use crate::guest::keys::PublicKey;
 
 /// After a failed key exchange or a lost connection the next attempt comes this soon.
 const RETRY: Duration = Duration::from_millis(100);
+/// When a server that shows another host key than it should soon is asked again: often enough not to lengthen a boot, seldom
+/// enough to leave room for something else in the guest's log.
+const ASK_HOST_KEY: Duration = Duration::from_millis(500);
 /// When a server that denies us is asked again, counted from the first denial: the account or its key may still be on
 /// its way into a booting guest. Few attempts, since servers lock out addresses that fail often.
 const ASK_AGAIN: [Duration; 4] = [
@@ -307,6 +310,7 @@ impl Thread {
             report: &report,
         };
         let mut denials = Denials::default();
+        let mut awaited = None;
         while let Some(stream) = dial(self.target.address, until, &self.wake, &mut ladder)? {
             match self.one_login(stream, &ways, until, &mut ladder) {
                 Ok((link, auth, host_key)) => {
@@ -323,8 +327,14 @@ impl Thread {
                     return Ok((link, login));
                 }
                 Err(Setback::Final(e)) => return Err(e),
+                Err(Setback::Awaited(why)) => {
+                    ladder.failed(why.to_string());
+                    awaited = Some(why);
+                    self.pause(until.min(Instant::now() + ASK_HOST_KEY))?;
+                }
                 Err(Setback::Passing(why)) => {
                     ladder.failed(why);
+                    awaited = None;
                     self.pause(Instant::now() + RETRY)?;
                 }
                 Err(Setback::Denied) => {
@@ -342,12 +352,12 @@ impl Thread {
                 }
             }
         }
-        Err(Error::TimedOut {
+        Err(awaited.unwrap_or_else(|| Error::TimedOut {
             address: self.target.address,
             waited: self.patience.login,
             reached: ladder.reached,
             last: ladder.last,
-        })
+        }))
     }
 
     fn one_login(

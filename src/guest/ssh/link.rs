@@ -45,6 +45,8 @@ pub(super) struct Link {
 pub(super) enum Setback {
     /// Worth another connection.
     Passing(String),
+    /// The server is not yet the one that it should become; if it never does, this is why.
+    Awaited(Error),
     /// The server refused all that was offered.
     Denied,
     /// Nothing will help.
@@ -103,9 +105,10 @@ impl Link {
                 seen,
                 expected: expected.clone(),
             })),
-            HostKeyPolicy::Await(expected) if *expected != seen => Err(Setback::Passing(format!(
-                "the server still shows host key {seen}"
-            ))),
+            HostKeyPolicy::Await(expected) if *expected != seen => Err(Setback::Awaited(Error::HostKey {
+                seen,
+                expected: expected.clone(),
+            })),
             _ => Ok((link, seen)),
         }
     }

@@ -103,7 +103,7 @@ pub struct Patience {
 #[derive(Debug, Clone, thiserror::Error)]
 pub enum Error {
     /// The time to log in has passed.
-    #[error("the guest at {address} was not reached within {} s: {reached} (last: {last})", waited.as_secs())]
+    #[error("the guest at {address} was not reached within {:.0} s: {reached} (last: {last})", waited.as_secs_f64())]
     TimedOut {
         /// Where we knocked.
         address: SocketAddr,
