@@ -60,5 +60,7 @@ mod tests {
     fn a_strangers_text_cannot_move_the_cursor() {
         assert_eq!(plain("a\x1b[2Jb\r\nc", 10), "a[2Jbc");
         assert_eq!(plain("abcdef", 3), "abc…");
+        // XML has no way to write these.
+        assert_eq!(plain("a\u{fffe}b\u{ffff}\u{1}é", 10), "abé");
     }
 }

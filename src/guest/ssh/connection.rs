@@ -352,7 +352,7 @@ impl Thread {
                 }
             }
         }
-        Err(awaited.unwrap_or_else(|| Error::TimedOut {
+        Err(awaited.unwrap_or(Error::TimedOut {
             address: self.target.address,
             waited: self.patience.login,
             reached: ladder.reached,
