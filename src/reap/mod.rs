@@ -133,6 +133,9 @@ impl Reaper {
                 failed += 1;
             }
         }
+        if let Err(e) = self.jobs.sweep() {
+            tracing::warn!("the folder of jobs is not swept: {e}");
+        }
         self.sweep_store();
         Ok(failed)
     }

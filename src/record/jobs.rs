@@ -19,6 +19,8 @@ const LOCK_DEADLINE: Duration = Duration::from_secs(200);
 const LOCK_POLL: Duration = Duration::from_millis(20);
 /// How often a folder is removed into which others look meanwhile.
 const REMOVE_TRIES: usize = 10;
+/// From when on a folder that is still being made is nobody's any more: making one takes milliseconds.
+const HIDDEN_AGE: Duration = Duration::from_secs(600);
 /// Records hold no secret.
 const RECORD_MODE: u32 = 0o664;
 
@@ -116,6 +118,22 @@ impl Jobs {
         Ok(jobs)
     }
 
+    /// Removes the folders that were being made when their makers were killed.
+    pub fn sweep(&self) -> Result<(), Error> {
+        for entry in fs::read_dir(&self.dir).map_err(io_error("list", &self.dir))? {
+            let entry = entry.map_err(io_error("list", &self.dir))?;
+            let path = entry.path();
+            let hidden = entry.file_name().as_encoded_bytes().starts_with(b".");
+            // One that is gone by now got its name.
+            let modified = entry.metadata().and_then(|about| about.modified()).ok();
+            let old = modified.is_some_and(|at| at.elapsed().is_ok_and(|age| age > HIDDEN_AGE));
+            if hidden && old {
+                fs::remove_dir_all(&path).map_err(io_error("remove", &path))?;
+            }
+        }
+        Ok(())
+    }
+
     /// The jobs of one try of the runner, with their records: one as a rule, none before prepare and after cleanup.
     ///
     /// A record that cannot be read is in nobody's way here; the reaper sees to it.
@@ -164,7 +182,11 @@ impl Jobs {
             // The umask must not keep QEMU out, nor the group.
             let mode = std::os::unix::fs::PermissionsExt::from_mode(DIR_MODE);
             fs::set_permissions(&hidden, mode).map_err(io_error("set the mode of", &hidden))?;
-            write_json(&job.record_path(), &record, RECORD_MODE)?;
+            if let Err(e) = write_json(&job.record_path(), &record, RECORD_MODE) {
+                // What cannot be removed either waits for the sweep.
+                let _ = fs::remove_dir_all(&hidden);
+                return Err(e);
+            }
             match fs::rename(&hidden, &dir) {
                 Ok(()) => return Ok(JobDir { dir, key: record.key }),
                 // Another process made the same try's folder meanwhile: take the next number.
@@ -244,7 +266,12 @@ impl JobDir {
         record.state = state;
         record.since = Timestamp::now();
         change(&mut record);
-        write_json(&self.record_path(), &record, RECORD_MODE)?;
+        match write_json(&self.record_path(), &record, RECORD_MODE) {
+            // Cleaning up is what makes room. Nobody else takes a step of the job meanwhile, since it is locked; and a kill leaves
+            // the record as it was, to begin again.
+            Err(e) if state == State::Cleaning && e.is_full() => {}
+            written => written?,
+        }
         Ok(Some(Step { _lock: lock, record }))
     }
 

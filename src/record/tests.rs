@@ -183,3 +183,37 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn a_folder_that_was_never_finished_is_swept_once_it_is_old() {
+    let state = tempfile::tempdir().unwrap();
+    let jobs = Jobs::open(state.path()).unwrap();
+    let job = jobs.create(record("https://a.example.com", 7)).unwrap();
+    let make = |name: &str, age: u64| {
+        let dir = state.path().join("jobs").join(name);
+        std::fs::create_dir(&dir).unwrap();
+        std::fs::write(dir.join("record.json"), "{").unwrap();
+        let modified = std::time::SystemTime::now() - std::time::Duration::from_secs(age);
+        std::fs::File::open(&dir).unwrap().set_modified(modified).unwrap();
+        dir
+    };
+    let old = make(".0123abcd-7-2.17", 3600);
+    let fresh = make(".0123abcd-7-2.18", 1);
+    let foreign = make("not-ours", 3600);
+    jobs.sweep().unwrap();
+    assert!(!old.exists() && fresh.exists() && foreign.exists());
+    assert!(job.read().unwrap().is_some());
+}
+
+#[test]
+fn only_a_lack_of_room_is_called_full() {
+    let error = |kind: std::io::ErrorKind| Error::Io {
+        action: "write",
+        path: "/x".into(),
+        source: kind.into(),
+    };
+    assert!(error(std::io::ErrorKind::StorageFull).is_full());
+    assert!(error(std::io::ErrorKind::QuotaExceeded).is_full());
+    assert!(!error(std::io::ErrorKind::PermissionDenied).is_full());
+    assert!(!Error::Gone(JobKey::new("https://a.example.com", 7, 1)).is_full());
+}
