@@ -164,7 +164,11 @@ impl Jobs {
             // The umask must not keep QEMU out, nor the group.
             let mode = std::os::unix::fs::PermissionsExt::from_mode(DIR_MODE);
             fs::set_permissions(&hidden, mode).map_err(io_error("set the mode of", &hidden))?;
-            write_json(&job.record_path(), &record, RECORD_MODE)?;
+            if let Err(e) = write_json(&job.record_path(), &record, RECORD_MODE) {
+                // What cannot be removed either is for the reaper.
+                let _ = fs::remove_dir_all(&hidden);
+                return Err(e);
+            }
             match fs::rename(&hidden, &dir) {
                 Ok(()) => return Ok(JobDir { dir, key: record.key }),
                 // Another process made the same try's folder meanwhile: take the next number.
@@ -244,7 +248,12 @@ impl JobDir {
         record.state = state;
         record.since = Timestamp::now();
         change(&mut record);
-        write_json(&self.record_path(), &record, RECORD_MODE)?;
+        match write_json(&self.record_path(), &record, RECORD_MODE) {
+            // Cleaning up is what makes room. Nobody else takes a step of the job meanwhile, since it is locked; and a kill leaves
+            // the record as it was, to begin again.
+            Err(e) if state == State::Cleaning && e.is_full() => {}
+            written => written?,
+        }
         Ok(Some(Step { _lock: lock, record }))
     }
 

@@ -84,6 +84,14 @@ pub enum Error {
     Locked(JobKey, u64),
 }
 
+impl Error {
+    /// Is there no room left where the records are?
+    fn is_full(&self) -> bool {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        matches!(self, Error::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded))
+    }
+}
+
 /// A job's name on this host: which coordinator, which job, which try.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct JobKey {

@@ -183,3 +183,16 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn only_a_lack_of_room_is_called_full() {
+    let error = |kind: std::io::ErrorKind| Error::Io {
+        action: "write",
+        path: "/x".into(),
+        source: kind.into(),
+    };
+    assert!(error(std::io::ErrorKind::StorageFull).is_full());
+    assert!(error(std::io::ErrorKind::QuotaExceeded).is_full());
+    assert!(!error(std::io::ErrorKind::PermissionDenied).is_full());
+    assert!(!Error::Gone(JobKey::new("https://a.example.com", 7, 1)).is_full());
+}
