@@ -168,7 +168,7 @@ impl Drop for ForeignNetwork {
     }
 }
 
-fn virsh(arguments: &[&str]) {
+fn virsh(arguments: &[&str]) -> String {
     let output = Command::new("virsh")
         .args(["-c", "qemu:///system"])
         .args(arguments)
@@ -179,6 +179,30 @@ fn virsh(arguments: &[&str]) {
         output.status.success() || std::thread::panicking(),
         "virsh {arguments:?}: {said}"
     );
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+#[test]
+#[ignore = "needs libvirt and a guest"]
+fn kvm_is_used_only_where_it_was_seen_to_boot_a_guest_and_tried_once() {
+    let host = Host::new(&[], "");
+    let image = host.images().add_tiny("tiny", "");
+    let kind = || {
+        let xml = virsh(&["dumpxml", &host.machines()[0]]);
+        ["kvm", "qemu"].map(|kind| xml.contains(&format!("<domain type='{kind}'")))
+    };
+    let first = Try::new(&host, &Job::new("unit").image(&image), 1);
+    let log = first.prepare().ok().log;
+    let booted = log.contains("trying it") && !log.contains("Starting again with emulation");
+    assert_eq!(kind(), [booted, !booted], "{log}");
+    first.script("true\n").ok();
+    first.cleanup().ok();
+    let second = Try::new(&host, &Job::new("unit").image(&image), 2);
+    let log = second.prepare().ok().log;
+    assert!(!log.contains("trying it"), "{log}");
+    assert_eq!(kind(), [booted, !booted], "{log}");
+    second.cleanup().ok();
+    assert_eq!(host.leftovers(), NOTHING);
 }
 
 #[test]

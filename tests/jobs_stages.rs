@@ -100,7 +100,7 @@ fn what_only_the_author_can_mend_is_a_build_failure_and_leaves_nothing() {
             &["registry.example.com/x:1", "images.allow"],
         ),
         (unit().image("oci:/etc:x"), &["not allowed", "images.layouts"]),
-        (unit().image("Not An Image"), &["is no image's name"]),
+        (unit().image("Not An Image"), &["`Not An Image` names no image"]),
         (
             unit().image_user("nobody"),
             &["may not run as the user nobody", "guest.allow_users"],
@@ -126,6 +126,9 @@ fn what_only_the_author_can_mend_is_a_build_failure_and_leaves_nothing() {
         job.cleanup().ok();
         assert_eq!(host.leftovers(), NOTHING, "{says:?}");
     }
+    // Nothing was fetched for what was never to start.
+    let disks = fs::read_dir(host.state().join("store/disks"));
+    assert_eq!(disks.into_iter().flatten().count(), 0);
 }
 
 #[test]

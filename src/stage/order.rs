@@ -89,13 +89,11 @@ impl Order {
 fn reference(job: &Job, settings: &ImageSettings) -> Result<Reference, Failure> {
     match (&job.image, &settings.default) {
         (Some(name), _) => name.parse().map_err(|e| {
-            Failure::author(format!("image: \"{}\" is no image's name: {e}", plain(name, 200)))
-                .hint("Write registry.example.com/group/image:tag")
+            Failure::author(format!("image: {e}")).hint("Write registry.example.com/group/image:tag")
         }),
-        (None, Some(name)) => name.parse().map_err(|e| {
-            Failure::system(format!("images.default \"{name}\" is no image's name: {e}"))
-                .hint("Mend it in the settings")
-        }),
+        (None, Some(name)) => name
+            .parse()
+            .map_err(|e| Failure::system(format!("images.default: {e}")).hint("Mend it in the settings")),
         (None, None) => Err(
             Failure::author("the job names no image, and this runner has no default image")
                 .hint("Add image: to the job in .gitlab-ci.yml"),

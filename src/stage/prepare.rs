@@ -40,6 +40,8 @@ pub async fn prepare(settings: &Settings, environment: &Environment, log: &JobLo
             names.join(", ")
         ));
     }
+    // What is beyond the operator's limits is refused before an image is fetched for it.
+    wants.within(&bounds(&order.machine, None))?;
     let credentials = order.credentials(&job, &settings.images)?;
     let libvirt = Libvirt::open(&settings.libvirt_uri)?;
     let arch = start::host_arch()?;
@@ -230,10 +232,15 @@ async fn place(settings: &Settings, libvirt: &Libvirt, index: u32) -> Result<Slo
 
 /// What the job gets: what its variables ask for within the operator's bounds, else what the settings or the image say.
 fn grant(wants: &Wants, settings: &MachineSettings, disk: &Disk) -> Result<Granted, Failure> {
-    let hinted = disk.hints.memory.map(Size::from_bytes);
+    Ok(wants.within(&bounds(settings, Some(disk)))?)
+}
+
+/// What a job gets that asks for nothing, and the most that it may ask for: the latter is the operator's word alone.
+fn bounds(settings: &MachineSettings, disk: Option<&Disk>) -> Bounds {
+    let hinted = disk.and_then(|d| d.hints.memory).map(Size::from_bytes);
     let memory = settings.memory.or(hinted.map(|h| h.min(settings.max_memory)));
-    let virtual_size = Size::from_bytes(disk.virtual_size);
-    let bounds = Bounds {
+    let virtual_size = Size::from_bytes(disk.map_or(0, |d| d.virtual_size));
+    Bounds {
         cpus: (settings.cpus, settings.max_cpus),
         memory: (
             memory.unwrap_or(MachineSettings::DEFAULT_MEMORY),
@@ -243,8 +250,7 @@ fn grant(wants: &Wants, settings: &MachineSettings, disk: &Disk) -> Result<Grant
             settings.disk.unwrap_or(virtual_size).max(virtual_size),
             settings.max_disk,
         ),
-    };
-    Ok(wants.within(&bounds)?)
+    }
 }
 
 /// Whom scripts run as: the job's word, where it is allowed, before the operator's, before the image's.
