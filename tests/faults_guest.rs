@@ -75,7 +75,7 @@ fn a_guest_that_dies_at_boot_fails_at_once_with_its_last_words() {
     // The time-out is the usual one, of five minutes.
     let host = Host::new(&[], EMULATION).with_network();
     for (option, part) in [
-        ("tiny.panic=0 tiny.sshd=off", "panic"),
+        ("tiny.panic=0 tiny.sshd=off", "kernel panicked"),
         ("tiny.poweroff=0 tiny.sshd=off", "The machine"),
     ] {
         let image = host.images().add_tiny("dying", option);

@@ -18,7 +18,6 @@ use std::fs::{self, File, Permissions};
 use std::io::{self, Read, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -35,9 +34,6 @@ pub(super) const VERSION: u32 = 1;
 
 /// Largest `image.json` or ref that is read, in bytes.
 const RECORD_MAX: u64 = 64 * 1024;
-
-/// Age at which a small file in `partial/` is nobody's any more. Writing one takes milliseconds.
-const SMALL_FILE_AGE: Duration = Duration::from_secs(3600);
 
 /// The store of one host, shared by all processes that open the same folder.
 #[derive(Debug, Clone)]
@@ -243,9 +239,9 @@ impl Store {
     fn write_small(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
         let parent = path.parent().unwrap_or(&self.dir);
         make_dirs(parent)?;
-        let temporary = self.partial().join(format!("small-{}", uuid::Uuid::new_v4()));
-        let write = || {
-            write_synced(&temporary, bytes)?;
+        let (mut file, temporary) = self.begin_small().map_err(Error::storage(path))?;
+        let mut write = || {
+            fill(&mut file, bytes)?;
             fs::rename(&temporary, path)?;
             File::open(parent)?.sync_all()
         };
@@ -257,6 +253,19 @@ impl Store {
                 source: error,
             }
         })
+    }
+
+    /// A new file in `partial/`, locked for as long as it is open: by that a sweep knows that it is still being written.
+    fn begin_small(&self) -> io::Result<(File, PathBuf)> {
+        loop {
+            let path = self.partial().join(format!("small-{}", uuid::Uuid::new_v4()));
+            let file = File::create_new(&path)?;
+            file.lock()?;
+            // A sweep may have come before the lock.
+            if path.exists() {
+                return Ok((file, path));
+            }
+        }
     }
 
     /// Turns a finished work folder into a disk of the store. The caller holds the digest's lock.
@@ -290,15 +299,11 @@ impl Store {
             let name = entry.file_name();
             let Some(name) = name.to_str() else { continue };
             if name.starts_with("small-") {
-                let old = entry
-                    .metadata()
-                    .and_then(|data| data.modified())
-                    .is_ok_and(|modified| {
-                        SystemTime::now()
-                            .duration_since(modified)
-                            .is_ok_and(|age| age > SMALL_FILE_AGE)
-                    });
-                if old {
+                // Held until it is removed, so that its writer, if there is one, notices. One that cannot be opened has got its
+                // name by now, or is for its owner to sweep.
+                if let Ok(file) = File::open(entry.path())
+                    && file.try_lock().is_ok()
+                {
                     remove(&entry.path())?;
                 }
             } else if let Some(digest) = name.split('.').next().and_then(|hex| Digest::from_hex(hex).ok()) {
@@ -360,7 +365,11 @@ fn serialised(value: &impl Serialize, path: &Path) -> Result<Vec<u8>, Error> {
 }
 
 fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    let mut file = File::create_new(path)?;
+    fill(&mut File::create_new(path)?, bytes)
+}
+
+/// Writes a file's content, which is not to change any more.
+fn fill(file: &mut File, bytes: &[u8]) -> io::Result<()> {
     file.write_all(bytes)?;
     file.set_permissions(Permissions::from_mode(0o444))?;
     file.sync_all()
@@ -412,5 +421,28 @@ fn make_dirs(dir: &Path) -> Result<(), Error> {
             path: dir.to_owned(),
             source: error,
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_small_file_is_swept_unless_its_writer_holds_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let (held, kept) = store.begin_small().unwrap();
+        let (left, swept) = store.begin_small().unwrap();
+        drop(left);
+        store.sweep().unwrap();
+        assert!(kept.exists() && !swept.exists());
+        drop(held);
+        store.sweep().unwrap();
+        assert!(!kept.exists());
+        store.keep_blob(b"{}").unwrap();
+        let blob = dir.path().join("blobs/sha256").join(Digest::of(b"{}").hex());
+        assert_eq!(blob.metadata().unwrap().mode() & 0o7777, 0o444);
+        assert_eq!(fs::read_dir(store.partial()).unwrap().count(), 0);
     }
 }
