@@ -150,6 +150,21 @@ fn wishes_are_granted_up_to_the_operators_bounds() {
 }
 
 #[test]
+fn where_no_job_may_choose_its_disk_the_sentence_says_so() {
+    let bounds = Bounds {
+        cpus: (1, 1),
+        memory: (Size::gib(1), Size::gib(1)),
+        disk: (Size::gib(1), Size::from_bytes(0)),
+    };
+    let wants = Wants {
+        disk: Some(Size::gib(2)),
+        ..Wants::default()
+    };
+    let error = wants.within(&bounds).unwrap_err().to_string();
+    assert!(error.contains("limits.disk is not set"), "{error}");
+}
+
+#[test]
 fn a_call_without_the_runner_says_so() {
     let error = Job::read(&environment(&[])).unwrap_err().to_string();
     assert!(error.contains("JOB_RESPONSE_FILE"), "{error}");

@@ -91,6 +91,10 @@ impl Wants {
             (DISK, self.disk, bounds.disk.1),
         ] {
             if let Some(value) = value.filter(|v| *v > limit) {
+                if limit.bytes() == 0 {
+                    let why = "the operator of this runner lets no job choose it: limits.disk is not set";
+                    return Err(wrong(name, &value.to_string(), why.to_owned()));
+                }
                 return Err(most(name, value.to_string(), limit.to_string()));
             }
         }
