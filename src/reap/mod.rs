@@ -133,21 +133,25 @@ impl Reaper {
                 failed += 1;
             }
         }
-        if let Err(e) = self.jobs.sweep() {
-            tracing::warn!("the folder of jobs is not swept: {e}");
-        }
-        self.sweep_store();
+        self.sweep_remains();
         Ok(failed)
     }
 
-    /// Removes what killed downloads left in the store, where there is one.
-    pub fn sweep_store(&self) {
+    /// Removes what killed processes left of files and folders that they were just making. No job waits for this: what fails is
+    /// for the operator's log.
+    pub fn sweep_remains(&self) {
+        if let Err(e) = self.jobs.sweep() {
+            tracing::warn!("the folder of jobs is not swept: {e}");
+        }
+        if let Err(e) = self.slots.sweep() {
+            tracing::warn!("the slots are not swept: {e}");
+        }
         let store = self.state_dir.join("store");
         if store.is_dir()
             // Opening it is sweeping it.
             && let Err(e) = Store::open(&store)
         {
-            // No job waits for this; whoever fetches an image next is told.
+            // Whoever fetches an image next is told.
             tracing::warn!("the store is not swept: {e}");
         }
     }
@@ -187,7 +191,7 @@ impl Reaper {
         for (job, _) in self.jobs.of_session(session)? {
             self.remove(&job).await?;
         }
-        self.sweep_store();
+        self.sweep_remains();
         Ok(())
     }
 
