@@ -30,7 +30,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
         }
     }
     if !arguments.dry_run {
-        reaper.sweep_store();
+        reaper.sweep_remains();
     }
     // All were tried; the first failure stands for the rest.
     let more = failures.len().saturating_sub(1);

@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
-use crate::record::{JobKey, make_shared, open_lock, write_atomic};
+use crate::record::{JobKey, UNFINISHED, make_shared, open_lock, write_atomic};
 
 /// Why no place can be had.
 #[derive(Debug, thiserror::Error)]
@@ -173,6 +173,25 @@ impl Slots {
         fs::remove_file(&lease.path).map_err(failed("remove", &lease.path))
     }
 
+    /// Removes leases that were being written when their writers were killed.
+    pub fn sweep(&self) -> Result<(), Error> {
+        // Leases are written under the lock: what is unfinished now stays so.
+        let _lock = self.lock()?;
+        for network in fs::read_dir(&self.dir).map_err(failed("list", &self.dir))? {
+            let folder = network.map_err(failed("list", &self.dir))?.path();
+            if !folder.is_dir() {
+                continue;
+            }
+            for file in fs::read_dir(&folder).map_err(failed("list", &folder))? {
+                let file = file.map_err(failed("list", &folder))?;
+                if file.file_name().to_string_lossy().ends_with(UNFINISHED) {
+                    fs::remove_file(file.path()).map_err(failed("remove", &file.path()))?;
+                }
+            }
+        }
+        Ok(())
+    }
+
     fn lock(&self) -> Result<File, Error> {
         let path = self.dir.join("lock");
         let file = open_lock(&path).map_err(failed("open", &path))?;
@@ -241,6 +260,18 @@ mod tests {
         slots.admit(&TWO, &key(2)).unwrap();
         slots.free(&stale).unwrap();
         assert_eq!(slots.leases().unwrap()[0].job, Some(key(2)));
+    }
+
+    #[test]
+    fn a_lease_that_was_never_finished_is_swept_and_no_other() {
+        let state = tempfile::tempdir().unwrap();
+        let slots = Slots::open(state.path()).unwrap();
+        slots.admit(&TWO, &key(1)).unwrap();
+        let unfinished = state.path().join("slots/net/1.4711.new");
+        fs::write(&unfinished, "").unwrap();
+        slots.sweep().unwrap();
+        assert!(!unfinished.exists());
+        assert_eq!(slots.leases().unwrap()[0].job, Some(key(1)));
     }
 
     #[test]

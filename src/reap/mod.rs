@@ -133,18 +133,22 @@ impl Reaper {
                 failed += 1;
             }
         }
-        self.sweep_store();
+        self.sweep_remains();
         Ok(failed)
     }
 
-    /// Removes what killed downloads left in the store, where there is one.
-    pub fn sweep_store(&self) {
+    /// Removes what killed processes left of files that they were just making. No job waits for this: what fails is
+    /// for the operator's log.
+    pub fn sweep_remains(&self) {
+        if let Err(e) = self.slots.sweep() {
+            tracing::warn!("the slots are not swept: {e}");
+        }
         let store = self.state_dir.join("store");
         if store.is_dir()
             // Opening it is sweeping it.
             && let Err(e) = Store::open(&store)
         {
-            // No job waits for this; whoever fetches an image next is told.
+            // Whoever fetches an image next is told.
             tracing::warn!("the store is not swept: {e}");
         }
     }
@@ -184,7 +188,7 @@ impl Reaper {
         for (job, _) in self.jobs.of_session(session)? {
             self.remove(&job).await?;
         }
-        self.sweep_store();
+        self.sweep_remains();
         Ok(())
     }
 

@@ -10,6 +10,9 @@ use serde::de::DeserializeOwned;
 
 use super::Error;
 
+/// How the name of a file ends that [`write_atomic`] is still writing, or that a kill left so.
+pub const UNFINISHED: &str = ".new";
+
 /// Writes a file so that a reader finds the old content or the new, never a part: a new file beside
 /// it, fsync, rename, fsync of the folder.
 pub fn write_atomic(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
@@ -17,7 +20,7 @@ pub fn write_atomic(path: &Path, content: &[u8], mode: u32) -> io::Result<()> {
         return Err(io::ErrorKind::InvalidInput.into());
     };
     let mut temporary = name.to_owned();
-    temporary.push(format!(".{}.new", std::process::id()));
+    temporary.push(format!(".{}{UNFINISHED}", std::process::id()));
     let temporary = dir.join(temporary);
     let written = (|| {
         let mut file = OpenOptions::new()

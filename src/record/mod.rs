@@ -40,7 +40,7 @@ mod folder;
 mod jobs;
 
 pub use caller::Caller;
-pub use files::{read_json, write_atomic, write_json};
+pub use files::{UNFINISHED, read_json, write_atomic, write_json};
 pub use folder::{GROUP, make_shared, open_lock, open_state};
 pub use jobs::{JobDir, Jobs, Step};
 
