@@ -74,11 +74,15 @@ fn a_guest_that_never_answers_is_told_by_how_far_it_came() {
 fn a_guest_that_dies_at_boot_fails_at_once_with_its_last_words() {
     // The time-out is the usual one, of five minutes.
     let host = Host::new(&[], EMULATION).with_network();
-    for (option, part) in [
-        ("tiny.panic=0 tiny.sshd=off", "kernel panicked"),
-        ("tiny.poweroff=0 tiny.sshd=off", "The machine"),
+    for (tag, option, part) in [
+        (
+            "panics",
+            "tiny.panic=0 tiny.sshd=off",
+            "machine's kernel panicked.",
+        ),
+        ("ends", "tiny.poweroff=0 tiny.sshd=off", "guest powered off"),
     ] {
-        let image = host.images().add_tiny("dying", option);
+        let image = host.images().add_tiny(tag, option);
         let job = Stages::new(&host, &image);
         let begin = Instant::now();
         let call = job.prepare();

@@ -336,8 +336,9 @@ pub async fn alive(libvirt: &Libvirt, name: &str, serial_log: &std::path::Path) 
     let because = |why: &str| {
         let words = serial::tail(serial_log, SERIAL_LINES, SERIAL_BYTES).unwrap_or_default();
         match watch::last_words(&words) {
-            Some(cause) => format!("{why}: {cause}"),
-            None => why.to_owned(),
+            // libvirt and the log may say the same.
+            Some(cause) if !why.ends_with(cause.trim_start_matches("its ")) => format!("{why}: {cause}"),
+            _ => why.to_owned(),
         }
     };
     match watch::judge(state) {
