@@ -56,13 +56,12 @@ fn container_disk(name: &str, disk: &[u8]) -> Image {
 /// The four calls with what is wrong in the settings or the environment: each says so.
 fn every_stage(stages: &Stages<'_>, parts: &[&str]) {
     for call in [
-        stages.call(&["config"]),
+        stages.config(),
         stages.prepare(),
-        stages.run("true"),
-        stages.call(&["cleanup"]),
+        stages.script("true"),
+        stages.cleanup(),
     ] {
-        call.failed(SYSTEM_FAILURE, parts);
-        assert_eq!(call.out, "");
+        assert_eq!(call.failed(SYSTEM_FAILURE, parts).text(), "");
     }
     stages.nothing_is_left();
 }
@@ -138,26 +137,25 @@ fn a_response_file_that_is_none_is_refused_and_never_quoted() {
         ("a huge one", huge),
     ] {
         stages.response(&text);
-        let call = stages.prepare();
-        call.failed(
+        let call = stages.prepare().failed(
             SYSTEM_FAILURE,
             &["response.json", "is not what gitlab-runner writes"],
         );
         assert!(!call.log.contains("s3cret"), "{name}: {}", call.log);
-        stages.cleanup();
+        stages.cleans_up();
     }
     fs::remove_file(stages.file("response.json")).unwrap();
     stages
         .prepare()
         .failed(SYSTEM_FAILURE, &["Cannot read the job response file"]);
-    stages.cleanup();
+    stages.cleans_up();
 }
 
 #[test]
 fn without_a_runner_every_stage_but_config_says_who_should_call() {
     let host = Host::new(&[], "");
     let stages = Stages::new(&host, "vm").without("JOB_RESPONSE_FILE");
-    for call in [stages.prepare(), stages.run("true"), stages.call(&["cleanup"])] {
+    for call in [stages.prepare(), stages.script("true"), stages.cleanup()] {
         call.failed(SYSTEM_FAILURE, &["JOB_RESPONSE_FILE", "gitlab-runner"]);
     }
     stages.nothing_is_left();
@@ -177,7 +175,7 @@ fn what_a_job_says_about_itself_leads_nowhere_else() {
     stages
         .prepare()
         .failed(BUILD_FAILURE, &["\"vm; rm -rf /\" is no image's name"]);
-    stages.cleanup();
+    stages.cleans_up();
     for (name, value, part) in [
         ("CANNERY_MEMORY", "1G;rm -rf /", "CANNERY_MEMORY=1G;rm -rf /"),
         ("CANNERY_DISK", "$(reboot)", "CANNERY_DISK"),
@@ -186,7 +184,7 @@ fn what_a_job_says_about_itself_leads_nowhere_else() {
     ] {
         let stages = Stages::new(&host, "vm").variable(&format!("CUSTOM_ENV_{name}"), value);
         stages.prepare().failed(BUILD_FAILURE, &[part, ".gitlab-ci.yml"]);
-        stages.cleanup();
+        stages.cleans_up();
     }
     let stages = Stages::new(&host, "vm");
     let mut payload = stages.payload(9, "registry.example.com/vm:1");
@@ -196,7 +194,7 @@ fn what_a_job_says_about_itself_leads_nowhere_else() {
     stages
         .prepare()
         .failed(BUILD_FAILURE, &["may not run as the user root; rm -rf /"]);
-    stages.cleanup();
+    stages.cleans_up();
     assert_eq!(fs::read_dir(&outside).unwrap().count(), 0);
 }
 
@@ -216,12 +214,11 @@ fn a_registry_that_denies_says_whom_and_the_right_login_goes_through() {
     nobody
         .prepare()
         .failed(BUILD_FAILURE, &["denies access to", &image, "DOCKER_AUTH_CONFIG"]);
-    nobody.cleanup();
+    nobody.cleans_up();
     let wrong = job().variable("CUSTOM_ENV_DOCKER_AUTH_CONFIG", config("not-it"));
-    let call = wrong.prepare();
-    call.failed(BUILD_FAILURE, &["denies access to", USER]);
+    let call = wrong.prepare().failed(BUILD_FAILURE, &["denies access to", USER]);
     assert!(!call.log.contains("not-it"), "{}", call.log);
-    wrong.cleanup();
+    wrong.cleans_up();
     for (key, value) in [
         ("credHelpers", json!({registry.host.as_str(): "evil"})),
         ("credsStore", json!("evil")),
@@ -230,13 +227,14 @@ fn a_registry_that_denies_says_whom_and_the_right_login_goes_through() {
         helper
             .prepare()
             .failed(BUILD_FAILURE, &["DOCKER_AUTH_CONFIG", "helper"]);
-        helper.cleanup();
+        helper.cleans_up();
     }
     let broken = job().variable("CUSTOM_ENV_DOCKER_AUTH_CONFIG", "{\"auths\": s3cret");
-    let call = broken.prepare();
-    call.failed(BUILD_FAILURE, &["DOCKER_AUTH_CONFIG cannot be used"]);
+    let call = broken
+        .prepare()
+        .failed(BUILD_FAILURE, &["DOCKER_AUTH_CONFIG cannot be used"]);
     assert!(!call.log.contains("s3cret"), "{}", call.log);
-    broken.cleanup();
+    broken.cleans_up();
 
     // From GitLab with the job.
     let given = job();
@@ -246,11 +244,11 @@ fn a_registry_that_denies_says_whom_and_the_right_login_goes_through() {
     ]);
     given.response(payload.to_string().as_bytes());
     given.prepare().failed(BUILD_FAILURE, &[WENT_SO_FAR, "fetched"]);
-    given.cleanup();
+    given.cleans_up();
     // From the author; the image is here by now, and who may not have it is told so as before.
     let own = job().variable("CUSTOM_ENV_DOCKER_AUTH_CONFIG", config(PASSWORD));
     own.prepare().failed(BUILD_FAILURE, &[WENT_SO_FAR]);
-    own.cleanup();
+    own.cleans_up();
 }
 
 #[test]
@@ -263,14 +261,14 @@ fn a_registry_that_is_down_or_has_no_such_image_is_told_apart() {
     missing
         .prepare()
         .failed(BUILD_FAILURE, &["team/other:1", "does not exist", "tag"]);
-    missing.cleanup();
+    missing.cleans_up();
     registry.stop();
     let down = Stages::new(&host, &image);
     down.prepare().failed(
         SYSTEM_FAILURE,
         &[&registry.host, "cannot be reached", "Is the registry up"],
     );
-    down.cleanup();
+    down.cleans_up();
 }
 
 #[test]
@@ -288,7 +286,7 @@ fn data_that_is_not_what_its_digest_says_is_never_used() {
     let job = Stages::new(&host, &name);
     job.prepare()
         .failed(SYSTEM_FAILURE, &[&name, "arrived damaged", "changes data"]);
-    job.cleanup();
+    job.cleans_up();
     assert_eq!(fs::read_dir(host.state().join("store/disks")).unwrap().count(), 0);
 }
 
@@ -337,15 +335,14 @@ fn what_is_no_image_of_a_machine_is_refused() {
     ] {
         layout.add(tag, &image);
         let job = Stages::new(&host, &layout.reference(tag));
-        let call = job.prepare();
-        call.failed(BUILD_FAILURE, parts);
+        let call = job.prepare().failed(BUILD_FAILURE, parts);
         assert!(!call.log.contains("root:"), "{}", call.log);
-        job.cleanup();
+        job.cleans_up();
     }
     assert!(!host.folder().join("outside.img").exists());
     let job = Stages::new(&host, &layout.reference("absent"));
     job.prepare().failed(BUILD_FAILURE, &["absent", "does not exist"]);
-    job.cleanup();
+    job.cleans_up();
 }
 
 #[test]
@@ -365,7 +362,7 @@ fn a_libvirt_that_is_down_is_named() {
         ],
     );
     // Its machine was never asked for: cleaning up needs no libvirt.
-    job.call(&["cleanup"]).succeeded();
+    job.cleanup().ok();
     assert_eq!(
         fs::read_dir(host.state().join("jobs")).unwrap().count(),
         0,
@@ -391,7 +388,7 @@ fn a_network_of_the_operators_that_is_not_there_is_named() {
             "virsh net-start cannery-none",
         ],
     );
-    job.cleanup();
+    job.cleans_up();
     host.write_settings(&text);
 }
 
@@ -446,7 +443,7 @@ fn a_network_that_does_not_fit_the_host_or_its_past_is_left_alone() {
                 "choose another",
             ],
         );
-        job.cleanup();
+        job.cleans_up();
     }
     host.write_settings(&settings);
     host.expect(&["network", "up"]);
@@ -461,7 +458,7 @@ fn a_network_that_does_not_fit_the_host_or_its_past_is_left_alone() {
             "while no job runs",
         ],
     );
-    job.cleanup();
+    job.cleans_up();
     host.write_settings(&settings);
     assert!(host.expect(&["network", "up"]).contains("was up already"));
 }

@@ -12,7 +12,7 @@ mod support;
 use std::fs;
 use std::path::Path;
 use std::process::Command;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar};
 use serde_json::json;
@@ -52,8 +52,7 @@ fn a_guest_that_never_answers_is_told_by_how_far_it_came() {
             let host = &host;
             scope.spawn(move || {
                 let job = Stages::new(host, image);
-                let call = job.prepare();
-                call.failed(SYSTEM_FAILURE, parts);
+                let call = job.prepare().failed(SYSTEM_FAILURE, parts);
                 assert!(
                     call.log.contains("The end of the guest's serial log:"),
                     "{}",
@@ -62,7 +61,7 @@ fn a_guest_that_never_answers_is_told_by_how_far_it_came() {
                 let shown = call.log.lines().filter(|line| line.contains("  | ")).count();
                 assert!((1..=SERIAL_LINES).contains(&shown), "{shown} lines: {}", call.log);
                 println!("{option}: {}", call.last_line());
-                job.call(&["cleanup"]).succeeded();
+                job.cleanup().ok();
             });
         }
     });
@@ -84,12 +83,11 @@ fn a_guest_that_dies_at_boot_fails_at_once_with_its_last_words() {
     ] {
         let image = host.images().add_tiny(tag, option);
         let job = Stages::new(&host, &image);
-        let begin = Instant::now();
         let call = job.prepare();
-        assert!(begin.elapsed() < Duration::from_secs(90), "{:?}", begin.elapsed());
-        call.failed(SYSTEM_FAILURE, &[part, "The end of the guest's serial log"]);
-        println!("{option}: {} s: {}", begin.elapsed().as_secs(), call.last_line());
-        job.cleanup();
+        assert!(call.took < Duration::from_secs(90), "{:?}", call.took);
+        let call = call.failed(SYSTEM_FAILURE, &[part, "The end of the guest's serial log"]);
+        println!("{option}: {} s: {}", call.took.as_secs(), call.last_line());
+        job.cleans_up();
     }
 }
 
@@ -102,27 +100,27 @@ fn a_guest_that_lets_us_in_neither_by_key_nor_by_password_says_what_was_offered(
         .add_tiny("locked", "tiny.credentials=off tiny.password=sesame");
     // What it cannot know is not what it shows.
     let job = Stages::new(&host, &image);
-    let call = job.prepare();
-    call.failed(
+    let call = job.prepare().failed(
         SYSTEM_FAILURE,
         &["shows host key", "guest.key_file or guest.password"],
     );
     println!("key only: {}", call.last_line());
-    job.cleanup();
+    job.cleans_up();
     add_settings(&host, "password = \"not-it\"");
     let job = Stages::new(&host, &image);
-    let call = job.prepare();
-    call.failed(SYSTEM_FAILURE, &["refuses user root", "password"]);
+    let call = job
+        .prepare()
+        .failed(SYSTEM_FAILURE, &["refuses user root", "password"]);
     assert!(!call.log.contains("not-it"), "{}", call.log);
     println!("wrong password: {}", call.last_line());
-    job.cleanup();
+    job.cleans_up();
     // The right one is all that was missing.
     let text = host.settings_text().replace("not-it", "sesame");
     host.write_settings(&text);
     let job = Stages::new(&host, &image);
-    job.prepare().succeeded();
-    assert_eq!(job.run("echo in").succeeded().out, "in\n");
-    job.cleanup();
+    job.prepare().ok();
+    assert_eq!(job.script("echo in").ok().text(), "in\n");
+    job.cleans_up();
 }
 
 #[test]
@@ -138,11 +136,11 @@ fn a_job_with_an_evil_name_runs_as_any_other_and_its_network_stays_under_it() {
     payload["job_info"]["name"] = json!(evil);
     payload["job_info"]["project_full_path"] = json!(format!("../../{evil}"));
     job.response(payload.to_string().as_bytes());
-    job.prepare().succeeded();
+    job.prepare().ok();
     let list = host.expect(&["vm", "list"]);
     assert_eq!(list.lines().count(), 2, "{list}");
     assert!(!list.contains('\u{1}'), "{list}");
-    assert_eq!(job.run("hostname").succeeded().out, "job-4711\n");
+    assert_eq!(job.script("hostname").ok().text(), "job-4711\n");
 
     // The network cannot be pulled away from under it, nor changed, and the job notices nothing.
     let down = host.cannery(&["network", "down"]);
@@ -155,10 +153,10 @@ fn a_job_with_an_evil_name_runs_as_any_other_and_its_network_stays_under_it() {
     other
         .prepare()
         .failed(SYSTEM_FAILURE, &["is not the one in the settings", "slots"]);
-    other.call(&["cleanup"]).succeeded();
-    job.run("exit 9").failed_script(9, &job);
+    other.cleanup().ok();
+    job.script("exit 9").failed_script(9, &job);
     host.write_settings(&settings);
-    job.cleanup();
+    job.cleans_up();
 }
 
 /// A small file system, to be filled.
@@ -198,7 +196,7 @@ fn a_disk_that_fills_up_fails_the_job_that_fills_it_and_no_other() {
     host.expect(&["network", "up"]);
     let image = host.images().add_tiny("tiny", "");
     let other = Stages::new(&host, &image);
-    other.prepare().succeeded();
+    other.prepare().ok();
 
     // Compressed it is nothing; unpacked there is no room for it. Its size is told by the archive, not by the manifest.
     let big = Layout::new(&host.folder().join("big"));
@@ -214,18 +212,19 @@ fn a_disk_that_fills_up_fails_the_job_that_fills_it_and_no_other() {
     );
     host.write_settings(&text);
     let full = Stages::new(&host, &big.reference("vm"));
-    let call = full.prepare();
-    call.failed(SYSTEM_FAILURE, &["No room for", "bytes are needed", "Make room"]);
+    let call = full
+        .prepare()
+        .failed(SYSTEM_FAILURE, &["No room for", "bytes are needed", "Make room"]);
     println!("{}", call.last_line());
-    full.call(&["cleanup"]).succeeded();
+    full.cleanup().ok();
     assert_eq!(
         fs::read_dir(small.join("state/store/partial")).unwrap().count(),
         0
     );
 
     let work =
-        other.run("dd if=/dev/urandom of=/root/file bs=1M count=8 2>/dev/null && sync && echo unharmed");
-    assert_eq!(work.succeeded().out, "unharmed\n");
+        other.script("dd if=/dev/urandom of=/root/file bs=1M count=8 2>/dev/null && sync && echo unharmed");
+    assert_eq!(work.ok().text(), "unharmed\n");
 
     // Full to the last byte: cleaning up needs no room.
     let filler = Command::new("dd")
@@ -236,11 +235,10 @@ fn a_disk_that_fills_up_fails_the_job_that_fills_it_and_no_other() {
         .unwrap();
     assert!(!filler.success());
     let late = Stages::new(&host, &image);
-    let call = late.prepare();
-    call.failed(SYSTEM_FAILURE, &["room"]);
+    let call = late.prepare().failed(SYSTEM_FAILURE, &["room"]);
     println!("{}", call.last_line());
-    late.call(&["cleanup"]).succeeded();
-    other.call(&["cleanup"]).succeeded();
+    late.cleanup().ok();
+    other.cleanup().ok();
     assert_eq!(fs::read_dir(small.join("state/jobs")).unwrap().count(), 0);
     assert_eq!(host.machines(), Vec::<String>::new());
     fs::remove_file(small.join("filler")).unwrap();

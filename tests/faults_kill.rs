@@ -10,7 +10,7 @@ use std::process::{Child, Command};
 use std::time::{Duration, Instant};
 
 use support::host::Host;
-use support::stages::{Call, Stages};
+use support::stages::{Call, Stages, ended};
 
 /// Longer than any state of a tiny guest lasts.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -51,10 +51,10 @@ fn signal(name: &str, child: &Child) {
 fn kill_in(host: &Host, mut child: Child, wanted: &str) -> String {
     let begin = Instant::now();
     while state(host).as_deref() != Some(wanted) {
-        let ended = child.try_wait().unwrap();
-        if ended.is_some() || begin.elapsed() > DEADLINE {
+        let status = child.try_wait().unwrap();
+        if status.is_some() || begin.elapsed() > DEADLINE {
             drop(child.kill());
-            let Call { code, log, .. } = Stages::ended(child);
+            let Call { code, log, .. } = ended(child, begin);
             panic!("the job was never seen {wanted}: exit code {code}\n{log}");
         }
     }
@@ -62,7 +62,7 @@ fn kill_in(host: &Host, mut child: Child, wanted: &str) -> String {
     signal("STOP", &child);
     let died_in = state(host).unwrap_or_else(|| "gone".to_owned());
     signal("KILL", &child);
-    Stages::ended(child);
+    ended(child, begin);
     died_in
 }
 
@@ -77,16 +77,16 @@ fn a_kill_at_any_point_leaves_nothing_after_the_next_call() {
         before.extend(host.downloads().iter().map(|path| path.display().to_string()));
         match after {
             After::Cleanup => {
-                stages.call(&["cleanup"]).succeeded();
+                stages.cleanup().ok();
             }
             After::Reap => {
                 fs::remove_file(stages.file("response.json")).unwrap();
                 host.expect(&["reap"]);
             }
             After::Prepare => {
-                stages.prepare().succeeded();
-                assert_eq!(stages.run("echo again").succeeded().out, "again\n");
-                stages.call(&["cleanup"]).succeeded();
+                stages.prepare().ok();
+                assert_eq!(stages.script("echo again").ok().text(), "again\n");
+                stages.cleanup().ok();
             }
         }
         let left = host.leftovers().len() + host.downloads().len();
@@ -99,7 +99,7 @@ fn a_kill_at_any_point_leaves_nothing_after_the_next_call() {
         table.push(line);
         stages.nothing_is_left();
         // And once more, with nothing there.
-        stages.call(&["cleanup"]).succeeded();
+        stages.cleanup().ok();
     };
     // Each try of a download needs an image that is not here yet.
     for after in [After::Cleanup, After::Reap, After::Prepare] {
@@ -125,19 +125,13 @@ fn a_kill_at_any_point_leaves_nothing_after_the_next_call() {
 
     for after in [After::Cleanup, After::Reap] {
         let stages = Stages::new(&host, &cached);
-        stages.prepare().succeeded();
-        let script = stages.file("script");
-        fs::write(&script, "sleep 1000").unwrap();
-        let run = stages
-            .command(&["run", script.to_str().unwrap(), "build_script"])
-            .spawn()
-            .unwrap();
-        let died_in = kill_in(&host, run, "running");
+        stages.prepare().ok();
+        let died_in = kill_in(&host, stages.start("sleep 1000"), "running");
         row("running", &died_in, after, stages);
     }
     for after in [After::Cleanup, After::Reap] {
         let stages = Stages::new(&host, &cached);
-        stages.prepare().succeeded();
+        stages.prepare().ok();
         let cleanup = stages.command(&["cleanup"]).spawn().unwrap();
         let died_in = kill_in(&host, cleanup, "cleaning");
         row("cleaning", &died_in, after, stages);

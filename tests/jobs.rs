@@ -7,11 +7,11 @@ mod support;
 
 use std::time::{Duration, Instant};
 
-use support::call::until;
 use support::coordinator::{Coordinator, Handle, Outcome, Wish};
 use support::host::Host;
 use support::job::Job;
 use support::runner::{Runner, Running};
+use support::until;
 
 /// A job on an emulated guest, on a busy machine.
 const SOON: Duration = Duration::from_secs(240);

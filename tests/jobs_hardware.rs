@@ -12,12 +12,11 @@ use std::process::Command;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
-use support::call::{BUILD_FAILURE, SYSTEM_FAILURE, Try};
 use support::guests::{debian, tiny};
 use support::host::Host;
 use support::job::Job;
+use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages};
 
-const NOTHING: Vec<String> = Vec::new();
 const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
 
 /// Every file below a folder with its owner, mode and content.
@@ -56,28 +55,25 @@ fn a_guest_boots_with_bios_and_uefi_from_its_own_disk_and_the_store_stays_as_it_
     let image = host.images().add("disk", &tiny().disk, &["--user", "root"]);
     let original = host.settings_text();
     let mut stores = Vec::new();
-    for (number, machine, script) in [
+    for (machine, script) in [
         (
-            1,
             "firmware = \"bios\"\ndisk_bus = \"scsi\"\nmemory = \"512M\"\n",
             "[ -e /dev/sda ] && [ ! -e /dev/vda ] && [ ! -d /sys/firmware/efi ]\n",
         ),
         (
-            2,
             "firmware = \"uefi\"\ndisk_bus = \"virtio\"\nmemory = \"1G\"\n",
             "[ -e /dev/vda ] && [ ! -e /dev/sda ] && [ -d /sys/firmware/efi ]\n",
         ),
     ] {
         host.write_settings(&format!("{original}{EMULATION}{machine}"));
-        let job = Try::new(&host, &Job::new("unit").image(&image), number);
+        let job = Stages::new(&host, &image);
         job.prepare().ok();
         stores.push(contents(&host.state().join("store")));
         job.script(script).ok();
         job.script("dd if=/dev/urandom of=/root/x bs=1M count=20 && sync\n")
             .ok();
-        job.cleanup().ok();
+        job.cleans_up();
         stores.push(contents(&host.state().join("store")));
-        assert_eq!(host.leftovers(), NOTHING);
     }
     assert!(
         stores[0].iter().any(|line| line.contains("/disks/")),
@@ -99,8 +95,8 @@ fn firmware_boots_from_a_sata_disk_and_a_guest_without_its_driver_is_told_from_o
         &format!("{EMULATION}memory = \"512M\"\ndisk_bus = \"sata\"\nnic = \"e1000e\"\n"),
     );
     let image = host.images().add("disk", &tiny().disk, &["--user", "root"]);
-    let job = Try::new(&host, &Job::new("unit").image(&image), 1);
-    job.prepare().fails(
+    let job = Stages::new(&host, &image);
+    job.prepare().failed(
         SYSTEM_FAILURE,
         &[
             "The end of the guest's serial log:",
@@ -108,8 +104,7 @@ fn firmware_boots_from_a_sata_disk_and_a_guest_without_its_driver_is_told_from_o
             "its guest powered off",
         ],
     );
-    job.cleanup().ok();
-    assert_eq!(host.leftovers(), NOTHING);
+    job.cleans_up();
 }
 
 #[test]
@@ -120,10 +115,10 @@ fn a_debian_guest_fills_the_disk_that_the_job_asks_for() {
     let host = Host::new(&[], settings);
     let image = host.images().add("debian", &debian(), &[]);
     let greedy = Job::new("unit").image(&image).variable("CANNERY_DISK", "30G");
-    Try::new(&host, &greedy, 1)
+    Stages::of(&host, &greedy, 1)
         .prepare()
-        .fails(BUILD_FAILURE, &["CANNERY_DISK=30G", "at most 20G"]);
-    let job = Try::new(
+        .failed(BUILD_FAILURE, &["CANNERY_DISK=30G", "at most 20G"]);
+    let job = Stages::of(
         &host,
         &Job::new("unit").image(&image).variable("CANNERY_DISK", "8G"),
         1,
@@ -138,8 +133,7 @@ fn a_debian_guest_fills_the_disk_that_the_job_asks_for() {
         job.script("id -un; hostname; stat -c %U /builds /cache; systemctl is-system-running --wait\n");
     let text = text.text();
     assert!(text.starts_with("ci\njob-1\nci\nci\n"), "{text}");
-    job.cleanup().ok();
-    assert_eq!(host.leftovers(), NOTHING);
+    job.cleans_up();
 }
 
 /// A network of the operator's own, gone with the test.
@@ -191,19 +185,18 @@ fn kvm_is_used_only_where_it_was_seen_to_boot_a_guest_and_tried_once() {
         let xml = virsh(&["dumpxml", &host.machines()[0]]);
         ["kvm", "qemu"].map(|kind| xml.contains(&format!("<domain type='{kind}'")))
     };
-    let first = Try::new(&host, &Job::new("unit").image(&image), 1);
+    let first = Stages::new(&host, &image);
     let log = first.prepare().ok().log;
     eprintln!("{log}");
     let booted = log.contains("trying it") && !log.contains("Starting again with emulation");
     assert_eq!(kind(), [booted, !booted], "{log}");
     first.script("true\n").ok();
     first.cleanup().ok();
-    let second = Try::new(&host, &Job::new("unit").image(&image), 2);
+    let second = Stages::new(&host, &image);
     let log = second.prepare().ok().log;
     assert!(!log.contains("trying it"), "{log}");
     assert_eq!(kind(), [booted, !booted], "{log}");
-    second.cleanup().ok();
-    assert_eq!(host.leftovers(), NOTHING);
+    second.cleans_up();
 }
 
 #[test]
@@ -223,8 +216,8 @@ fn a_machine_on_a_network_of_the_operators_own_is_found_and_floods_no_log() {
         .map(|line| format!("{line}\n"))
         .collect();
     host.write_settings(&text.replace("[network]\n", "[network]\nlibvirt_network = \"flows-foreign\"\n"));
-    let job = Try::new(&host, &Job::new("unit").image(&image), 1);
-    job.prepare().fails(
+    let job = Stages::new(&host, &image);
+    job.prepare().failed(
         SYSTEM_FAILURE,
         &["no network flows-foreign", "virsh net-start flows-foreign"],
     );
@@ -255,8 +248,7 @@ fn a_machine_on_a_network_of_the_operators_own_is_found_and_floods_no_log() {
         "{kept}: the guest wrote nothing worth the name of a flood"
     );
     assert!(kept <= MOST_SERIAL, "{kept}");
-    job.cleanup().ok();
-    assert_eq!(host.leftovers(), NOTHING);
+    job.cleans_up();
 }
 
 /// virtlogd's own bound: four files of 2 MiB.

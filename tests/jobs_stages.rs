@@ -10,9 +10,10 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use support::call::{self, BUILD_FAILURE, SYSTEM_FAILURE, Try};
 use support::host::{Host, cannery};
 use support::job::Job;
+use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages, ended};
+use support::until;
 
 const NOTHING: Vec<String> = Vec::new();
 const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
@@ -39,7 +40,7 @@ fn jobs(host: &Host) -> Vec<Value> {
 #[ignore = "needs libvirt"]
 fn config_answers_the_runner_and_says_nothing_else() {
     let host = Host::new(&[], "");
-    let job = Try::new(&host, &Job::new("unit").image("oci:/anywhere:x"), 17);
+    let job = Stages::of(&host, &Job::new("unit").image("oci:/anywhere:x"), 17);
     let done = job.config().ok();
     assert_eq!(done.log, "");
     let mut answer: Value = serde_json::from_slice(&done.stdout).unwrap();
@@ -71,16 +72,15 @@ fn without_libvirt_config_still_answers_and_prepare_says_what_is_wrong() {
         "[libvirt]\nuri = \"qemu+unix:///system?socket=/nowhere/libvirt-sock\"\n",
     );
     let image = host.images().add_tiny("tiny", "");
-    let job = Try::new(&host, &Job::new("unit").image(&image), 1);
+    let job = Stages::new(&host, &image);
     let answer: Value = serde_json::from_slice(&job.config().ok().stdout).unwrap();
     let version = answer["driver"]["version"].as_str().unwrap();
     assert!(version.ends_with("(libvirt unreachable)"), "{version}");
     let done = job
         .prepare()
-        .fails(SYSTEM_FAILURE, &["ERROR: ", "libvirt", "Is libvirtd running"]);
+        .failed(SYSTEM_FAILURE, &["ERROR: ", "libvirt", "Is libvirtd running"]);
     assert!(done.took < Duration::from_secs(20), "{:?}", done.took);
-    job.cleanup();
-    assert_eq!(host.leftovers(), NOTHING);
+    job.cleans_up();
 }
 
 #[test]
@@ -116,13 +116,13 @@ fn what_only_the_author_can_mend_is_a_build_failure_and_leaves_nothing() {
         (unit().pull_policy(["always"]), &["always is not allowed"]),
     ];
     for (number, (job, says)) in (1..).zip(cases) {
-        let job = Try::new(&host, &job, number);
+        let job = Stages::of(&host, &job, number);
         job.config().ok();
-        let done = job.prepare().fails(BUILD_FAILURE, says);
+        let done = job.prepare().failed(BUILD_FAILURE, says);
         assert!(done.stdout.is_empty(), "{}", done.text());
         // No machine, or one that never came to be ready.
         job.run("after_script", "true\n")
-            .fails(SYSTEM_FAILURE, &["machine"]);
+            .failed(SYSTEM_FAILURE, &["machine"]);
         job.cleanup().ok();
         assert_eq!(host.leftovers(), NOTHING, "{says:?}");
     }
@@ -135,12 +135,12 @@ fn what_only_the_author_can_mend_is_a_build_failure_and_leaves_nothing() {
 #[ignore = "needs libvirt"]
 fn cleanup_is_right_with_nothing_there() {
     let host = Host::new(&[], "");
-    let job = Try::new(&host, &Job::new("unit"), 1);
+    let job = Stages::of(&host, &Job::new("unit"), 1);
     assert_eq!(job.cleanup().ok().log, "");
     assert_eq!(job.cleanup().ok().log, "");
     // Nor is the job response missed.
-    fs::remove_file(job.folder().join("response.json")).unwrap();
-    job.config().fails(SYSTEM_FAILURE, &["response.json"]);
+    fs::remove_file(job.file("response.json")).unwrap();
+    job.config().failed(SYSTEM_FAILURE, &["response.json"]);
     assert_eq!(job.cleanup().ok().log, "");
     let lonely = Command::new(cannery())
         .arg("cleanup")
@@ -163,7 +163,7 @@ fn a_job_is_seen_prepared_again_tried_again_and_removed_once() {
     let unit = Job::new("unit").image(&image).project("grp/demo", 7);
 
     // The runner calls prepare again after a failure; whatever there was makes room.
-    let first = Try::new(&host, &unit, 5);
+    let first = Stages::of(&host, &unit, 5);
     first.prepare().ok();
     let before = host.machines();
     first.script("touch /tmp/here\n").ok();
@@ -175,16 +175,15 @@ fn a_job_is_seen_prepared_again_tried_again_and_removed_once() {
     people_see_the_job(&host, &image);
 
     // Another try of the same job, whose runner has forgotten the first: only one machine is left, and it is the new one's.
-    let second = Try::new(&host, &unit, 5);
+    let second = Stages::of(&host, &unit, 5);
     second.prepare().ok();
     assert_eq!(host.machines().len(), 1);
-    first.script("true\n").fails(SYSTEM_FAILURE, &["has no machine"]);
+    first.script("true\n").failed(SYSTEM_FAILURE, &["has no machine"]);
     first.cleanup().ok();
     assert_eq!(second.script("hostname\n").ok().text(), "job-5\n");
 
     a_cleanup_while_a_script_runs_ends_it(&second);
-    second.cleanup().ok();
-    assert_eq!(host.leftovers(), NOTHING);
+    second.cleans_up();
     assert!(!before.is_empty());
 }
 
@@ -207,12 +206,12 @@ fn people_see_the_job(host: &Host, image: &str) {
     }
 }
 
-fn a_cleanup_while_a_script_runs_ends_it(job: &Try) {
+fn a_cleanup_while_a_script_runs_ends_it(job: &Stages<'_>) {
     let mut child = job.start("echo begun; sleep 1000\n");
     await_word(&mut child, "begun\n");
     let begin = Instant::now();
     job.cleanup().ok();
-    let done = call::wait(child, begin).fails(SYSTEM_FAILURE, &["ERROR: "]);
+    let done = ended(child, begin).failed(SYSTEM_FAILURE, &["ERROR: "]);
     assert!(done.took < NOTICED, "{:?}: {}", done.took, done.log);
     assert_eq!(job.exit_code(), None);
 }
@@ -230,25 +229,24 @@ fn await_word(child: &mut std::process::Child, word: &str) {
 fn a_machine_that_is_destroyed_under_a_script_is_a_system_failure_at_once() {
     let host = Host::new(&[], EMULATION);
     let image = host.images().add_tiny("tiny", "");
-    let job = Try::new(&host, &Job::new("unit").image(&image), 1);
+    let job = Stages::new(&host, &image);
     job.prepare().ok();
     let mut child = job.start("echo begun; sleep 1000\n");
     await_word(&mut child, "begun\n");
     let begin = Instant::now();
     virsh(&["destroy", &host.machines()[0]]);
-    let done = call::wait(child, begin).fails(SYSTEM_FAILURE, &["ERROR: ", "machine"]);
+    let done = ended(child, begin).failed(SYSTEM_FAILURE, &["ERROR: ", "machine"]);
     assert!(done.took < NOTICED, "{:?}: {}", done.took, done.log);
     assert_eq!(done.log.lines().count(), 1, "{}", done.log);
     let next = job
         .run("after_script", "true\n")
-        .fails(SYSTEM_FAILURE, &["machine"]);
+        .failed(SYSTEM_FAILURE, &["machine"]);
     assert!(next.took < NOTICED, "{:?}: {}", next.took, next.log);
-    job.cleanup().ok();
-    assert_eq!(host.leftovers(), NOTHING);
+    job.cleans_up();
 }
 
 /// Starts prepare from a shell that plays the runner: it gives the call a process group of its own, and goes on living.
-fn runner_that_prepares(host: &Host, job: &Try) -> std::process::Child {
+fn runner_that_prepares(host: &Host, job: &Stages<'_>) -> std::process::Child {
     let script =
         "set -m; \"$0\" --config \"$1\" prepare & wait $!; echo $? >\"$TMPDIR/prepared\"; exec sleep 1000";
     let mut shell = Command::new("bash");
@@ -260,9 +258,9 @@ fn runner_that_prepares(host: &Host, job: &Try) -> std::process::Child {
         .process_group(0)
         .spawn()
         .unwrap();
-    let answer = job.folder().join("prepared");
-    call::until("prepare has ended", BOOT, || answer.exists());
-    call::until("its code is there", NOTICED, || {
+    let answer = job.file("prepared");
+    until("prepare has ended", BOOT, || answer.exists());
+    until("its code is there", NOTICED, || {
         fs::read_to_string(&answer).unwrap() == "0\n"
     });
     child
@@ -285,7 +283,7 @@ fn the_reaper_removes_what_a_dead_runner_left_and_nothing_else() {
         format!("builds_dir = \"/work\"\n{text}[guest]\nshell = \"sh\"\n"),
     )
     .unwrap();
-    let live = Try::new(&host, &unit, 1).with_settings(&other);
+    let live = Stages::of(&host, &unit, 1).with_settings(&other);
     let answer: Value = serde_json::from_slice(&live.config().ok().stdout).unwrap();
     assert_eq!(
         (&answer["builds_dir"], &answer["shell"]),
@@ -295,7 +293,7 @@ fn the_reaper_removes_what_a_dead_runner_left_and_nothing_else() {
     live.script("test -d /work && [ $(nproc) = 1 ] && [ -z \"$BASH_VERSION\" ]\n")
         .ok();
 
-    let dead = Try::new(&host, &unit, 2);
+    let dead = Stages::of(&host, &unit, 2);
     let mut runner = runner_that_prepares(&host, &dead);
     assert_eq!(jobs(&host).len(), 2);
     assert_eq!(host.expect(&["reap"]), "Nothing to remove.\n");
@@ -322,7 +320,7 @@ fn the_reaper_removes_what_a_dead_runner_left_and_nothing_else() {
     an_operator_removes_the_other(&host, &live);
 }
 
-fn an_operator_removes_the_other(host: &Host, job: &Try) {
+fn an_operator_removes_the_other(host: &Host, job: &Stages<'_>) {
     let unknown = host.cannery(&["vm", "rm", "4711"]);
     assert_eq!(unknown.status.code(), Some(1));
     let said = String::from_utf8(unknown.stderr).unwrap();
@@ -335,7 +333,7 @@ fn an_operator_removes_the_other(host: &Host, job: &Try) {
     let begin = Instant::now();
     let key = jobs(host)[0]["key"].as_str().unwrap().to_owned();
     assert_eq!(host.expect(&["vm", "rm", "1"]), format!("{key}\n"));
-    let done = call::wait(child, begin).fails(SYSTEM_FAILURE, &["ERROR: "]);
+    let done = ended(child, begin).failed(SYSTEM_FAILURE, &["ERROR: "]);
     assert!(done.took < NOTICED, "{:?}: {}", done.took, done.log);
     assert_eq!(host.leftovers(), NOTHING);
     job.cleanup().ok();

@@ -104,11 +104,11 @@ fn root_and_a_user_share_the_host_and_clean_up_after_each_other() {
 
     // The user pulls the image, and runs a job from beginning to end.
     let mine = Stages::new(&host, &image).by(account.name);
-    mine.call(&["config"]).succeeded();
-    mine.prepare().succeeded();
-    let run = mine.run("echo \"as $(id -un) on $(hostname)\"");
-    assert!(run.succeeded().out.contains("as root on job-"), "{}", run.out);
-    mine.run("exit 7").failed_script(7, &mine);
+    mine.config().ok();
+    mine.prepare().ok();
+    let run = mine.script("echo \"as $(id -un) on $(hostname)\"").ok().text();
+    assert!(run.contains("as root on job-"), "{run}");
+    mine.script("exit 7").failed_script(7, &mine);
     let stored = files(&state.join("store/disks"));
     assert!(!stored.is_empty());
     for (path, owner, mode, _) in &stored {
@@ -118,12 +118,8 @@ fn root_and_a_user_share_the_host_and_clean_up_after_each_other() {
 
     // Root uses the user's image beside the user's machine, and removes that machine.
     let roots = Stages::new(&host, &image);
-    let prepared = roots.prepare();
-    assert!(
-        prepared.succeeded().log.contains("in the cache"),
-        "{}",
-        prepared.log
-    );
+    let log = roots.prepare().ok().log;
+    assert!(log.contains("in the cache"), "{log}");
     assert_eq!(daemon.machines().len(), 2);
     let list = as_user(account.name, &host.program_for_all())
         .arg("--config")
@@ -137,12 +133,12 @@ fn root_and_a_user_share_the_host_and_clean_up_after_each_other() {
         "{list:?}"
     );
     let mine = mine.by_root();
-    mine.call(&["cleanup"]).succeeded();
+    mine.cleanup().ok();
     assert_eq!(daemon.machines().len(), 1);
 
     // And the user removes root's.
     let roots = roots.by(account.name);
-    roots.cleanup();
+    roots.cleans_up();
     assert_eq!(daemon.machines(), Vec::<String>::new());
     assert_eq!(files(&state.join("store/disks")), stored);
 }
@@ -161,19 +157,18 @@ fn a_user_is_told_what_only_root_can_do_and_sweeps_what_root_left_half_done() {
     // Root made the state folder, but not the network.
     host.expect(&["vm", "list"]);
     let job = Stages::new(&host, &image).by(account.name);
-    let call = job.prepare();
-    call.failed(
+    job.prepare().failed(
         SYSTEM_FAILURE,
         &["firewall", "only root can load it", "network up"],
     );
-    job.cleanup();
+    job.cleans_up();
 
     host.expect(&["network", "up"]);
     // Root makes the store, with an image that is not there; and a pull by root is killed half-way.
     let missing = format!("oci:{}:none", host.images().folder().display());
     let roots = Stages::new(&host, &missing);
     roots.prepare().failed(BUILD_FAILURE, &["none"]);
-    roots.cleanup();
+    roots.cleans_up();
     let (partial, hex) = (host.state().join("store/partial"), "ab".repeat(32));
     let half = partial.join(&hex);
     fs::create_dir(&half).unwrap();
@@ -181,12 +176,11 @@ fn a_user_is_told_what_only_root_can_do_and_sweeps_what_root_left_half_done() {
     fs::write(half.join("disk.raw"), "half").unwrap();
     fs::write(partial.join(format!("{hex}.lock")), "").unwrap();
 
-    let call = job.prepare();
-    call.failed(
+    job.prepare().failed(
         SYSTEM_FAILURE,
         &["no SSH server, as asked", "The end of the guest's serial log"],
     );
-    job.cleanup();
+    job.cleans_up();
 }
 
 #[test]
@@ -197,7 +191,7 @@ fn a_user_whom_libvirt_does_not_know_is_told_about_its_group() {
     let host = Host::new(&[], &format!("[libvirt]\nuri = \"{}\"", daemon.uri())).with_network();
     let image = host.images().add_tiny("tiny", "");
     let job = Stages::new(&host, &image).by(account.name);
-    let call = job.prepare();
-    call.failed(SYSTEM_FAILURE, &["libvirt at", "the group libvirt"]);
-    job.by_root().cleanup();
+    job.prepare()
+        .failed(SYSTEM_FAILURE, &["libvirt at", "the group libvirt"]);
+    job.by_root().cleans_up();
 }

@@ -11,9 +11,8 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
-use support::call::{self, BUILD_FAILURE, SYSTEM_FAILURE, Try};
 use support::host::Host;
-use support::job::Job;
+use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages, ended};
 
 /// A call that only asks libvirt or the guest a few questions, on a busy machine.
 const SOON: Duration = Duration::from_secs(30);
@@ -25,7 +24,7 @@ const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
 fn scripts_run_exactly_as_they_were_written() {
     let host = Host::new(&[], EMULATION);
     let image = host.images().add_tiny("tiny", "");
-    let job = Try::new(&host, &Job::new("unit").image(&image), 1);
+    let job = Stages::new(&host, &image);
     job.prepare().ok();
 
     the_exit_code_is_the_scripts_own(&job);
@@ -37,11 +36,10 @@ fn scripts_run_exactly_as_they_were_written() {
     what_a_script_leaves_in_the_background_holds_nobody_up_and_lives_on(&job);
     a_call_that_is_told_to_end_ends_the_script_and_its_children(&job);
 
-    job.cleanup().ok();
-    assert_eq!(host.leftovers(), Vec::<String>::new());
+    job.cleans_up();
 }
 
-fn the_exit_code_is_the_scripts_own(job: &Try) {
+fn the_exit_code_is_the_scripts_own(job: &Stages<'_>) {
     for code in [0, 1, 2, 42, 255] {
         let done = job.script(format!("exit {code}\n"));
         let expected = if code == 0 { 0 } else { BUILD_FAILURE };
@@ -51,25 +49,24 @@ fn the_exit_code_is_the_scripts_own(job: &Try) {
         assert!(done.stdout.is_empty(), "exit {code}: {}", done.text());
     }
     for (name, number) in [("KILL", 9), ("TERM", 15)] {
-        job.script(format!("kill -{name} $$\n")).fails(BUILD_FAILURE, &[]);
-        assert_eq!(job.exit_code(), Some((128 + number).to_string()), "{name}");
+        job.script(format!("kill -{name} $$\n"))
+            .failed_script(128 + number, job);
     }
-    job.script("no-such-command\n").fails(BUILD_FAILURE, &[]);
-    assert_eq!(job.exit_code().as_deref(), Some("127"));
+    job.script("no-such-command\n").failed_script(127, job);
 }
 
-fn an_exit_code_of_an_earlier_stage_is_not_taken_for_this_ones(job: &Try) {
+fn an_exit_code_of_an_earlier_stage_is_not_taken_for_this_ones(job: &Stages<'_>) {
     fs::write(job.exit_code_file(), "7").unwrap();
     job.script("true\n").ok();
     assert_eq!(job.exit_code(), None);
     fs::write(job.exit_code_file(), "7").unwrap();
-    let missing = job.folder().join("no-such-script");
-    call::finish(&mut job.command(&["run", missing.to_str().unwrap(), "build_script"]))
-        .fails(SYSTEM_FAILURE, &["no-such-script"]);
+    let missing = job.file("no-such-script");
+    job.call(&["run", missing.to_str().unwrap(), "step_script"])
+        .failed(SYSTEM_FAILURE, &["no-such-script"]);
     assert_eq!(job.exit_code(), None);
 }
 
-fn any_stage_name_will_do(job: &Try) {
+fn any_stage_name_will_do(job: &Stages<'_>) {
     for stage in [
         "prepare_script",
         "get_sources",
@@ -82,10 +79,7 @@ fn any_stage_name_will_do(job: &Try) {
         "'; exit 9; '",
         "--dry-run",
     ] {
-        let script = "echo done\n";
-        let path = job.folder().join("script");
-        fs::write(&path, script).unwrap();
-        let done = call::finish(&mut job.command(&["run", path.to_str().unwrap(), stage]));
+        let done = job.run(stage, "echo done\n");
         assert_eq!(
             (done.code, done.text().as_str()),
             (0, "done\n"),
@@ -95,7 +89,7 @@ fn any_stage_name_will_do(job: &Try) {
     }
 }
 
-fn output_and_errors_keep_their_order(job: &Try) {
+fn output_and_errors_keep_their_order(job: &Stages<'_>) {
     let script =
         "for i in $(seq 500); do echo out $i; echo err $i >&2; done; printf 'no newline at the end'\n";
     let mut expected: String = (1..=500).map(|i| format!("out {i}\nerr {i}\n")).collect();
@@ -123,7 +117,7 @@ fn quoted(bytes: &[u8]) -> Vec<u8> {
     text
 }
 
-fn a_variable_of_127_kib_with_odd_bytes_arrives_unchanged(job: &Try) {
+fn a_variable_of_127_kib_with_odd_bytes_arrives_unchanged(job: &Stages<'_>) {
     // Everything but NUL, which no variable can hold; just under what the kernel passes to a program in one piece.
     let value: Vec<u8> = (0..127 * 1024u32)
         .map(|i| u8::try_from(i % 255 + 1).unwrap())
@@ -135,7 +129,7 @@ fn a_variable_of_127_kib_with_odd_bytes_arrives_unchanged(job: &Try) {
     assert_eq!(done.text().trim(), hex::encode(Sha256::digest(&value)));
 }
 
-fn a_variable_that_looks_like_a_command_stays_text(job: &Try) {
+fn a_variable_that_looks_like_a_command_stays_text(job: &Stages<'_>) {
     let value = br#";rm -rf /; $(touch /tmp/gone) `touch /tmp/gone` "' | touch /tmp/gone & \"#;
     let mut script = b"export VALUE=".to_vec();
     script.extend(quoted(value));
@@ -143,7 +137,7 @@ fn a_variable_that_looks_like_a_command_stays_text(job: &Try) {
     assert_eq!(job.script(&script).ok().stdout, value);
 }
 
-fn what_a_script_leaves_in_the_background_holds_nobody_up_and_lives_on(job: &Try) {
+fn what_a_script_leaves_in_the_background_holds_nobody_up_and_lives_on(job: &Stages<'_>) {
     let usual = job.script("echo begun\n").ok().took;
     let done = job
         .script("sleep 1000 & echo $! >/tmp/sleeper; yes >/dev/stderr & echo $! >/tmp/writer; echo begun\n")
@@ -160,7 +154,7 @@ fn what_a_script_leaves_in_the_background_holds_nobody_up_and_lives_on(job: &Try
     job.script("kill $(cat /tmp/sleeper) $(cat /tmp/writer)\n").ok();
 }
 
-fn a_call_that_is_told_to_end_ends_the_script_and_its_children(job: &Try) {
+fn a_call_that_is_told_to_end_ends_the_script_and_its_children(job: &Stages<'_>) {
     let mut child =
         job.start("trap 'echo caught' TERM; sleep 1000 & echo $! >/tmp/child; echo begun; wait; wait\n");
     let mut stdout = child.stdout.take().unwrap();
@@ -171,7 +165,7 @@ fn a_call_that_is_told_to_end_ends_the_script_and_its_children(job: &Try) {
     signal(child.id(), "TERM");
     let mut rest = String::new();
     stdout.read_to_string(&mut rest).unwrap();
-    let done = call::wait(child, begin).fails(SYSTEM_FAILURE, &["cancelled"]);
+    let done = ended(child, begin).failed(SYSTEM_FAILURE, &["cancelled"]);
     assert!(rest.contains("caught"), "{rest}");
     assert!(done.took < SOON, "{:?}", done.took);
     job.script("! kill -0 $(cat /tmp/child) 2>/dev/null\n").ok();
@@ -186,6 +180,16 @@ fn signal(pid: u32, name: &str) {
     assert!(status.success());
 }
 
+/// The most memory that a process has had so far, in bytes; 0 once it is gone.
+fn peak_memory(pid: u32) -> u64 {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok())
+        .map_or(0, |kib| kib << 10)
+}
+
 /// How much a script prints in bulk: what a guest under emulation encrypts in a minute. A full gigabyte goes through
 /// the same code in `guest_bulk`, from a server on loopback.
 const BULK: u64 = 256 << 20;
@@ -195,11 +199,10 @@ const BULK: u64 = 256 << 20;
 fn a_quarter_of_a_gigabyte_of_output_arrives_whole_and_takes_little_memory() {
     let host = Host::new(&[], EMULATION);
     let image = host.images().add_tiny("tiny", "");
-    let job = Try::new(&host, &Job::new("unit").image(&image), 1);
+    let job = Stages::new(&host, &image);
     job.prepare().ok();
     let mut child = job
-        .run_command("build_script", format!("head -c {BULK} /dev/zero | tr '\\0' x\n"))
-        .stdout(Stdio::piped())
+        .run_command("step_script", format!("head -c {BULK} /dev/zero | tr '\\0' x\n"))
         .stderr(Stdio::inherit())
         .spawn()
         .unwrap();
@@ -209,7 +212,7 @@ fn a_quarter_of_a_gigabyte_of_output_arrives_whole_and_takes_little_memory() {
     let begin = Instant::now();
     loop {
         let n = stdout.read(&mut buffer).unwrap();
-        peak = peak.max(call::peak_memory(child.id()));
+        peak = peak.max(peak_memory(child.id()));
         if n == 0 {
             break;
         }

@@ -8,6 +8,8 @@
 // A test's support may panic, which is how a test fails, and print for whoever reads why.
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::print_stderr)]
 
+use std::time::{Duration, Instant};
+
 pub mod coordinator;
 pub mod guests;
 pub mod job;
@@ -15,8 +17,6 @@ pub mod log;
 pub mod runner;
 
 // The demo shares what is above and knows the program by its arguments; what is below is told by cargo where it is.
-#[cfg(test)]
-pub mod call;
 #[cfg(test)]
 pub mod host;
 #[cfg(test)]
@@ -28,6 +28,16 @@ pub mod stages;
 pub fn everybody_may_pass(folder: &std::path::Path) {
     use std::os::unix::fs::PermissionsExt;
     std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// Waits until this is so; fails the test with what was awaited if it takes longer.
+#[track_caller]
+pub fn until(what: &str, within: Duration, mut so: impl FnMut() -> bool) {
+    let end = Instant::now() + within;
+    while !so() {
+        assert!(Instant::now() < end, "waited {within:?} until {what}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
 }
 
 /// The environment variable's value, where it is set and not empty.
