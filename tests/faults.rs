@@ -186,8 +186,9 @@ fn what_a_job_says_about_itself_leads_nowhere_else() {
         stages.prepare().failed(BUILD_FAILURE, &[part, ".gitlab-ci.yml"]);
         stages.cleans_up();
     }
-    let stages = Stages::new(&host, "vm");
-    let mut payload = stages.payload(9, "registry.example.com/vm:1");
+    let image = "registry.example.com/vm:1";
+    let stages = Stages::new(&host, image);
+    let mut payload = stages.payload(9, image);
     payload["image"]["executor_opts"] = json!({"docker": {"user": "root; rm -rf /"}});
     replaced(&host, "[images]\n", "[images]\nallow = [\"**\"]\n");
     stages.response(payload.to_string().as_bytes());
