@@ -174,7 +174,7 @@ fn what_a_job_says_about_itself_leads_nowhere_else() {
         .variable("CUSTOM_ENV_CI_JOB_NAME", shell);
     stages
         .prepare()
-        .failed(BUILD_FAILURE, &["\"vm; rm -rf /\" is no image's name"]);
+        .failed(BUILD_FAILURE, &["`vm; rm -rf /` names no image"]);
     stages.cleans_up();
     for (name, value, part) in [
         ("CANNERY_MEMORY", "1G;rm -rf /", "CANNERY_MEMORY=1G;rm -rf /"),
