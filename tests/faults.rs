@@ -20,9 +20,9 @@ use serde_json::json;
 use support::host::Host;
 use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages};
 
-/// Asks for more than any host allows, which is said after the image was fetched and before a machine starts.
-const NO_FURTHER: (&str, &str) = ("CUSTOM_ENV_CANNERY_CPUS", "200");
-const WENT_SO_FAR: &str = "CANNERY_CPUS";
+/// A machine that cannot be described, which is said after the image was fetched and before a machine starts.
+const NO_FURTHER: &str = "[machine]\naccelerator = \"emulation\"\nmachine_type = \"pc-i440fx-7.2\"";
+const WENT_SO_FAR: &str = "machine type \"pc-i440fx-7.2\"";
 
 fn replaced(host: &Host, from: &str, to: &str) {
     let text = host.settings_text();
@@ -203,13 +203,13 @@ fn what_a_job_says_about_itself_leads_nowhere_else() {
 #[ignore = "needs libvirt and docker-registry"]
 fn a_registry_that_denies_says_whom_and_the_right_login_goes_through() {
     let registry = Registry::with_password();
-    let host = host_with(&registry, "");
+    let host = host_with(&registry, NO_FURTHER);
     let image = pushed(&host, &registry, &container_disk("disk/disk.img", &raw_disk()));
     let config = |password: &str| {
         let auth = json!({"username": USER, "password": password});
         json!({"auths": {registry.host.as_str(): auth}}).to_string()
     };
-    let job = || Stages::new(&host, &image).variable(NO_FURTHER.0, NO_FURTHER.1);
+    let job = || Stages::new(&host, &image);
 
     let nobody = job();
     nobody
@@ -244,11 +244,11 @@ fn a_registry_that_denies_says_whom_and_the_right_login_goes_through() {
         {"type": "registry", "url": registry.host, "username": USER, "password": PASSWORD}
     ]);
     given.response(payload.to_string().as_bytes());
-    given.prepare().failed(BUILD_FAILURE, &[WENT_SO_FAR, "fetched"]);
+    given.prepare().failed(SYSTEM_FAILURE, &[WENT_SO_FAR, "fetched"]);
     given.cleans_up();
     // From the author; the image is here by now, and who may not have it is told so as before.
     let own = job().variable("CUSTOM_ENV_DOCKER_AUTH_CONFIG", config(PASSWORD));
-    own.prepare().failed(BUILD_FAILURE, &[WENT_SO_FAR]);
+    own.prepare().failed(SYSTEM_FAILURE, &[WENT_SO_FAR]);
     own.cleans_up();
 }
 
