@@ -18,6 +18,7 @@
 //! | what was asked | [`job`], [`settings`] |
 //! | what it runs on | [`image`], [`host`], [`machine`], [`guest`] |
 //! | what is remembered | [`record`] |
+//! | whose threads are waited for | [`threads`] |
 //! | choreography | [`start`], [`stage`], [`reap`] |
 //! | what people see | [`cli`], [`report`], [`outcome`] |
 //!
@@ -40,3 +41,4 @@ pub mod secret;
 pub mod settings;
 pub mod stage;
 pub mod start;
+pub mod threads;

@@ -31,11 +31,12 @@ fn room(file: &Path, src: &Path) -> String {
 #[test]
 fn rooms_import_only_what_the_plan_allows() {
     // Leaves of plain values that everyone may use.
-    let leaves = ["record", "quantity", "secret"];
+    let leaves = ["record", "quantity", "secret", "threads"];
     let allowed: &[(&str, &[&str])] = &[
         ("record", &[]),
         ("quantity", &[]),
         ("secret", &[]),
+        ("threads", &[]),
         ("job", &[]),
         ("image", &[]),
         ("host", &[]),

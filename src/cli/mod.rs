@@ -14,6 +14,7 @@ use crate::outcome::{ExitCodes, Failure, Fault};
 use crate::record;
 use crate::report::{self, JobLog};
 use crate::settings::{self, Settings};
+use crate::threads;
 
 mod cleanup;
 mod config;
@@ -101,6 +102,8 @@ impl Context {
     }
 }
 
+/// How long connections may take to be closed at the end: each is one message to a daemon or a guest.
+const LAST_WORDS: std::time::Duration = std::time::Duration::from_secs(2);
 /// Exit code of a command that people call, when it failed.
 const FAILED: u8 = 1;
 /// Exit code of a command that people call, when its arguments make no sense.
@@ -151,6 +154,9 @@ pub fn main(
         ))
         .hint("Please report it with the command and what came before"))
     });
+    if !threads::wait(LAST_WORDS) {
+        tracing::warn!("a library's thread hangs and is left to its fate");
+    }
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {

@@ -95,13 +95,10 @@ impl Connection {
             patience,
             wake: Arc::clone(&wake),
         };
-        std::thread::Builder::new()
-            .name("ssh".into())
-            .spawn(move || thread.run(&inbox, ready, &steps))
-            .map_err(|e| Error::Host {
-                doing: "start a thread",
-                reason: e.to_string(),
-            })?;
+        crate::threads::spawn("ssh", move || thread.run(&inbox, ready, &steps)).map_err(|e| Error::Host {
+            doing: "start a thread",
+            reason: e.to_string(),
+        })?;
         let mut opened = std::pin::pin!(opened);
         let login = loop {
             tokio::select! {

@@ -58,21 +58,19 @@ impl Link {
 
 fn spawn(uri: &str) -> Result<mpsc::Sender<Request>, Error> {
     let (sender, receiver) = mpsc::channel::<Request>();
-    std::thread::Builder::new()
-        .name("libvirt".to_owned())
-        .spawn(move || {
-            // libvirt would print every error on stderr, which is the job's log.
-            virt::error::clear_error_callback();
-            let mut line = Line { connection: None };
-            while let Ok(request) = receiver.recv() {
-                request(&mut line);
-            }
-            line.hang_up();
-        })
-        .map_err(|error| Error::Unreachable {
-            uri: uri.to_owned(),
-            reason: format!("no thread could be started: {error}"),
-        })?;
+    crate::threads::spawn("libvirt", move || {
+        // libvirt would print every error on stderr, which is the job's log.
+        virt::error::clear_error_callback();
+        let mut line = Line { connection: None };
+        while let Ok(request) = receiver.recv() {
+            request(&mut line);
+        }
+        line.hang_up();
+    })
+    .map_err(|error| Error::Unreachable {
+        uri: uri.to_owned(),
+        reason: format!("no thread could be started: {error}"),
+    })?;
     Ok(sender)
 }
 
