@@ -77,8 +77,13 @@ impl Site {
         let [kernel, initrd] = ["vmlinuz", "initrd"].map(|file| job.join(file));
         overlay::private_copy(&self.tiny.join("vmlinuz"), &kernel).unwrap();
         overlay::private_copy(&self.tiny.join("initrd"), &initrd).unwrap();
+        // QEMU's user may not be let into the checkout, so the disk is brought to where it is.
+        let root = self.folder.path().join("root.qcow2");
+        if !root.exists() {
+            fs::copy(self.tiny.join("root.qcow2"), &root).unwrap();
+        }
         let backing = Backing {
-            path: self.tiny.join("root.qcow2"),
+            path: root,
             format: Format::Qcow2,
         };
         overlay::create(&job.join("overlay"), &backing, 1 << 30, 512 << 20)
