@@ -103,7 +103,7 @@ impl Drop for Small {
 #[tokio::test]
 #[ignore = "needs libvirt, QEMU, nft and mount as root, and the tiny guest"]
 async fn a_full_host_stops_the_machine_and_says_so() {
-    let small = Small::mount(60);
+    let small = Small::mount(80);
     let site = Site::within(tempfile::tempdir_in(small.folder.path()).unwrap());
     let plan = plan("machine_full", "mfull", 4);
     let _net = Net { plan: plan.clone() };
