@@ -124,17 +124,15 @@ impl Reaper {
         Ok(true)
     }
 
-    /// Removes what no runner will come back for, and says how many things could not be removed.
-    pub async fn sweep(&self) -> Result<usize, Failure> {
-        let mut failed = 0;
+    /// Removes what no runner will come back for. What cannot be removed is for the operator's log, and for the next sweep.
+    pub async fn sweep(&self) -> Result<(), Failure> {
         for action in self.plan().await? {
             if let Err(e) = self.apply(&action).await {
                 tracing::warn!(%action, "not removed: {e}");
-                failed += 1;
             }
         }
         self.sweep_remains();
-        Ok(failed)
+        Ok(())
     }
 
     /// Removes what killed processes left of files that they were just making. No job waits for this: what fails is
