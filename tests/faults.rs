@@ -154,7 +154,9 @@ fn a_response_file_that_is_none_is_refused_and_never_quoted() {
 #[test]
 fn without_a_runner_every_stage_but_config_says_who_should_call() {
     let host = Host::new(&[], "");
-    let stages = Stages::new(&host, "vm").without("JOB_RESPONSE_FILE");
+    let stages = Stages::new(&host, "vm")
+        .without("JOB_RESPONSE_FILE")
+        .without("CUSTOM_ENV_CI_JOB_TOKEN");
     for call in [stages.prepare(), stages.script("true"), stages.cleanup()] {
         call.failed(SYSTEM_FAILURE, &["JOB_RESPONSE_FILE", "gitlab-runner"]);
     }

@@ -7,6 +7,9 @@ use std::ffi::{OsStr, OsString};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use sha2::{Digest, Sha256};
+
+use crate::record::Claim;
 use crate::secret::Secret;
 
 mod response;
@@ -116,6 +119,8 @@ pub struct Job {
     pub identity: Identity,
     /// This run of it: the response file's path, new for every try that the runner makes.
     pub session: PathBuf,
+    /// What proves a call without a response file to be this job's; none where the job has no token.
+    pub token: Option<String>,
     /// The project's full path.
     pub project: String,
     /// The job's name in `.gitlab-ci.yml`.
@@ -138,6 +143,28 @@ pub struct Job {
     pub timeout: Duration,
     /// Does the job move caches or artifacts, for which the guest needs the `gitlab-runner` binary?
     pub needs_helper: bool,
+}
+
+/// By what a call after prepare finds its job: the response file, wherever the runner hands one over.
+///
+/// Without one, the variables say which job it is. Their author may have made them up, but does not know another job's token.
+pub fn claim(environment: &Environment) -> Result<Claim, Error> {
+    let missing = match environment.path("JOB_RESPONSE_FILE") {
+        Ok(session) => return Ok(Claim::Session(session)),
+        Err(missing) => missing,
+    };
+    let id = environment.variable("CI_JOB_ID").and_then(|id| id.parse().ok());
+    let token = environment.variable("CI_JOB_TOKEN").unwrap_or_default();
+    match (id, token_hash(environment, token)) {
+        (Some(id), Some(hash)) => Ok(Claim::Token { id, hash }),
+        _ => Err(missing),
+    }
+}
+
+/// A hash over the runner's short token and the job's own.
+fn token_hash(environment: &Environment, token: &str) -> Option<String> {
+    let runner = environment.variable("CI_RUNNER_SHORT_TOKEN").unwrap_or_default();
+    (!token.is_empty()).then(|| hex::encode(Sha256::digest(format!("{runner}\n{token}"))))
 }
 
 /// GitLab's own limit where a job sets none.
@@ -178,6 +205,7 @@ impl Job {
         Job {
             identity,
             session: session.to_owned(),
+            token: token_hash(environment, response.token.reveal()),
             project: response.job_info.project_full_path,
             name: response.job_info.name,
             image,

@@ -11,6 +11,8 @@ use crate::secret::Secret;
 pub struct Response {
     pub(super) id: u64,
     #[serde(default)]
+    pub(super) token: Secret,
+    #[serde(default)]
     pub(super) job_info: JobInfo,
     #[serde(default)]
     git_info: GitInfo,

@@ -55,6 +55,45 @@ fn the_response_decides_who_the_job_is_and_the_author_what_it_wants() {
 }
 
 #[test]
+fn a_response_file_says_which_job_a_call_is_for_and_a_token_only_where_there_is_none() {
+    let mine = [
+        ("CUSTOM_ENV_CI_JOB_ID", "101"),
+        ("CUSTOM_ENV_CI_JOB_TOKEN", "s3cret-token"),
+        ("CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN", "abcd"),
+    ];
+    let prepared = job(&mine[2..]).token.unwrap();
+    assert!(!prepared.contains("s3cret"));
+    let of = |variables: &[(&str, &str)]| claim(&environment(variables));
+    let expected = Claim::Token {
+        id: 101,
+        hash: prepared.clone(),
+    };
+    assert_eq!(of(&mine).unwrap(), expected);
+    let with_file = [&mine[..], &[("JOB_RESPONSE_FILE", "/tmp/x/response.json")]].concat();
+    assert_eq!(
+        of(&with_file).unwrap(),
+        Claim::Session("/tmp/x/response.json".into())
+    );
+    for (name, value) in [
+        ("CUSTOM_ENV_CI_JOB_TOKEN", "other"),
+        ("CUSTOM_ENV_CI_RUNNER_SHORT_TOKEN", "other"),
+    ] {
+        let claimed = of(&[&mine[..], &[(name, value)]].concat()).unwrap();
+        assert!(
+            matches!(claimed, Claim::Token { hash, .. } if hash != prepared),
+            "{name}"
+        );
+    }
+    for (name, value) in [("CUSTOM_ENV_CI_JOB_TOKEN", ""), ("CUSTOM_ENV_CI_JOB_ID", "../1")] {
+        let claimed = of(&[&mine[..], &[(name, value)]].concat());
+        assert!(
+            matches!(claimed, Err(Error::NotARunner("JOB_RESPONSE_FILE"))),
+            "{name}"
+        );
+    }
+}
+
+#[test]
 fn an_author_wishes_by_variables() {
     let env = environment(&[
         ("CUSTOM_ENV_CANNERY_CPUS", "4"),

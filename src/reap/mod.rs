@@ -19,7 +19,7 @@ use crate::host::Slots;
 use crate::image::Store;
 use crate::machine::Libvirt;
 use crate::outcome::Failure;
-use crate::record::{self, JobDir, JobKey, Jobs, Record, State};
+use crate::record::{self, Claim, JobDir, JobKey, Jobs, Record, State};
 use crate::settings::Settings;
 
 /// Gathers what there is, and removes what is decided.
@@ -181,9 +181,9 @@ impl Reaper {
         Ok(true)
     }
 
-    /// Removes what one try of the runner has; nothing is fine too.
-    pub async fn remove_session(&self, session: &Path) -> Result<(), Failure> {
-        for (job, _) in self.jobs.of_session(session)? {
+    /// Removes what is claimed; nothing is fine too.
+    pub async fn remove_claimed(&self, claim: &Claim) -> Result<(), Failure> {
+        for (job, _) in self.jobs.claimed(claim)? {
             self.remove(&job).await?;
         }
         self.sweep_remains();

@@ -167,6 +167,7 @@ mod tests {
             project: String::new(),
             job: String::new(),
             session: "/x".into(),
+            token: None,
             caller: Caller::this(),
             created: now,
             deadline: now + jiff::SignedDuration::from_hours(2),

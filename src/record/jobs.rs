@@ -10,7 +10,7 @@ use jiff::Timestamp;
 
 use super::folder::DIR_MODE;
 use super::{
-    Error, JobKey, Record, State, VERSION, make_shared, open_lock, open_state, read_json, write_json,
+    Claim, Error, JobKey, Record, State, VERSION, make_shared, open_lock, open_state, read_json, write_json,
 };
 
 /// Longer than any single step of a job takes: the longest is a start that libvirt is given three minutes for.
@@ -116,16 +116,16 @@ impl Jobs {
         Ok(jobs)
     }
 
-    /// The jobs of one try of the runner, with their records: one as a rule, none before prepare and after cleanup.
+    /// The jobs of a claim, with their records: one as a rule, none before prepare and after cleanup.
     ///
     /// A record that cannot be read is in nobody's way here; the reaper sees to it.
-    pub fn of_session(&self, session: &Path) -> Result<Vec<(JobDir, Record)>, Error> {
+    pub fn claimed(&self, claim: &Claim) -> Result<Vec<(JobDir, Record)>, Error> {
         let with_record = |job: JobDir| job.read().ok().flatten().map(|record| (job, record));
         Ok(self
             .list()?
             .into_iter()
             .filter_map(with_record)
-            .filter(|(_, r)| r.session == session)
+            .filter(|(_, record)| claim.fits(record))
             .collect())
     }
 

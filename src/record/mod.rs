@@ -240,6 +240,9 @@ pub struct Record {
     pub job: String,
     /// The response file of the runner's try that this belongs to.
     pub session: PathBuf,
+    /// [`Claim::Token`]'s hash, for calls that come without a response file; none where the job has no token.
+    #[serde(default)]
+    pub token: Option<String>,
     /// The gitlab-runner process that will call again.
     pub caller: Caller,
     /// When prepare began.
@@ -264,6 +267,30 @@ pub struct Record {
     pub run: Option<Run>,
     /// What prepare did and how long each took, in seconds.
     pub phases: Vec<Phase>,
+}
+
+/// By what a later call finds the job that prepare made a machine for.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Claim {
+    /// The job response file of the runner's try: no variable of the job can name another one.
+    Session(PathBuf),
+    /// A call without a response file: what the environment says the job is, and what proves it.
+    Token {
+        /// The job's number, as its variables have it.
+        id: u64,
+        /// A hash over the runner's and the job's token, hexadecimal. Another job's author does not know that job's token.
+        hash: String,
+    },
+}
+
+impl Claim {
+    /// Is the job of this record the one?
+    fn fits(&self, record: &Record) -> bool {
+        match self {
+            Claim::Session(session) => record.session == *session,
+            Claim::Token { id, hash } => record.key.id == *id && record.token.as_ref() == Some(hash),
+        }
+    }
 }
 
 /// A fixed pair of MAC and address on the network, leased by a job.

@@ -9,6 +9,7 @@ fn record(coordinator: &str, id: u64) -> Record {
         project: "grp/demo".into(),
         job: "unit".into(),
         session: "/tmp/x/response.json".into(),
+        token: None,
         caller: Caller::this(),
         created: now,
         deadline: now,

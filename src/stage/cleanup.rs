@@ -1,6 +1,6 @@
 //! cleanup: a job's machine goes, with all that belongs to it.
 
-use crate::job::Environment;
+use crate::job::{Environment, claim};
 use crate::outcome::Failure;
 use crate::reap::Reaper;
 use crate::settings::Settings;
@@ -10,6 +10,6 @@ use crate::settings::Settings;
 /// A late cleanup of one try leaves the next one alone: they differ in the response file's path. What the
 /// file says is of no interest, nor whether it is still there.
 pub async fn cleanup(settings: &Settings, environment: &Environment) -> Result<(), Failure> {
-    let session = environment.path("JOB_RESPONSE_FILE")?;
-    Reaper::open(settings)?.remove_session(&session).await
+    let claim = claim(environment)?;
+    Reaper::open(settings)?.remove_claimed(&claim).await
 }

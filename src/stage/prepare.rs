@@ -144,6 +144,7 @@ fn record(job: &Job, order: &Order) -> Record {
         project: job.project.clone(),
         job: job.name.clone(),
         session: job.session.clone(),
+        token: job.token.clone(),
         caller: Caller::of_this_call(),
         created: now,
         deadline: now

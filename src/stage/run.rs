@@ -8,10 +8,10 @@ use crate::guest::ready;
 use crate::guest::script::{self, Control, Ending};
 use crate::guest::shell::{RunId, Shell};
 use crate::guest::ssh::Patience;
-use crate::job::Environment;
+use crate::job::{Environment, claim};
 use crate::machine::Libvirt;
 use crate::outcome::Failure;
-use crate::record::{self, Caller, JobDir, Jobs, Machine, State};
+use crate::record::{self, Caller, Claim, JobDir, Jobs, Machine, State};
 use crate::report::JobLog;
 use crate::settings::Settings;
 use crate::start;
@@ -33,10 +33,10 @@ pub async fn run(
     if let Some(file) = &code_file {
         remove_stale(file)?;
     }
-    let session = environment.path("JOB_RESPONSE_FILE")?;
+    let claim = claim(environment)?;
     let text = std::fs::read(script)
         .map_err(|e| Failure::system(format!("cannot read the script {}: {e}", script.display())))?;
-    let (job, record) = find(settings, &session)?;
+    let (job, record) = find(settings, &claim)?;
     let (Some(guest), Some(machine)) = (record.guest, record.machine) else {
         return Err(Failure::system(format!(
             "the machine of job {} is not ready: it is {}",
@@ -74,11 +74,11 @@ pub async fn run(
     }
 }
 
-/// The machine that prepare made for this try of the runner.
-fn find(settings: &Settings, session: &Path) -> Result<(JobDir, record::Record), Failure> {
+/// The machine that prepare made for this job.
+fn find(settings: &Settings, claim: &Claim) -> Result<(JobDir, record::Record), Failure> {
     // More than one cannot be: prepare removes what an earlier call left. The newest is the one then.
     Jobs::open(&settings.state_dir)?
-        .of_session(session)?
+        .claimed(claim)?
         .pop()
         .ok_or_else(|| {
             Failure::system("the job has no machine: it was never prepared, or was removed meanwhile")
