@@ -65,6 +65,20 @@ impl Failure {
         }
     }
 
+    /// What the author would have to mend, had the operator not chosen it: then it is the operator's.
+    #[must_use]
+    pub fn of_operator(mut self) -> Self {
+        if self.fault == Fault::Author {
+            self.fault = Fault::System;
+        }
+        self
+    }
+
+    /// What to do next, as whole sentences.
+    pub fn advice(&self) -> impl Iterator<Item = String> + '_ {
+        self.hints.iter().map(|hint| sentence(hint))
+    }
+
     /// Adds what to do next.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<String>) -> Self {
@@ -76,8 +90,8 @@ impl Failure {
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&sentence(&self.message))?;
-        for hint in &self.hints {
-            write!(f, " {}", sentence(hint))?;
+        for advice in self.advice() {
+            write!(f, " {advice}")?;
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand, ValueEnum};
+use tokio::signal::unix::{SignalKind, signal};
 
 use crate::job::Environment;
 use crate::outcome::{ExitCodes, Failure, Fault};
@@ -163,9 +164,8 @@ pub fn main(
             if matches!(failure.fault, Fault::Script(_)) {
                 // gitlab-runner names the exit code itself.
                 failure
-                    .hints
-                    .iter()
-                    .for_each(|hint| context.log.line(format!("cannery: {hint}")));
+                    .advice()
+                    .for_each(|advice| context.log.line(format!("cannery: {advice}")));
             } else {
                 context.log.line(format!(
                     "{}: {failure}",
@@ -190,10 +190,11 @@ fn dispatch(command: Command, context: &Context) -> Result<(), Failure> {
         .map_err(|e| Failure::system(format!("cannot start: {e}")))?;
     let result = runtime.block_on(async {
         match command {
-            Command::Config(arguments) => config::run(context, &arguments).await,
-            Command::Prepare(arguments) => prepare::run(context, &arguments).await,
-            Command::Run(arguments) => run::run(context, &arguments).await,
-            Command::Cleanup(arguments) => cleanup::run(context, &arguments).await,
+            Command::Config(arguments) => unless_terminated(config::run(context, &arguments)).await,
+            Command::Prepare(arguments) => unless_terminated(prepare::run(context, &arguments)).await,
+            // A script that is cancelled has to be ended in its guest.
+            Command::Run(arguments) => run::run(context, &arguments, terminated()?).await,
+            Command::Cleanup(arguments) => unless_terminated(cleanup::run(context, &arguments)).await,
             Command::Vm(command) => vm::run(context, &command).await,
             Command::Reap(arguments) => reap::run(context, &arguments).await,
             Command::Network(command) => network::run(context, &command).await,
@@ -202,6 +203,25 @@ fn dispatch(command: Command, context: &Context) -> Result<(), Failure> {
     // A blocking call that hangs in a library must not keep the process.
     runtime.shutdown_background();
     result
+}
+
+/// Ends when gitlab-runner sends SIGTERM, from now on.
+fn terminated() -> Result<impl Future<Output = ()>, Failure> {
+    let mut signals = signal(SignalKind::terminate())
+        .map_err(|e| Failure::system(format!("cannot listen for SIGTERM: {e}")))?;
+    Ok(async move {
+        signals.recv().await;
+    })
+}
+
+/// A stage that gitlab-runner gives up ends with a code that it knows, not by the signal. What the stage has begun is
+/// in the job's record, for cleanup.
+async fn unless_terminated(stage: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    let terminated = terminated()?;
+    tokio::select! {
+        result = stage => result,
+        () = terminated => Err(Failure::system("gitlab-runner gave this up before it was done: the job was cancelled, or its time was over")),
+    }
 }
 
 fn exit_codes(environment: &Environment) -> ExitCodes {

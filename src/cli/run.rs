@@ -14,7 +14,11 @@ pub(super) struct Arguments {
     stage: String,
 }
 
-pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
+pub(super) async fn run(
+    context: &Context,
+    arguments: &Arguments,
+    cancel: impl Future<Output = ()>,
+) -> Result<(), Failure> {
     let settings = context.settings()?;
     stage::run(
         &settings,
@@ -22,6 +26,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
         &context.log,
         &arguments.script,
         &arguments.stage,
+        cancel,
     )
     .await
 }

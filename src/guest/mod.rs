@@ -11,6 +11,7 @@
 //! | who is who | [`keys`], [`introduction`] |
 //! | the way in | [`ssh`], [`ready`] |
 //! | a script | [`shell`] (the wrapper's text), [`marker`] (its words in the stream), [`script`], [`cancel`] |
+//! | what it ran out of | [`shortage`] |
 //! | the file system fills the disk | [`grow`] |
 
 pub mod cancel;
@@ -21,4 +22,5 @@ pub mod marker;
 pub mod ready;
 pub mod script;
 pub mod shell;
+pub mod shortage;
 pub mod ssh;

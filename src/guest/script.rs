@@ -18,6 +18,9 @@ const MOST_REMARKS: usize = 2 << 10;
 /// After all processes of a cancelled run are gone, its exit code may take this long to arrive.
 const LAST_WORDS: Duration = Duration::from_secs(2);
 
+/// A guest that reboots ends its SSH server first: so long it may take until the machine itself is seen to end.
+const END_OF_MACHINE: Duration = Duration::from_secs(5);
+
 /// How a script ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Ending {
@@ -122,9 +125,19 @@ where
         }
         Ok(Ending::Cancelled)
     };
-    ssh::unless(both, machine_ends(control.alive))
+    let alive = &control.alive;
+    let ending = ssh::unless(both, machine_ends(alive))
         .await
-        .map_err(Error::Machine)?
+        .map_err(Error::Machine)?;
+    match ending {
+        Err(Error::Ssh(ssh::Error::Lost(_))) => {
+            match tokio::time::timeout(END_OF_MACHINE, machine_ends(alive)).await {
+                Ok(why) => Err(Error::Machine(why)),
+                Err(_) => ending,
+            }
+        }
+        other => other,
+    }
 }
 
 /// Passes on what the script prints until it has ended.

@@ -57,9 +57,9 @@ pub enum Judgement {
 pub fn judge(state: State) -> Judgement {
     let paused = |why, waits| Judgement::Paused { why, waits };
     match state {
-        State::Running | State::Other => Judgement::Alive,
+        // One that is just going down is soon gone, and then its log says why.
+        State::Running | State::Ending | State::Other => Judgement::Alive,
         State::Crashed | State::Paused(PauseCause::Crash) => Judgement::Dead("the machine's kernel panicked"),
-        State::Ending => Judgement::Dead("the machine is shutting down"),
         State::Gone => Judgement::Dead("the machine is gone"),
         State::Asleep => Judgement::Dead("the machine's guest suspended itself"),
         State::Paused(PauseCause::IoError) => paused(
@@ -99,10 +99,10 @@ mod tests {
 
     #[test]
     fn what_cannot_come_back_is_dead() {
-        for state in [State::Crashed, State::Gone, State::Ending, State::Asleep] {
+        for state in [State::Crashed, State::Gone, State::Asleep] {
             assert!(matches!(judge(state), Judgement::Dead(_)), "{state:?}");
         }
-        for state in [State::Running, State::Other] {
+        for state in [State::Running, State::Ending, State::Other] {
             assert_eq!(judge(state), Judgement::Alive, "{state:?}");
         }
     }

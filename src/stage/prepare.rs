@@ -81,7 +81,13 @@ pub async fn prepare(settings: &Settings, environment: &Environment, log: &JobLo
                 throttle: Throttle::new(PROGRESS_EVERY),
             },
         )
-        .await?;
+        .await
+        .map_err(|e| match &job.image {
+            Some(_) => Failure::from(e),
+            None => Failure::from(e)
+                .of_operator()
+                .hint("images.default in the settings names it"),
+        })?;
     drop(folder.enter(State::Fetching, |r| r.digest = Some(disk.digest.to_string()))?);
     log.line(format!(
         "Image {} ({}{}).",

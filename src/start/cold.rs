@@ -338,6 +338,9 @@ pub async fn alive(libvirt: &Libvirt, name: &str, serial_log: &std::path::Path) 
         match watch::last_words(&words) {
             // libvirt and the log may say the same.
             Some(cause) if !why.ends_with(cause.trim_start_matches("its ")) => format!("{why}: {cause}"),
+            None if state == watch::State::Gone => {
+                format!("{why}: it was destroyed, or the host's kernel has killed it")
+            }
             _ => why.to_owned(),
         }
     };
@@ -396,7 +399,7 @@ async fn make_ready(plan: &Plan<'_>, connection: &Connection) -> Result<Started,
 }
 
 /// Shows the end of what the guest wrote on its serial port.
-fn show_serial(path: &std::path::Path, log: &JobLog) {
+pub fn show_serial(path: &std::path::Path, log: &JobLog) {
     match serial::tail(path, SERIAL_LINES, SERIAL_BYTES) {
         Ok(tail) if tail.trim().is_empty() => log.line("The guest wrote nothing to its serial port."),
         Ok(tail) => {

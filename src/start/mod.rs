@@ -7,7 +7,7 @@ mod hardware;
 mod settle;
 mod trial;
 
-pub use cold::{Plan, Started, alive, target};
+pub use cold::{Plan, Started, alive, show_serial, target};
 pub use hardware::{Hardware, host_arch};
 pub use trial::start;
 
