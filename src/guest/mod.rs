@@ -3,7 +3,7 @@
 //! ```text
 //! keys ─▶ introduction ─▶ (boot) ─▶ ready ─▶ script ─▶ exit code
 //!                                     │        └ cancel
-//!                                     └ grow
+//!                                     └ grow, helper
 //! ```
 //!
 //! | concern | modules |
@@ -11,10 +11,12 @@
 //! | who is who | [`keys`], [`introduction`] |
 //! | the way in | [`ssh`], [`ready`] |
 //! | a script | [`shell`] (the wrapper's text), [`marker`] (its words in the stream), [`script`], [`cancel`] |
+//! | caches and artifacts | [`helper`] |
 //! | the file system fills the disk | [`grow`] |
 
 pub mod cancel;
 pub mod grow;
+pub mod helper;
 pub mod introduction;
 pub mod keys;
 pub mod marker;
