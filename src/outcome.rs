@@ -184,6 +184,18 @@ impl From<crate::host::Error> for Failure {
     }
 }
 
+impl From<guest::helper::Error> for Failure {
+    fn from(e: guest::helper::Error) -> Self {
+        use guest::helper::Error as E;
+        match e {
+            E::Ssh(e) => e.into(),
+            E::Unreadable { .. } | E::NoProgram { .. } | E::NoPlace(_) => {
+                Failure::system(e.to_string()).hint("Mend guest.helper in the settings, or leave it out")
+            }
+        }
+    }
+}
+
 impl From<crate::job::Error> for Failure {
     fn from(e: crate::job::Error) -> Self {
         use crate::job::Error as E;

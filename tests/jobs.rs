@@ -5,61 +5,11 @@
 
 mod support;
 
-use std::time::{Duration, Instant};
-
-use support::coordinator::{Coordinator, Handle, Outcome, Wish};
+use support::coordinator::{Handle, Wish};
 use support::host::Host;
 use support::job::Job;
-use support::runner::{Runner, Running};
+use support::scene::{CLEAN, EMULATION, SOON, Scene, port};
 use support::until;
-
-/// A job on an emulated guest, on a busy machine.
-const SOON: Duration = Duration::from_secs(240);
-/// What is cleaned up after the outcome was told.
-const CLEAN: Duration = Duration::from_secs(20);
-const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
-
-/// A port for each coordinator: guests may reach only ports that the settings name beforehand.
-fn port() -> u16 {
-    std::net::TcpListener::bind(("0.0.0.0", 0))
-        .unwrap()
-        .local_addr()
-        .unwrap()
-        .port()
-}
-
-/// A GitLab, a host with cannery, and a runner between them.
-struct Scene {
-    // First, since fields are dropped in order: the runner cleans up while the host is still there.
-    _running: Running,
-    coordinator: Coordinator,
-    host: Host,
-}
-
-impl Scene {
-    fn new(host: Host, port: u16, concurrent: usize) -> Self {
-        let coordinator = Coordinator::listen(host.address(), port, &host.address().to_string());
-        Self {
-            _running: Runner::from_environment().start(&coordinator, &host.driver(), concurrent),
-            coordinator,
-            host,
-        }
-    }
-
-    fn run(&self, job: &Job) -> (Handle, Outcome) {
-        let handle = self.coordinator.enqueue(job);
-        let outcome = handle.wait(SOON);
-        (handle, outcome)
-    }
-
-    fn is_clean_soon(&self) {
-        let end = Instant::now() + CLEAN;
-        while !self.host.leftovers().is_empty() && Instant::now() < end {
-            std::thread::sleep(Duration::from_millis(100));
-        }
-        assert_eq!(self.host.leftovers(), Vec::<String>::new());
-    }
-}
 
 /// Fails the test unless the log says all of this.
 #[track_caller]

@@ -3,7 +3,7 @@
 //! ```text
 //! keys ─▶ introduction ─▶ (boot) ─▶ ready ─▶ script ─▶ exit code
 //!                                     │        └ cancel
-//!                                     └ grow
+//!                                     └ grow, helper
 //! ```
 //!
 //! | concern | modules |
@@ -12,10 +12,12 @@
 //! | the way in | [`ssh`], [`ready`] |
 //! | a script | [`shell`] (the wrapper's text), [`marker`] (its words in the stream), [`script`], [`cancel`] |
 //! | what it ran out of | [`shortage`] |
+//! | caches and artifacts | [`helper`] |
 //! | the file system fills the disk | [`grow`] |
 
 pub mod cancel;
 pub mod grow;
+pub mod helper;
 pub mod introduction;
 pub mod keys;
 pub mod marker;

@@ -10,6 +10,7 @@
 //!   environment, by which all its descendants are found, and with nothing to read.
 //! * stdout and stderr are one pipe: that is the only way to keep their order. A relay (`cat`) brings it to sshd. The wrapper
 //!   writes the exit code into the same pipe, behind all that the script has written.
+//! * A helper that was brought into the guest is on the `PATH`, see [`super::helper`].
 //! * When the connection has gone the relay reads on, so that children left in the background are not killed by a closed pipe.
 //! * Nothing secret stands in a command line: the nonce comes over standard input.
 
@@ -62,6 +63,9 @@ impl Default for RunId {
     }
 }
 
+/// A folder in the guest for what cannery itself brings, as the guest's shell reads it; on the `PATH` of scripts where it exists.
+pub const OWN_PROGRAMS: &str = "$HOME/.cannery/bin";
+
 /// The environment variable that all processes of a run carry.
 pub const RUN_VARIABLE: &str = "CANNERY_RUN";
 
@@ -77,6 +81,7 @@ pub fn wrapper(shell: Shell, run: &RunId) -> String {
     let relay = "{ trap \"\" HUP INT PIPE QUIT TERM; cat || exec cat >/dev/null; } 2>/dev/null";
     let text = format!(
         "read -r n t || exit 1; {mark}; \
+         [ -d \"{OWN_PROGRAMS}\" ] && export PATH=\"$PATH:{OWN_PROGRAMS}\"; \
          command -v {shell} >/dev/null 2>&1 || {{ p shell; exit 1; }}; \
          {store}; \
          s=setsid; command -v setsid >/dev/null 2>&1 || s=; \

@@ -143,6 +143,8 @@ pub struct Job {
     pub timeout: Duration,
     /// Does the job move caches or artifacts, for which the guest needs the `gitlab-runner` binary?
     pub needs_helper: bool,
+    /// The version of the gitlab-runner that writes the job's scripts, as far as it tells.
+    pub runner_version: Option<String>,
 }
 
 /// By what a call after prepare finds its job: the response file, wherever the runner hands one over.
@@ -231,6 +233,7 @@ impl Job {
             needs_helper: response.artifacts.is_some_and(|a| !a.is_empty())
                 || response.cache.is_some_and(|c| !c.is_empty())
                 || response.dependencies.is_some_and(|d| !d.is_empty()),
+            runner_version: environment.variable("CI_RUNNER_VERSION").map(str::to_owned),
         }
     }
 }

@@ -136,6 +136,8 @@ pub struct GuestSettings {
     pub key_file: Option<PathBuf>,
     /// A password that the image's own user accepts.
     pub password: Option<Secret>,
+    /// A `gitlab-runner` binary on the host, for guests whose image has none.
+    pub helper: Option<PathBuf>,
     /// How long a guest may take until it can be entered.
     pub boot_timeout: Duration,
     /// How long a guest may be silent before it counts as lost.
@@ -373,6 +375,7 @@ impl Settings {
             port: table.port.unwrap_or(22),
             key_file: table.key_file,
             password: table.password,
+            helper: table.helper,
             boot_timeout: table.boot_timeout.map_or(DEFAULT_BOOT_TIMEOUT, |s| s.0),
             lost_after: table.lost_after.map_or(DEFAULT_LOST_AFTER, |s| s.0),
             cancel_grace: table.cancel_grace.map_or(DEFAULT_CANCEL_GRACE, |s| s.0),

@@ -310,6 +310,8 @@ pub struct GuestTable {
     pub key_file: Option<PathBuf>,
     /// A password that the image's own user accepts, where no key can be brought in.
     pub password: Option<Secret>,
+    /// A `gitlab-runner` binary on the host, for guests whose image has none.
+    pub helper: Option<PathBuf>,
     /// How long a guest may take until it can be entered.
     pub boot_timeout: Option<Span>,
     /// How long a guest may be silent before it counts as lost.
@@ -391,6 +393,6 @@ impl MachineTable {
 impl GuestTable {
     /// This table with the keys of a more exact one on top.
     pub fn with(self, over: &Self) -> Self {
-        overlay!(self, over; user, allow_users, shell, port, key_file, password, boot_timeout, lost_after, cancel_grace)
+        overlay!(self, over; user, allow_users, shell, port, key_file, password, helper, boot_timeout, lost_after, cancel_grace)
     }
 }

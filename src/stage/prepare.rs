@@ -116,6 +116,7 @@ pub async fn prepare(settings: &Settings, environment: &Environment, log: &JobLo
         guest: &order.guest,
         folders: [&settings.builds_dir, &settings.cache_dir],
         needs_helper: job.needs_helper,
+        runner_version: job.runner_version.as_deref(),
     };
     let hardware = Hardware {
         libvirt: &libvirt,

@@ -6,8 +6,8 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use super::Phases;
 use super::settle::{Needs, settle};
+use super::{Phases, helper};
 use crate::guest::introduction::Introduction;
 use crate::guest::keys::{JobKeys, PublicKey};
 use crate::guest::ssh::{Auth, Connection, HostKeyPolicy, Patience, Progress, Target};
@@ -49,6 +49,8 @@ pub struct Plan<'a> {
     pub folders: [&'a str; 2],
     /// Must the `gitlab-runner` binary be in the guest?
     pub needs_helper: bool,
+    /// The version of the runner that the binary must fit, as far as it tells.
+    pub runner_version: Option<&'a str>,
 }
 
 /// A guest that is ready for scripts.
@@ -97,7 +99,9 @@ pub async fn cold(
             return Err(Unstarted::Unanswered(failure));
         }
     };
-    let started = make_ready(plan, &connection).await.map_err(Unstarted::Failed)?;
+    let started = make_ready(plan, &connection, phases, log)
+        .await
+        .map_err(Unstarted::Failed)?;
     phases.end("ready");
     Ok(started)
 }
@@ -352,7 +356,12 @@ pub async fn alive(libvirt: &Libvirt, name: &str, serial_log: &std::path::Path) 
 }
 
 /// Makes a guest that answers ready for scripts.
-async fn make_ready(plan: &Plan<'_>, connection: &Connection) -> Result<Started, Failure> {
+async fn make_ready(
+    plan: &Plan<'_>,
+    connection: &Connection,
+    phases: &mut Phases,
+    log: &JobLog,
+) -> Result<Started, Failure> {
     let needs = Needs {
         hostname: &plan.hostname,
         folders: plan.folders,
@@ -373,11 +382,8 @@ async fn make_ready(plan: &Plan<'_>, connection: &Connection) -> Result<Started,
             )),
         }
     }
-    if !found.helper {
-        remarks.push(
-            "The image has no gitlab-runner binary: this job's caches and artifacts will not be moved."
-                .to_owned(),
-        );
+    if let Some(found) = found.helper {
+        remarks.extend(helper::provide(plan, found, connection, phases, log).await?);
     }
     let login = connection.login();
     let entry = match (login.auth, &plan.guest.key_file) {

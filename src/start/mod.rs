@@ -4,6 +4,7 @@
 
 mod cold;
 mod hardware;
+mod helper;
 mod settle;
 mod trial;
 

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use crate::guest::helper;
 use crate::guest::ssh::Connection;
 use crate::outcome::Failure;
 use crate::report::plain;
@@ -26,8 +27,8 @@ pub(super) struct Found {
     pub unwritable: Vec<String>,
     /// Is the shell there?
     pub shell: bool,
-    /// Is the helper there, or not asked for?
-    pub helper: bool,
+    /// What there is of the helper, where it was asked for.
+    pub helper: Option<helper::Found>,
 }
 
 /// A few milliseconds' work; a guest under emulation that still boots beside it may take its time.
@@ -58,7 +59,7 @@ fn command(needs: &Needs<'_>) -> String {
         needs.shell
     ));
     if needs.helper {
-        script.push_str("command -v gitlab-runner >/dev/null || echo nohelper; ");
+        script.push_str(&helper::question());
     }
     script.push_str("echo settled");
     script
@@ -69,16 +70,15 @@ fn read(answers: &str) -> Option<Found> {
     let mut found = Found {
         unwritable: Vec::new(),
         shell: true,
-        helper: true,
+        helper: None,
     };
     for line in answers.lines() {
         match line.split_once(' ').unwrap_or((line, "")) {
             ("settled", "") => return Some(found),
             ("noshell", "") => found.shell = false,
-            ("nohelper", "") => found.helper = false,
             ("unwritable", folder) => found.unwritable.push(folder.to_owned()),
-            // A login shell's greeting.
-            _ => {}
+            // Other lines are a login shell's greeting.
+            _ => found.helper = helper::read_answer(line).or(found.helper),
         }
     }
     None
@@ -133,7 +133,7 @@ mod tests {
             Found {
                 unwritable: vec!["/proc/nowhere".into()],
                 shell: false,
-                helper: true
+                helper: None
             }
         );
     }
@@ -141,11 +141,11 @@ mod tests {
     #[test]
     fn a_greeting_is_no_answer_and_an_end_that_is_missing_is_noticed() {
         assert_eq!(
-            read("Welcome!\nnohelper\nsettled\n"),
+            read("Welcome!\nhelper-missing\nsettled\n"),
             Some(Found {
                 unwritable: vec![],
                 shell: true,
-                helper: false
+                helper: Some(helper::Found::Missing)
             })
         );
         assert_eq!(read("This account is not available.\n"), None);

@@ -100,6 +100,21 @@ impl Coordinator {
         }
     }
 
+    /// All jobs that were enqueued, in the order of their numbers.
+    pub fn jobs(&self) -> Vec<Handle> {
+        let table = self.desk.table();
+        let handle = |(id, entry): (&u64, &Entry)| Handle {
+            desk: Arc::clone(&self.desk),
+            id: *id,
+            token: entry.token.clone(),
+            name: entry.payload["job_info"]["name"]
+                .as_str()
+                .unwrap_or_default()
+                .to_owned(),
+        };
+        table.jobs.iter().map(handle).collect()
+    }
+
     pub(super) fn desk(&self) -> Arc<Desk> {
         Arc::clone(&self.desk)
     }
@@ -180,6 +195,15 @@ impl Handle {
         self.desk.table().jobs[&self.id].outcome.clone()
     }
 
+    /// How long it waited in the queue, and how long it took from then to its end; as far as it came.
+    pub fn times(&self) -> (Option<Duration>, Option<Duration>) {
+        let table = self.desk.table();
+        let entry = &table.jobs[&self.id];
+        let waited = entry.taken.map(|taken| taken - entry.enqueued);
+        let took = entry.taken.zip(entry.ended).map(|(taken, ended)| ended - taken);
+        (waited, took)
+    }
+
     /// The log as people read it.
     pub fn log(&self) -> String {
         log::readable(&self.raw_log())
@@ -249,6 +273,9 @@ struct Entry {
     wish: Wish,
     outcome: Option<Outcome>,
     artifacts: Option<Vec<u8>>,
+    enqueued: Instant,
+    taken: Option<Instant>,
+    ended: Option<Instant>,
 }
 
 impl Entry {
@@ -260,6 +287,9 @@ impl Entry {
             wish: Wish::Run,
             outcome: None,
             artifacts: None,
+            enqueued: Instant::now(),
+            taken: None,
+            ended: None,
         }
     }
 }
@@ -280,7 +310,9 @@ impl Desk {
     pub(super) fn take(&self) -> Option<Value> {
         let mut table = self.table();
         let id = table.queue.pop_front()?;
-        Some(table.jobs[&id].payload.clone())
+        let entry = table.jobs.get_mut(&id)?;
+        entry.taken = Some(Instant::now());
+        Some(entry.payload.clone())
     }
 
     /// Whether the token is this job's.
@@ -317,7 +349,11 @@ impl Desk {
     }
 
     pub(super) fn finish(&self, id: u64, outcome: Outcome) {
-        self.entry(id, |entry| entry.outcome = Some(outcome));
+        self.entry(id, |entry| {
+            // The real runner repeats itself until it is heard.
+            entry.ended.get_or_insert_with(Instant::now);
+            entry.outcome = Some(outcome);
+        });
     }
 
     pub(super) fn store_artifacts(&self, id: u64, archive: Vec<u8>) {

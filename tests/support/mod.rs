@@ -22,7 +22,17 @@ pub mod host;
 #[cfg(test)]
 pub mod libvirtd;
 #[cfg(test)]
+pub mod lines;
+#[cfg(test)]
+pub mod notes;
+#[cfg(test)]
+pub mod s3;
+#[cfg(test)]
+pub mod scene;
+#[cfg(test)]
 pub mod stages;
+#[cfg(test)]
+pub mod table;
 
 /// Lets other users into a folder of the test, to files that they may read.
 pub fn everybody_may_pass(folder: &std::path::Path) {

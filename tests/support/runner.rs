@@ -66,6 +66,8 @@ pub struct Driver {
     pub graceful_kill: Duration,
     /// `force_kill_timeout`: from SIGKILL to giving up. In whole seconds.
     pub force_kill: Duration,
+    /// Where the real runner keeps caches; the double has none.
+    pub cache: Option<Cache>,
     /// `output_limit`: how much of a job's output is kept, in KiB.
     pub output_limit: usize,
     /// Every call of the driver and how long it took: `config`, `run prepare_script`, …; only the double tells.
@@ -84,10 +86,20 @@ impl Driver {
             shell: "bash".to_owned(),
             graceful_kill: Duration::from_secs(10),
             force_kill: Duration::from_secs(5),
+            cache: None,
             output_limit: 4096,
             calls: Arc::default(),
         }
     }
+}
+
+/// A bucket of an S3-compatible server.
+#[derive(Debug, Clone)]
+pub struct Cache {
+    /// The server, as `ADDRESS:PORT`, without TLS.
+    pub server: String,
+    /// The bucket's name.
+    pub bucket: String,
 }
 
 /// A runner at work. Dropping it aborts what it does, and waits for that.

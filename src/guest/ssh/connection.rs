@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::{oneshot, watch};
 
 use super::dial::{Ladder, dial};
+use super::input::Input;
 use super::link::{Link, Setback, Way};
 use super::serve::{Event, Request, serve};
 use super::wake::Wake;
@@ -147,12 +148,12 @@ impl Connection {
     }
 
     /// Starts a command with all of its input.
-    pub fn start(&self, command: impl Into<String>, input: Vec<u8>) -> Running {
+    pub fn start(&self, command: impl Into<String>, input: impl Into<Input>) -> Running {
         let (sender, events) = tokio::sync::mpsc::channel(CHUNKS_UNDER_WAY);
         // Should the thread have ended, `events` is closed, which reads as a lost connection.
         let _ = self.requests.send(Request {
             command: command.into(),
-            input,
+            input: input.into(),
             events: sender,
         });
         self.wake.ring();
@@ -202,7 +203,8 @@ impl Running {
         event.unwrap_or_else(|| Event::Failed(Error::Lost("the connection has ended".into())))
     }
 
-    async fn collect(mut self, within: Duration) -> Result<Output, Error> {
+    /// Waits for its end, `within` at most, and keeps the beginning of what it says.
+    pub async fn collect(mut self, within: Duration) -> Result<Output, Error> {
         let all = async {
             let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
             loop {

@@ -5,16 +5,19 @@
 //! | `dial` | knocks until a server says who it is |
 //! | `link` | key exchange and login over one socket |
 //! | `serve` | the thread's loop: commands on channels, liveness |
+//! | [`Input`] | what a command reads |
 //! | [`Connection`] | the asynchronous handle of all that |
 
 mod connection;
 mod dial;
+mod input;
 mod link;
 mod serve;
 mod wake;
 
 pub(crate) use connection::unless;
 pub use connection::{Connection, Login, Output, Running};
+pub use input::Input;
 pub use serve::Event;
 
 use std::fmt;

@@ -15,6 +15,7 @@ use ssh2::{Channel, ErrorCode};
 use tokio::sync::mpsc::{Sender, error::TrySendError};
 
 use super::Error;
+use super::input::Input;
 use super::link::{Link, would_block};
 use super::wake::Wake;
 
@@ -50,7 +51,7 @@ pub enum Event {
 /// A command to run.
 pub(super) struct Request {
     pub(super) command: String,
-    pub(super) input: Vec<u8>,
+    pub(super) input: Input,
     pub(super) events: Sender<Event>,
 }
 
@@ -58,7 +59,6 @@ struct Task {
     request: Request,
     stage: Stage,
     channel: Option<Channel>,
-    sent: usize,
     /// Taken from libssh2, not yet taken by the reader.
     pending: Option<Event>,
     output_ended: bool,
@@ -205,7 +205,6 @@ impl Task {
             request,
             stage: Stage::Opening,
             channel: None,
-            sent: 0,
             pending: None,
             output_ended: false,
             diagnostics_ended: false,
@@ -257,14 +256,17 @@ impl Task {
                 self.stage = Stage::Sending;
             }
             Stage::Sending => {
-                let rest = self.request.input.get(self.sent..).unwrap_or_default();
+                let rest = self.request.input.rest().map_err(|e| Error::Host {
+                    doing: "read what is to be sent to the guest",
+                    reason: e.to_string(),
+                })?;
                 if rest.is_empty() {
-                    self.request.input = Vec::new();
+                    self.request.input = Vec::new().into();
                     self.stage = Stage::Closing;
                     return Ok(true);
                 }
                 match channel.write(rest) {
-                    Ok(count @ 1..) => self.sent += count,
+                    Ok(count @ 1..) => self.request.input.sent(count),
                     Err(e) if e.kind() != ErrorKind::WouldBlock => {
                         return Err(Error::Lost(e.to_string()));
                     }

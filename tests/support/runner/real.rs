@@ -127,6 +127,16 @@ fn settings(url: &str, driver: &Driver, concurrent: usize) -> String {
         driver.force_kill.as_secs()
     )
     .expect("text grows");
+    if let Some(cache) = &driver.cache {
+        write!(
+            text,
+            "[runners.cache]\nType = \"s3\"\nShared = true\n[runners.cache.s3]\nServerAddress = {}\nAccessKey = \"key\"\n\
+             SecretKey = \"secret\"\nBucketName = {}\nBucketLocation = \"us-east-1\"\nInsecure = true\n",
+            string(&cache.server),
+            string(&cache.bucket)
+        )
+        .expect("text grows");
+    }
     text
 }
 
