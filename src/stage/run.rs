@@ -1,7 +1,9 @@
 //! run: one of the job's scripts, from its text to its exit code.
 
 use std::path::{Path, PathBuf};
+use std::time::Instant;
 
+use jiff::Timestamp;
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::guest::ready;
@@ -49,10 +51,17 @@ pub async fn run(
         stage: stage.to_owned(),
         process: Caller::this(),
     };
-    drop(job.enter(State::Running, |r| r.run = Some(running))?);
+    let begin = Instant::now();
+    drop(job.enter(State::Running, |r| {
+        r.run = Some(running);
+        r.begin(stage, Timestamp::now());
+    })?);
     let image = record.image.unwrap_or_default();
     let ending = in_guest(settings, &image, &job, &guest, &machine, &text).await;
-    match job.enter(State::Ready, |r| r.run = None) {
+    match job.enter(State::Ready, |r| {
+        r.run = None;
+        r.end(stage, begin.elapsed(), noted(&ending));
+    }) {
         Ok(step) => drop(step),
         // Cleaned up while the script ran: that is said below, if it is a failure at all.
         Err(e) => tracing::info!("the job is gone: {e}"),
@@ -71,6 +80,16 @@ pub async fn run(
             log.line("cannery: the script was cancelled.");
             Err(Failure::system("the script was cancelled"))
         }
+    }
+}
+
+/// How a run ended, for the record.
+fn noted(ending: &Result<Ending, Failure>) -> record::Ending {
+    match ending {
+        Ok(Ending::Exited(0)) => record::Ending::Succeeded,
+        Ok(Ending::Exited(code)) => record::Ending::Script { code: *code },
+        Ok(Ending::Cancelled) => record::Ending::Cancelled,
+        Err(failure) => failure.into(),
     }
 }
 
