@@ -18,6 +18,7 @@ use crate::threads;
 
 mod cleanup;
 mod config;
+mod job;
 mod network;
 mod prepare;
 mod reap;
@@ -55,6 +56,8 @@ enum Command {
     Cleanup(cleanup::Arguments),
     #[command(subcommand, display_order = 20)]
     Vm(vm::Command),
+    #[command(subcommand, display_order = 20)]
+    Job(job::Command),
     #[command(display_order = 21)]
     Reap(reap::Arguments),
     #[command(subcommand, display_order = 22)]
@@ -195,6 +198,7 @@ fn dispatch(command: Command, context: &Context) -> Result<(), Failure> {
             Command::Run(arguments) => run::run(context, &arguments).await,
             Command::Cleanup(arguments) => cleanup::run(context, &arguments).await,
             Command::Vm(command) => vm::run(context, &command).await,
+            Command::Job(command) => job::run(context, &command),
             Command::Reap(arguments) => reap::run(context, &arguments).await,
             Command::Network(command) => network::run(context, &command).await,
         }
