@@ -41,11 +41,12 @@ impl Outcome {
                 name(stage)
             ),
             Outcome::Abandoned { why, stage, state } => {
-                format!(
-                    "Abandoned {}: {}.",
-                    during(stage.as_deref(), *state),
-                    line(why, REASON_LENGTH)
-                )
+                let during = during(stage.as_deref(), *state);
+                let why = line(why, REASON_LENGTH);
+                match stage {
+                    Some(_) => format!("Abandoned {during}, in a call that was killed or hung: {why}."),
+                    None => format!("Abandoned {during}: {why}."),
+                }
             }
             Outcome::Removed { stage, state } => {
                 format!("Removed by an operator {}.", during(stage.as_deref(), *state))
@@ -194,7 +195,7 @@ mod tests {
                     stage: stage(),
                     state: State::Running,
                 },
-                "Abandoned while step_script ran: the host was rebooted.",
+                "Abandoned while step_script ran, in a call that was killed or hung: the host was rebooted.",
                 "abandoned",
             ),
             (
@@ -203,7 +204,7 @@ mod tests {
                     stage: Some(PREPARE.into()),
                     state: State::Booting,
                 },
-                "Abandoned while it was booting: the host was rebooted.",
+                "Abandoned while it was booting, in a call that was killed or hung: the host was rebooted.",
                 "abandoned",
             ),
             (

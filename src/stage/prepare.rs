@@ -8,7 +8,7 @@ use super::order::Order;
 use crate::history::{self, Entry, Removal};
 use crate::host::{self, Capacity, Slots};
 use crate::image::{Disk, Event, Limits, Progress, Reference, Request, Store};
-use crate::job::{Bounds, Environment, Granted, Job, Wants};
+use crate::job::{Bounds, Environment, Granted, Job, Masked, Wants};
 use crate::machine::{Libvirt, network};
 use crate::outcome::Failure;
 use crate::quantity::Size;
@@ -39,12 +39,21 @@ pub async fn prepare(settings: &Settings, environment: &Environment, log: &JobLo
     };
     let result = get_ready(settings, environment, &job, log, &mut course).await;
     if let Err(failure) = &result
-        && let Err(e) = note_failure(settings, course, failure)
+        && let Err(e) = note_failure(settings, course, &masked(failure, &job.masked))
     {
         // The job's author is told all the same.
         tracing::warn!("the failure is not noted: {e}");
     }
     result
+}
+
+/// The failure as it may outlive the job: what GitLab hides from the job's log is hidden here too.
+fn masked(failure: &Failure, masked: &Masked) -> Failure {
+    Failure {
+        fault: failure.fault,
+        message: masked.hide(&failure.message),
+        hints: failure.hints.iter().map(|hint| masked.hide(hint)).collect(),
+    }
 }
 
 /// How far prepare is, for whoever asks later why it failed.
@@ -212,7 +221,8 @@ fn record(job: &Job) -> Record {
             .unwrap_or(Timestamp::MAX),
         state: State::Admitted,
         since: now,
-        image: job.image.clone(),
+        // What is no image yet may be anything.
+        image: job.image.as_ref().map(|image| job.masked.hide(image)),
         digest: None,
         slot: None,
         machine: None,
