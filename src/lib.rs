@@ -17,7 +17,7 @@
 //! |---|---|
 //! | what was asked | [`job`], [`settings`] |
 //! | what it runs on | [`image`], [`host`], [`machine`], [`guest`] |
-//! | what is remembered | [`record`] |
+//! | what is remembered | [`record`], [`history`] |
 //! | whose threads are waited for | [`threads`] |
 //! | choreography | [`start`], [`stage`], [`reap`] |
 //! | what people see | [`cli`], [`report`], [`outcome`] |
@@ -28,6 +28,7 @@
 
 pub mod cli;
 pub mod guest;
+pub mod history;
 pub mod host;
 pub mod image;
 pub mod job;

@@ -13,6 +13,7 @@ use std::fmt;
 use crate::guest;
 use crate::image;
 use crate::machine;
+use crate::record::{Ending, Reason};
 
 /// Whose fault a failure is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,6 +124,23 @@ fn sentence(text: &str) -> String {
         out.push('.');
     }
     out
+}
+
+impl From<&Failure> for Ending {
+    fn from(failure: &Failure) -> Self {
+        let reason = || Reason {
+            message: failure.message.clone(),
+            hints: failure.hints.clone(),
+        };
+        match failure.fault {
+            Fault::Script(code) => Ending::Script {
+                code,
+                hints: failure.hints.clone(),
+            },
+            Fault::Author => Ending::Author(reason()),
+            Fault::System => Ending::System(reason()),
+        }
+    }
 }
 
 /// The exit codes that gitlab-runner asked for.

@@ -107,7 +107,7 @@ impl<'de> Deserialize<'de> for Size {
     }
 }
 
-/// A length of time, written `90s`, `5m`, `2h`, `1h30m`, or as a plain number of seconds.
+/// A length of time, written `90s`, `5m`, `1h30m`, `7 days`, or as a plain number of seconds.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub struct Span(pub Duration);
 
@@ -154,7 +154,7 @@ impl FromStr for Span {
                 "s" | "sec" => 1,
                 "m" | "min" => 60,
                 "h" => 3600,
-                "d" => 86400,
+                "d" | "day" | "days" => 86400,
                 _ => return Err(wrong()),
             };
             total = number
@@ -230,6 +230,7 @@ mod tests {
             ("1h30m", 5400),
             ("1h 30m", 5400),
             ("2d", 172800),
+            ("7 days", 604_800),
         ] {
             assert_eq!(text.parse::<Span>(), Ok(Span::secs(secs)), "{text}");
         }

@@ -43,12 +43,16 @@ fn rooms_import_only_what_the_plan_allows() {
         ("machine", &[]),
         ("guest", &[]),
         ("report", &[]),
+        ("history", &["report"]),
         ("settings", &["report"]),
         (
             "outcome",
             &["settings", "job", "image", "host", "machine", "guest"],
         ),
-        ("reap", &["settings", "image", "host", "machine", "outcome"]),
+        (
+            "reap",
+            &["settings", "image", "host", "machine", "history", "outcome"],
+        ),
         (
             "start",
             &[
@@ -58,13 +62,14 @@ fn rooms_import_only_what_the_plan_allows() {
         (
             "stage",
             &[
-                "settings", "job", "image", "host", "machine", "guest", "start", "reap", "outcome", "report",
+                "settings", "job", "image", "host", "machine", "guest", "start", "history", "reap",
+                "outcome", "report",
             ],
         ),
         (
             "cli",
             &[
-                "settings", "job", "host", "machine", "stage", "reap", "outcome", "report",
+                "settings", "job", "host", "machine", "stage", "history", "reap", "outcome", "report",
             ],
         ),
     ];

@@ -521,11 +521,7 @@ fn without_a_script(world: &World<'_>) {
     );
 
     let bare = host.images().add_tiny("bare", "tiny.bash=off");
-    walk.refused(
-        "the image lacks the shell",
-        &job(&bare),
-        &["image has no bash"],
-    );
+    walk.refused("the image lacks the shell", &job(&bare), &["image has no bash"]);
     let mute = host.images().add_tiny("mute", "tiny.sshd=off");
     let hasty = world.settings("hasty.toml", |text| {
         format!("{text}\n[guest]\nboot_timeout = \"15 s\"\n")

@@ -39,7 +39,7 @@ fn keys_of(table: &str) -> BTreeSet<String> {
 #[test]
 fn the_configure_page_lists_every_key_and_no_other() {
     let tables = [
-        "libvirt", "host", "images", "machine", "limits", "network", "guest",
+        "libvirt", "host", "images", "machine", "limits", "network", "guest", "history",
     ];
     let mut real: BTreeSet<String> = keys_of("");
     for table in tables {
@@ -70,6 +70,7 @@ fn every_settings_example_in_the_docs_is_accepted() {
         "README.md",
         "docs/configure.md",
         "docs/install.md",
+        "docs/operate.md",
         "docs/troubleshoot.md",
     ] {
         let page = page(name);

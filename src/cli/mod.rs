@@ -19,6 +19,7 @@ use crate::threads;
 
 mod cleanup;
 mod config;
+mod job;
 mod network;
 mod prepare;
 mod reap;
@@ -56,6 +57,8 @@ enum Command {
     Cleanup(cleanup::Arguments),
     #[command(subcommand, display_order = 20)]
     Vm(vm::Command),
+    #[command(subcommand, display_order = 20)]
+    Job(job::Command),
     #[command(display_order = 21)]
     Reap(reap::Arguments),
     #[command(subcommand, display_order = 22)]
@@ -196,6 +199,7 @@ fn dispatch(command: Command, context: &Context) -> Result<(), Failure> {
             Command::Run(arguments) => run::run(context, &arguments, terminated()?).await,
             Command::Cleanup(arguments) => unless_terminated(cleanup::run(context, &arguments)).await,
             Command::Vm(command) => vm::run(context, &command).await,
+            Command::Job(command) => job::run(context, &command),
             Command::Reap(arguments) => reap::run(context, &arguments).await,
             Command::Network(command) => network::run(context, &command).await,
         }

@@ -2,7 +2,7 @@ use super::{Context, print};
 use crate::outcome::Failure;
 use crate::reap;
 
-/// Remove what no runner will come back for: machines, overlays, slots, half-fetched images
+/// Remove what no runner will come back for: machines, overlays, slots, half-fetched images, old history
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
     /// Only say what would be removed
@@ -31,6 +31,10 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     }
     if !arguments.dry_run {
         reaper.sweep_remains();
+        // Whoever asks by name wants it now.
+        if let Err(e) = reap::history(&settings).tidy() {
+            failures.push(e.into());
+        }
     }
     // All were tried; the first failure stands for the rest.
     let more = failures.len().saturating_sub(1);

@@ -12,9 +12,11 @@ use sha2::{Digest, Sha256};
 use crate::record::Claim;
 use crate::secret::Secret;
 
+mod masked;
 mod response;
 mod wants;
 
+pub use masked::Masked;
 pub use response::{RegistryCredential, Response};
 pub use wants::{Bounds, Granted, Wants};
 
@@ -139,6 +141,8 @@ pub struct Job {
     pub credentials: Vec<RegistryCredential>,
     /// `DOCKER_AUTH_CONFIG`, as the job's author or project set it.
     pub auth_config: Option<Secret>,
+    /// What GitLab hides from the job's log.
+    pub masked: Masked,
     /// How long the job may take.
     pub timeout: Duration,
     /// Does the job move caches or artifacts, for which the guest needs the `gitlab-runner` binary?
@@ -204,6 +208,13 @@ impl Job {
         // The response has the name as it was written; the runner's variable has it expanded.
         let image = named.map(|name| environment.variable("CI_JOB_IMAGE").map_or(name, str::to_owned));
         let docker = response.image.executor_opts.docker;
+        let passwords = response.credentials.iter().map(|c| &c.password);
+        let hidden = response.variables.iter().filter(|v| v.masked).map(|v| &v.value);
+        let masked = passwords
+            .chain(hidden)
+            .chain([&response.token])
+            .cloned()
+            .collect();
         Job {
             identity,
             session: session.to_owned(),
@@ -225,6 +236,7 @@ impl Job {
                 .into_iter()
                 .filter(|c| c.kind == "registry")
                 .collect(),
+            masked,
             auth_config: environment.variable("DOCKER_AUTH_CONFIG").map(Secret::new),
             timeout: match response.runner_info.timeout {
                 0 => DEFAULT_TIMEOUT,

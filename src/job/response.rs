@@ -24,6 +24,8 @@ pub struct Response {
     pub(super) services: Vec<Service>,
     #[serde(default, deserialize_with = "null_is_default")]
     pub(super) credentials: Vec<RegistryCredential>,
+    #[serde(default, deserialize_with = "null_is_default")]
+    pub(super) variables: Vec<Variable>,
     pub(super) artifacts: Option<Vec<IgnoredAny>>,
     pub(super) cache: Option<Vec<IgnoredAny>>,
     pub(super) dependencies: Option<Vec<IgnoredAny>>,
@@ -47,6 +49,14 @@ impl std::fmt::Debug for GitInfo {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("GitInfo(…)")
     }
+}
+
+/// One of the job's variables; only those that GitLab masks are of interest.
+#[derive(Debug, Default, Deserialize)]
+#[serde(default)]
+pub(super) struct Variable {
+    pub(super) value: Secret,
+    pub(super) masked: bool,
 }
 
 #[derive(Debug, Default, Deserialize)]

@@ -16,6 +16,7 @@ const RESPONSE: &str = r#"{
   "git_info": {"repo_url": "https://gitlab-ci-token:s3cret-token@gitlab.example.com/grp/demo.git"},
   "runner_info": {"timeout": 120},
   "image": {"name": "$BASE/vm:1", "pull_policy": ["always"], "executor_opts": {"docker": {"user": "ci"}}},
+  "variables": [{"key": "A", "value": "pass-phrase", "masked": true}, {"key": "B", "value": "word"}, {"key": "C"}],
   "services": null, "artifacts": [], "cache": [{}],
   "credentials": [{"type": "registry", "url": "registry.example.com", "username": "u", "password": "s3cret"},
                   {"type": "other", "url": "x", "username": "u", "password": "p"}]
@@ -133,6 +134,23 @@ fn wishes_that_make_no_sense_are_refused_by_name() {
             .to_string();
         assert!(error.starts_with(&format!("{name}={value}: ")), "{error}");
     }
+}
+
+#[test]
+fn a_wish_that_may_be_a_secret_is_not_shown_in_part() {
+    for value in ["x".repeat(41), "two\nlines".to_owned()] {
+        let error = Wants::read(&environment(&[("CUSTOM_ENV_CANNERY_CPUS", &value)])).unwrap_err();
+        assert!(error.to_string().starts_with("CANNERY_CPUS=…: "), "{error}");
+    }
+}
+
+#[test]
+fn what_gitlab_masks_is_known() {
+    let masked = job(&[]).masked;
+    assert_eq!(
+        masked.hide("pass-phrase s3cret-token s3cret word"),
+        "[MASKED] [MASKED] [MASKED] word"
+    );
 }
 
 #[test]

@@ -114,8 +114,16 @@ impl Wants {
     }
 }
 
+/// Far longer than any number or size. A longer text is not shown in part: GitLab masks secrets by their whole text only, and
+/// the author may have named a wrong variable.
+const LONGEST_VALUE: usize = 40;
+
 fn wrong(variable: &'static str, value: &str, message: String) -> Error {
-    let value = value.chars().filter(|c| !c.is_control()).take(40).collect();
+    let value = if value.chars().count() > LONGEST_VALUE || value.contains(char::is_control) {
+        "…".to_owned()
+    } else {
+        value.to_owned()
+    };
     Error::Variable {
         variable,
         value,

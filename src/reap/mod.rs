@@ -15,9 +15,10 @@ mod plan;
 use plan::judge;
 pub use plan::{Action, Found, Why, World, plan};
 
+use crate::history::{self, Bounds, Entry, History, Removal, outcome};
 use crate::host::Slots;
 use crate::image::Store;
-use crate::machine::Libvirt;
+use crate::machine::{Libvirt, serial};
 use crate::outcome::Failure;
 use crate::record::{self, Claim, JobDir, JobKey, Jobs, Record, State};
 use crate::settings::Settings;
@@ -30,6 +31,7 @@ pub struct Reaper {
     jobs: Jobs,
     slots: Slots,
     libvirt: Libvirt,
+    history: History,
 }
 
 impl fmt::Display for Action {
@@ -45,6 +47,15 @@ impl fmt::Display for Action {
     }
 }
 
+/// The history of the state folder that these settings name, within their bounds.
+pub fn history(settings: &Settings) -> History {
+    let bounds = Bounds {
+        keep: settings.history_keep,
+        bytes: settings.history_size,
+    };
+    History::at(&settings.state_dir, bounds)
+}
+
 impl Reaper {
     /// A reaper for the state folder of these settings.
     pub fn open(settings: &Settings) -> Result<Reaper, Failure> {
@@ -54,6 +65,7 @@ impl Reaper {
             jobs: Jobs::open(&settings.state_dir)?,
             slots: Slots::open(&settings.state_dir)?,
             libvirt: Libvirt::open(&settings.libvirt_uri)?,
+            history: history(settings),
         })
     }
 
@@ -97,13 +109,15 @@ impl Reaper {
     pub async fn apply(&self, action: &Action) -> Result<bool, Failure> {
         tracing::info!(%action, "removing");
         match action {
-            Action::RemoveJob(key, _) => match self.jobs.find(key) {
+            Action::RemoveJob(key, why) => match self.jobs.find(key) {
                 Some(job) if job.is_busy()? => return Ok(false),
                 Some(job) => {
                     let still = |record: &Record| {
                         judge(&known(key.clone(), record.clone()), Timestamp::now()).is_some()
                     };
-                    return self.remove_if(&job, still).await;
+                    return self
+                        .remove_if(&job, Removal::Abandoned(why.to_string()), still)
+                        .await;
                 }
                 None => {}
             },
@@ -135,9 +149,12 @@ impl Reaper {
         Ok(())
     }
 
-    /// Removes what killed processes left of files that they were just making. No job waits for this: what fails is
-    /// for the operator's log.
+    /// Removes what killed processes left of files that they were just making, and what the history has too much. No job waits
+    /// for this: what fails is for the operator's log.
     pub fn sweep_remains(&self) {
+        if let Err(e) = self.history.tidy_if_due() {
+            tracing::warn!("the history is not tidied: {e}");
+        }
         if let Err(e) = self.slots.sweep() {
             tracing::warn!("the slots are not swept: {e}");
         }
@@ -152,19 +169,32 @@ impl Reaper {
     }
 
     /// Removes a job with all that it has, at whatever point it is, after whoever is just working on it.
-    pub async fn remove(&self, job: &JobDir) -> Result<(), Failure> {
+    pub async fn remove(&self, job: &JobDir, removal: Removal) -> Result<(), Failure> {
         tracing::info!(job = %job.key(), "removing");
-        self.remove_if(job, |_| true).await.map(drop)
+        self.remove_if(job, removal, |_| true).await.map(drop)
     }
 
-    async fn remove_if(&self, job: &JobDir, permit: impl FnOnce(&Record) -> bool) -> Result<bool, Failure> {
-        let step = match job.enter_if(State::Cleaning, permit, |_| ()) {
+    async fn remove_if(
+        &self,
+        job: &JobDir,
+        removal: Removal,
+        permit: impl FnOnce(&Record) -> bool,
+    ) -> Result<bool, Failure> {
+        let conclude = |record: &mut Record| {
+            let busy = record.run.as_ref().is_some_and(|run| run.process.is_alive());
+            if record.outcome.is_none() {
+                record.outcome = Some(outcome(record, &removal, busy));
+            }
+        };
+        let step = match job.enter_if(State::Cleaning, permit, conclude) {
             Ok(None) => return Ok(false),
             Ok(step) => step,
             // Removed meanwhile, or a folder whose record is gone already or unreadable: the key says enough.
             Err(record::Error::Gone(_) | record::Error::Damaged { .. }) => None,
             Err(e) => return Err(e.into()),
         };
+        let memory = step.as_ref().and_then(|s| memory(job, &s.record));
+        let remembered = self.remember(memory.as_ref());
         let machine = step.as_ref().and_then(|s| s.record.machine.clone());
         let name = machine
             .as_ref()
@@ -178,13 +208,22 @@ impl Reaper {
         };
         self.slots.release(job.key())?;
         job.remove(step)?;
+        // A file system that was full has room now.
+        if let Err(e) = remembered.or_else(|_| self.remember(memory.as_ref())) {
+            tracing::warn!(job = %job.key(), "the job is not remembered: {e}");
+        }
         Ok(true)
+    }
+
+    /// Adds a job to the history.
+    fn remember(&self, memory: Option<&(Entry, Vec<u8>)>) -> Result<(), record::Error> {
+        memory.map_or(Ok(()), |(entry, serial)| self.history.add(entry, serial))
     }
 
     /// Removes what is claimed; nothing is fine too.
     pub async fn remove_claimed(&self, claim: &Claim) -> Result<(), Failure> {
         for (job, _) in self.jobs.claimed(claim)? {
-            self.remove(&job).await?;
+            self.remove(&job, Removal::Cleanup).await?;
         }
         self.sweep_remains();
         Ok(())
@@ -199,10 +238,24 @@ impl Reaper {
             .into_iter()
             .filter(|j| j.key().same_job(&wanted))
         {
-            self.remove(&job).await?;
+            self.remove(&job, Removal::Abandoned(BEGUN_AGAIN.to_owned()))
+                .await?;
         }
         Ok(())
     }
+}
+
+/// Why a try goes that the runner did not clean up.
+const BEGUN_AGAIN: &str = "gitlab-runner began the job again without cleaning up";
+
+/// What is to be remembered of a job that is about to be removed: its story, and the end of its serial log.
+fn memory(job: &JobDir, record: &Record) -> Option<(Entry, Vec<u8>)> {
+    let entry = Entry::of(record.clone(), record.outcome.clone()?, Timestamp::now());
+    let serial = serial::last_bytes(&job.file("serial.log"), history::SERIAL_BYTES).unwrap_or_else(|e| {
+        tracing::warn!(job = %job.key(), "the serial log is not remembered: {e}");
+        Vec::new()
+    });
+    Some((entry, serial))
 }
 
 /// What is known about a job's folder.

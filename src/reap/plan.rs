@@ -180,6 +180,8 @@ mod tests {
             guest: None,
             run: None,
             phases: Vec::new(),
+            stages: Vec::new(),
+            outcome: None,
         };
         Found {
             key,

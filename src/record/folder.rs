@@ -14,8 +14,8 @@ use super::Error;
 
 /// The group whose members share the state folder with root, where the host has it.
 pub const GROUP: &str = "cannery";
-/// Others may pass but not list.
-pub(super) const DIR_MODE: u32 = 0o2771;
+/// The mode of a folder of the state: others may pass but not list.
+pub const DIR_MODE: u32 = 0o2771;
 const LOCK_MODE: u32 = 0o664;
 /// Where the host's own groups are named (group(5)). A group of a directory service is for the operator to set.
 const GROUPS: &str = "/etc/group";

@@ -22,10 +22,14 @@ const REMOVE_TRIES: usize = 10;
 /// Records hold no secret.
 const RECORD_MODE: u32 = 0o664;
 
+/// The folder of the state folder where removed jobs are remembered, by their keys.
+pub const HISTORY: &str = "history";
+
 /// The folder `jobs` of the state folder.
 #[derive(Debug, Clone)]
 pub struct Jobs {
     dir: PathBuf,
+    history: PathBuf,
 }
 
 /// One job's own folder: its record, overlay, keys and logs.
@@ -49,6 +53,20 @@ fn io_error(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Erro
     move |source| Error::Io { action, path, source }
 }
 
+/// What is in a folder; one that is missing has nothing.
+fn entries(dir: &Path) -> Result<Vec<fs::DirEntry>, Error> {
+    let entries = match fs::read_dir(dir) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries.map_err(io_error("list", dir))?,
+    };
+    entries.collect::<Result<_, _>>().map_err(io_error("list", dir))
+}
+
+/// The job whose name an entry has, if it is one.
+fn key_of(entry: &fs::DirEntry) -> Option<JobKey> {
+    entry.file_name().to_str()?.parse().ok()
+}
+
 /// Is the open file still the one of this name?
 fn is_at(file: &File, path: &Path) -> bool {
     let same = |a: &fs::Metadata, b: &fs::Metadata| (a.dev(), a.ino()) == (b.dev(), b.ino());
@@ -61,24 +79,18 @@ impl Jobs {
         open_state(state_dir)?;
         let dir = state_dir.join("jobs");
         make_shared(&dir).map_err(io_error("create the folder", &dir))?;
-        Ok(Jobs { dir })
+        Ok(Jobs {
+            dir,
+            history: state_dir.join(HISTORY),
+        })
     }
 
     /// The folder in a state folder as it is; one that is missing has no jobs.
     pub fn look(state_dir: &Path) -> Self {
         Jobs {
             dir: state_dir.join("jobs"),
+            history: state_dir.join(HISTORY),
         }
-    }
-
-    fn entries(&self) -> Result<Vec<fs::DirEntry>, Error> {
-        let entries = match fs::read_dir(&self.dir) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-            entries => entries.map_err(io_error("list", &self.dir))?,
-        };
-        entries
-            .collect::<Result<_, _>>()
-            .map_err(io_error("list", &self.dir))
     }
 
     /// Folders that a process began to make for a job before it was killed: nothing else can be there yet.
@@ -93,8 +105,7 @@ impl Jobs {
             maker(entry)
                 .is_some_and(|pid| pid != std::process::id() && !Path::new(&format!("/proc/{pid}")).exists())
         };
-        Ok(self
-            .entries()?
+        Ok(entries(&self.dir)?
             .into_iter()
             .filter(dead)
             .map(|e| e.path())
@@ -104,8 +115,8 @@ impl Jobs {
     /// All jobs' folders, in order; what is no job's folder is passed over.
     pub fn list(&self) -> Result<Vec<JobDir>, Error> {
         let mut jobs = Vec::new();
-        for entry in self.entries()? {
-            if let Some(key) = entry.file_name().to_str().and_then(|n| n.parse::<JobKey>().ok()) {
+        for entry in entries(&self.dir)? {
+            if let Some(key) = key_of(&entry) {
                 jobs.push(JobDir {
                     dir: entry.path(),
                     key,
@@ -138,18 +149,21 @@ impl Jobs {
         })
     }
 
+    /// The number of a job's next try, which none has that is here or that is remembered.
+    pub fn next_attempt(&self, job: &JobKey) -> Result<u32, Error> {
+        let remembered = entries(&self.history)?;
+        let here = entries(&self.dir)?;
+        let tries = remembered.iter().chain(&here).filter_map(key_of);
+        let last = tries.filter(|key| key.same_job(job)).map(|key| key.attempt).max();
+        Ok(last.map_or(1, |n| n.saturating_add(1)))
+    }
+
     /// Makes the folder and the record of a job's next try; `record.key.attempt` is set here.
     ///
     /// The folder appears with the record in it, so that nobody sees one without the other.
     pub fn create(&self, mut record: Record) -> Result<JobDir, Error> {
         loop {
-            let earlier = self.list()?;
-            let last = earlier
-                .iter()
-                .filter(|j| j.key.same_job(&record.key))
-                .map(|j| j.key.attempt)
-                .max();
-            record.key.attempt = last.map_or(1, |n| n + 1);
+            record.key.attempt = self.next_attempt(&record.key)?;
             let dir = self.dir.join(record.key.to_string());
             let hidden = self.dir.join(format!(".{}.{}", record.key, std::process::id()));
             let mut builder = DirBuilder::new();
@@ -245,9 +259,10 @@ impl JobDir {
         if !permit(&record) {
             return Ok(None);
         }
+        // It still sees the state that ends.
+        change(&mut record);
         record.state = state;
         record.since = Timestamp::now();
-        change(&mut record);
         match write_json(&self.record_path(), &record, RECORD_MODE) {
             // Cleaning up is what makes room. Nobody else takes a step of the job meanwhile, since it is locked; and a kill leaves
             // the record as it was, to begin again.
@@ -255,6 +270,18 @@ impl JobDir {
             written => written?,
         }
         Ok(Some(Step { _lock: lock, record }))
+    }
+
+    /// Adds to the record what is no step. Fails with [`Error::Gone`] once the job is being cleaned up.
+    pub fn note(&self, change: impl FnOnce(&mut Record)) -> Result<(), Error> {
+        let _lock = self.lock()?;
+        match self.read()? {
+            Some(mut record) if record.state != State::Cleaning => {
+                change(&mut record);
+                write_json(&self.record_path(), &record, RECORD_MODE)
+            }
+            _ => Err(Error::Gone(self.key.clone())),
+        }
     }
 
     /// Is someone just taking a step of this job?

@@ -38,11 +38,13 @@ mod caller;
 mod files;
 mod folder;
 mod jobs;
+mod stages;
 
 pub use caller::Caller;
 pub use files::{UNFINISHED, read_json, write_atomic, write_json};
-pub use folder::{GROUP, make_shared, open_lock, open_state};
-pub use jobs::{JobDir, Jobs, Step};
+pub use folder::{DIR_MODE, GROUP, make_shared, open_lock, open_state};
+pub use jobs::{HISTORY, JobDir, Jobs, Step};
+pub use stages::{Ending, Outcome, PREPARE, Reason, Stage};
 
 /// The version of [`Record`] that this program writes. A reader accepts no newer one.
 pub const VERSION: u32 = 1;
@@ -267,6 +269,12 @@ pub struct Record {
     pub run: Option<Run>,
     /// What prepare did and how long each took, in seconds.
     pub phases: Vec<Phase>,
+    /// The job's calls so far, the oldest first.
+    #[serde(default)]
+    pub stages: Vec<Stage>,
+    /// What the job came to; set when it begins to be cleaned up, so that whoever ends that says the same.
+    #[serde(default)]
+    pub outcome: Option<Outcome>,
 }
 
 /// By what a later call finds the job that prepare made a machine for.

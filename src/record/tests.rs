@@ -25,6 +25,116 @@ fn record(coordinator: &str, id: u64) -> Record {
             name: "image".into(),
             seconds: 0.25,
         }],
+        stages: Vec::new(),
+        outcome: None,
+    }
+}
+
+#[test]
+fn a_record_from_before_stages_were_noted_is_read_and_what_is_not_known_is_passed_over() {
+    let text = include_str!("fixtures/record-without-stages.json");
+    let state = tempfile::tempdir().unwrap();
+    let job = Jobs::open(state.path())
+        .unwrap()
+        .create(record("https://gitlab.example.com", 1234))
+        .unwrap();
+    for text in [
+        text.to_owned(),
+        text.replacen('{', "{\"of_a_later_version\": {\"x\": []},", 1),
+    ] {
+        std::fs::write(job.file("record.json"), text).unwrap();
+        let read = job.read().unwrap().unwrap();
+        assert_eq!(read.key, *job.key());
+        assert_eq!(
+            (read.state, read.stages.len(), &read.outcome),
+            (State::Running, 0, &None)
+        );
+        assert_eq!(read.run.unwrap().stage, "build_script");
+        // The run that goes was begun by the older cannery and is ended by this one.
+        drop(
+            job.enter(State::Ready, |r| {
+                r.run = None;
+                r.end(
+                    "build_script",
+                    std::time::Duration::from_secs(1),
+                    Ending::Succeeded,
+                );
+            })
+            .unwrap(),
+        );
+        assert_eq!(job.read().unwrap().unwrap().stages, []);
+    }
+}
+
+#[test]
+fn a_call_that_never_ended_was_killed_once_the_next_begins() {
+    let mut record = record("https://a.example.com", 7);
+    let now = Timestamp::now();
+    let took = std::time::Duration::from_millis(1500);
+    record.begin(PREPARE, now);
+    assert_eq!(record.open_stage().unwrap().name, PREPARE);
+    record.end(PREPARE, took, Ending::Succeeded);
+    assert!(record.open_stage().is_none());
+    record.begin("step_script", now);
+    record.begin("after_script", now);
+    // It comes too late to say how it ended.
+    record.end(
+        "step_script",
+        took,
+        Ending::Script {
+            code: 3,
+            hints: Vec::new(),
+        },
+    );
+    record.end("after_script", took, Ending::Succeeded);
+    let told: Vec<_> = record
+        .stages
+        .iter()
+        .map(|s| (s.name.as_str(), s.seconds, s.ending.clone().unwrap()))
+        .collect();
+    assert_eq!(
+        told,
+        [
+            (PREPARE, Some(1.5), Ending::Succeeded),
+            ("step_script", None, Ending::Killed),
+            ("after_script", Some(1.5), Ending::Succeeded),
+        ]
+    );
+}
+
+#[test]
+fn a_note_changes_no_state_and_none_is_taken_once_the_job_is_being_cleaned_up() {
+    let state = tempfile::tempdir().unwrap();
+    let job = Jobs::open(state.path())
+        .unwrap()
+        .create(record("https://a.example.com", 7))
+        .unwrap();
+    job.note(|r| r.image = Some("x".into())).unwrap();
+    let read = job.read().unwrap().unwrap();
+    assert_eq!((read.image.as_deref(), read.state), (Some("x"), State::Admitted));
+    drop(
+        job.enter(State::Cleaning, |r| assert_eq!(r.state, State::Admitted))
+            .unwrap(),
+    );
+    assert!(matches!(job.note(|_| ()), Err(Error::Gone(_))));
+}
+
+#[test]
+fn tries_are_numbered_past_those_that_are_remembered() {
+    let state = tempfile::tempdir().unwrap();
+    let history = state.path().join(HISTORY);
+    for name in [
+        JobKey::new("https://a.example.com", 7, 4).to_string(),
+        JobKey::new("https://b.example.com", 7, 9).to_string(),
+        format!(".{}.1", JobKey::new("https://a.example.com", 7, 8)),
+        "something-else".to_owned(),
+    ] {
+        std::fs::create_dir_all(history.join(name)).unwrap();
+    }
+    let jobs = Jobs::open(state.path()).unwrap();
+    for expected in [5, 6] {
+        let job = jobs.create(record("https://a.example.com", 7)).unwrap();
+        assert_eq!(job.key().attempt, expected);
     }
 }
 

@@ -12,6 +12,15 @@ pub fn seconds(d: Duration) -> String {
     }
 }
 
+/// A length of time in the units that people count in: `0.5 s`, `13.9 s`, `2 min 3 s`, `1 h 2 min`.
+pub fn span(d: Duration) -> String {
+    match d.as_secs() {
+        0..=99 => seconds(d),
+        s @ 100..=3599 => format!("{} min {} s", s / 60, s % 60),
+        s => format!("{} h {} min", s / 3600, s % 3600 / 60),
+    }
+}
+
 /// How long something has been there: `45s`, `12m`, `3h`, `2d`.
 pub fn age(d: Duration) -> String {
     match d.as_secs() {
@@ -37,6 +46,16 @@ mod tests {
         ] {
             assert_eq!(seconds(Duration::from_millis(ms)), text);
         }
+        for (s, text) in [
+            (12, "12.0 s"),
+            (99, "99.0 s"),
+            (123, "2 min 3 s"),
+            (3599, "59 min 59 s"),
+            (90_000, "25 h 0 min"),
+        ] {
+            assert_eq!(span(Duration::from_secs(s)), text);
+        }
+        assert_eq!(span(Duration::from_millis(99_990)), "100 s");
         for (s, text) in [(45, "45s"), (720, "12m"), (10_800, "3h"), (200_000, "2d")] {
             assert_eq!(age(Duration::from_secs(s)), text);
         }

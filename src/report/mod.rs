@@ -5,7 +5,7 @@ mod job_log;
 mod operator_log;
 mod table;
 
-pub use duration::{age, seconds};
+pub use duration::{age, seconds, span};
 pub use job_log::{JobLog, Throttle};
 pub use operator_log::{OperatorLog, start as start_operator_log};
 pub use table::table;
@@ -39,6 +39,11 @@ pub fn plain(text: &str, most: usize) -> String {
     shown
 }
 
+/// A text that came from a stranger as one line, safe as [`plain`] makes it: line breaks and tabs become blanks.
+pub fn line(text: &str, most: usize) -> String {
+    plain(&text.replace(['\n', '\r', '\t'], " "), most)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -60,6 +65,7 @@ mod tests {
     fn a_strangers_text_cannot_move_the_cursor() {
         assert_eq!(plain("a\x1b[2Jb\r\nc", 10), "a[2Jbc");
         assert_eq!(plain("abcdef", 3), "abc…");
+        assert_eq!(line("a\tb\nc\x07", 10), "a b c");
         // XML has no way to write these.
         assert_eq!(plain("a\u{fffe}b\u{ffff}\u{1}é", 10), "abé");
     }

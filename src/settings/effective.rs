@@ -38,6 +38,10 @@ pub struct Settings {
     pub images: ImageSettings,
     /// The network that machines are on.
     pub network: Network,
+    /// How long jobs that are over are remembered; zero for not at all.
+    pub history_keep: Duration,
+    /// How many bytes that may take; zero for not at all.
+    pub history_size: u64,
     machine: MachineTable,
     guest: GuestTable,
     limits: LimitsTable,
@@ -163,6 +167,10 @@ const DEFAULT_LOST_AFTER: Duration = Duration::from_secs(60);
 const DEFAULT_CANCEL_GRACE: Duration = Duration::from_secs(10);
 /// A cleanup that is under way frees a place within seconds.
 const DEFAULT_WAIT: Duration = Duration::from_secs(60);
+/// Long enough for the question that comes after a week-end.
+const DEFAULT_HISTORY_KEEP: Duration = Duration::from_secs(7 * 86_400);
+/// Some thousand jobs with all that is kept of their serial logs.
+const DEFAULT_HISTORY_SIZE: Size = Size::mib(200);
 /// No image that people run in CI comes near; what does is a mistake or an attack.
 const DEFAULT_MAX_DISK: Size = Size::gib(2048);
 
@@ -300,6 +308,8 @@ impl Settings {
                 max_disk: file.images.max_disk.unwrap_or(DEFAULT_MAX_DISK).bytes(),
             },
             network,
+            history_keep: file.history.keep.map_or(DEFAULT_HISTORY_KEEP, |s| s.0),
+            history_size: file.history.max_size.unwrap_or(DEFAULT_HISTORY_SIZE).bytes(),
             machine: file.machine,
             guest: file.guest,
             limits: file.limits,

@@ -39,6 +39,8 @@ pub struct File {
     pub network: NetworkTable,
     /// How a guest is entered.
     pub guest: GuestTable,
+    /// What is remembered of jobs that are over.
+    pub history: HistoryTable,
     /// Exceptions for images, by pattern; of several that fit, the longest pattern wins, key by key.
     pub image: ImageTables,
 }
@@ -70,6 +72,16 @@ pub struct HostTable {
     pub max_machines: Option<u32>,
     /// How long a job waits for one to end when all are in use.
     pub wait: Option<Span>,
+}
+
+/// `[history]`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HistoryTable {
+    /// For how long a job is remembered after it was removed.
+    pub keep: Option<Span>,
+    /// How much room all of them may take.
+    pub max_size: Option<Size>,
 }
 
 /// One value or a list of them.

@@ -17,6 +17,9 @@ fn an_empty_file_gives_the_defaults() {
     assert_eq!(s.state_dir, Path::new("/var/lib/cannery"));
     assert_eq!(s.libvirt_uri, "qemu:///system");
     assert_eq!(s.images.pull_policy, [PullPolicy::IfNotPresent]);
+    assert_eq!((s.history_keep.as_secs(), s.history_size), (604_800, 200 << 20));
+    let off = settings("[history]\nkeep = 0\nmax_size = \"1G\"").unwrap();
+    assert_eq!((off.history_keep.as_secs(), off.history_size), (0, 1 << 30));
     let m = s.machine("registry.example.com/vm/debian:12");
     assert_eq!((m.cpus, m.max_cpus, m.accelerator), (2, 2, Accelerator::Auto));
     assert_eq!(m.max_memory, MachineSettings::DEFAULT_MEMORY);

@@ -5,14 +5,15 @@ use std::time::{Duration, Instant};
 use jiff::{SignedDuration, Timestamp};
 
 use super::order::Order;
+use crate::history::{self, Entry, Removal};
 use crate::host::{self, Capacity, Slots};
 use crate::image::{Disk, Event, Limits, Progress, Reference, Request, Store};
-use crate::job::{Bounds, Environment, Granted, Job, Wants};
+use crate::job::{Bounds, Environment, Granted, Job, Masked, Wants};
 use crate::machine::{Libvirt, network};
 use crate::outcome::Failure;
 use crate::quantity::Size;
-use crate::reap::Reaper;
-use crate::record::{Caller, JobDir, JobKey, Jobs, Record, Slot, State, VERSION};
+use crate::reap::{self, Reaper};
+use crate::record::{self, Caller, Ending, JobDir, JobKey, Jobs, PREPARE, Record, Slot, State, VERSION};
 use crate::report::{JobLog, Throttle, bytes, plain};
 use crate::settings::{MachineSettings, Network, Settings};
 use crate::start::{self, Hardware, Phases, Plan};
@@ -28,10 +29,73 @@ const PROGRESS_EVERY: Duration = Duration::from_secs(5);
 
 /// Starts a machine for the job and waits until it answers. What it leaves behind when it fails is cleanup's.
 pub async fn prepare(settings: &Settings, environment: &Environment, log: &JobLog) -> Result<(), Failure> {
-    let mut phases = Phases::default();
+    let begin = Instant::now();
     let job = Job::read(environment)?;
+    let mut course = Course {
+        begin,
+        phases: Phases::default(),
+        record: record(&job),
+        folder: None,
+    };
+    let result = get_ready(settings, environment, &job, log, &mut course).await;
+    if let Err(failure) = &result
+        && let Err(e) = note_failure(settings, course, &masked(failure, &job.masked))
+    {
+        // The job's author is told all the same.
+        tracing::warn!("the failure is not noted: {e}");
+    }
+    result
+}
+
+/// The failure as it may outlive the job: what GitLab hides from the job's log is hidden here too.
+fn masked(failure: &Failure, masked: &Masked) -> Failure {
+    Failure {
+        fault: failure.fault,
+        message: masked.hide(&failure.message),
+        hints: failure.hints.iter().map(|hint| masked.hide(hint)).collect(),
+    }
+}
+
+/// How far prepare is, for whoever asks later why it failed.
+struct Course {
+    begin: Instant,
+    phases: Phases,
+    /// The record that the job begins with.
+    record: Record,
+    /// The job's folder, where it has come so far.
+    folder: Option<JobDir>,
+}
+
+/// Notes why prepare failed: in the job's record, else in the history, since a job without a folder has nothing that is removed.
+fn note_failure(settings: &Settings, course: Course, failure: &Failure) -> Result<(), record::Error> {
+    let end = |record: &mut Record| {
+        record.phases = course.phases.record();
+        record.end(PREPARE, course.begin.elapsed(), failure.into());
+    };
+    let Some(folder) = course.folder else {
+        let mut record = course.record;
+        end(&mut record);
+        let outcome = history::outcome(&record, &Removal::Cleanup, false);
+        let entry = Entry::of(record, outcome, Timestamp::now());
+        return reap::history(settings).add_without_folder(&Jobs::open(&settings.state_dir)?, entry);
+    };
+    match folder.note(end) {
+        // Somebody removed it meanwhile, and has noted that.
+        Err(record::Error::Gone(_)) => Ok(()),
+        noted => noted,
+    }
+}
+
+async fn get_ready(
+    settings: &Settings,
+    environment: &Environment,
+    job: &Job,
+    log: &JobLog,
+    course: &mut Course,
+) -> Result<(), Failure> {
     let wants = Wants::read(environment)?;
-    let order = Order::new(&job, settings)?;
+    let order = Order::new(job, settings)?;
+    course.record.image = Some(order.image.clone());
     if !job.services.is_empty() {
         // The operator wants them ignored, else there were no order; the author must not wait for them.
         let names: Vec<String> = job.services.iter().map(|s| plain(s, 80)).collect();
@@ -42,7 +106,7 @@ pub async fn prepare(settings: &Settings, environment: &Environment, log: &JobLo
     }
     // What is beyond the operator's limits is refused before an image is fetched for it.
     wants.within(&bounds(&order.machine, None))?;
-    let credentials = order.credentials(&job, &settings.images)?;
+    let credentials = order.credentials(job, &settings.images)?;
     let libvirt = Libvirt::open(&settings.libvirt_uri)?;
     let arch = start::host_arch()?;
 
@@ -55,7 +119,9 @@ pub async fn prepare(settings: &Settings, environment: &Environment, log: &JobLo
         .remove_tries(&job.identity.coordinator, job.identity.id)
         .await?;
 
-    let folder = Jobs::open(&settings.state_dir)?.create(record(&job, &order))?;
+    let folder = Jobs::open(&settings.state_dir)?.create(course.record.clone())?;
+    course.folder = Some(folder.clone());
+    let phases = &mut course.phases;
     let index = admit(settings, &folder, log).await?;
     let slot = place(settings, &libvirt, index).await?;
     drop(folder.enter(State::Fetching, |r| r.slot = Some(slot.clone()))?);
@@ -124,11 +190,12 @@ pub async fn prepare(settings: &Settings, environment: &Environment, log: &JobLo
         granted: &granted,
         disk: &disk,
     };
-    let started = start::start(&plan, &hardware, &mut phases, log).await?;
+    let started = start::start(&plan, &hardware, phases, log).await?;
     started.remarks.iter().for_each(|remark| log.line(remark));
     drop(folder.enter(State::Ready, |r| {
         r.guest = Some(started.guest);
         r.phases = phases.record();
+        r.end(PREPARE, course.begin.elapsed(), Ending::Succeeded);
     })?);
     log.line(format!("Ready: {}", phases.line()));
     Ok(())
@@ -140,11 +207,11 @@ fn is_plain_http(reference: &Reference, settings: &Settings) -> bool {
 }
 
 /// The record of a job that begins; its attempt's number is given by the folder of jobs.
-fn record(job: &Job, order: &Order) -> Record {
+fn record(job: &Job) -> Record {
     let now = Timestamp::now();
     // A time-out beyond all calendars is as good as none.
     let timeout = SignedDuration::try_from(job.timeout).unwrap_or(SignedDuration::from_hours(24 * 365));
-    Record {
+    let mut record = Record {
         version: VERSION,
         key: JobKey::new(&job.identity.coordinator, job.identity.id, 0),
         coordinator: job.identity.coordinator.clone(),
@@ -161,14 +228,19 @@ fn record(job: &Job, order: &Order) -> Record {
             .unwrap_or(Timestamp::MAX),
         state: State::Admitted,
         since: now,
-        image: Some(order.image.clone()),
+        // What is no image yet may be anything.
+        image: job.image.as_ref().map(|image| job.masked.hide(image)),
         digest: None,
         slot: None,
         machine: None,
         guest: None,
         run: None,
         phases: Vec::new(),
-    }
+        stages: Vec::new(),
+        outcome: None,
+    };
+    record.begin(PREPARE, now);
+    record
 }
 
 /// Leases a slot, and waits for one where all are in use.

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use std::pin::pin;
 use std::time::Instant;
 
+use jiff::Timestamp;
+
 use crate::guest::ready;
 use crate::guest::script::{self, Control, Ending};
 use crate::guest::shell::{RunId, Shell};
@@ -55,10 +57,17 @@ pub async fn run(
         stage: stage.to_owned(),
         process: Caller::this(),
     };
-    drop(job.enter(State::Running, |r| r.run = Some(running))?);
+    let begin = Instant::now();
+    drop(job.enter(State::Running, |r| {
+        r.run = Some(running);
+        r.begin(stage, Timestamp::now());
+    })?);
     let image = record.image.unwrap_or_default();
     let ended = in_guest(settings, &image, &job, &guest, &machine, &text, cancel).await;
-    match job.enter(State::Ready, |r| r.run = None) {
+    match job.enter(State::Ready, |r| {
+        r.run = None;
+        r.end(stage, begin.elapsed(), noted(&ended));
+    }) {
         Ok(step) => drop(step),
         // Cleaned up while the script ran: that is said below, if it is a failure at all.
         Err(e) => tracing::info!("the job is gone: {e}"),
@@ -100,6 +109,22 @@ impl Ended {
         code: None,
         hints: Vec::new(),
     };
+}
+
+/// How a run ended, for the record.
+fn noted(ended: &Result<Ended, Failure>) -> record::Ending {
+    match ended {
+        Ok(Ended { code: Some(0), .. }) => record::Ending::Succeeded,
+        Ok(Ended {
+            code: Some(code),
+            hints,
+        }) => record::Ending::Script {
+            code: *code,
+            hints: hints.clone(),
+        },
+        Ok(Ended { code: None, .. }) => record::Ending::Cancelled,
+        Err(failure) => failure.into(),
+    }
 }
 
 /// The machine that prepare made for this job.

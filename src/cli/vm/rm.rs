@@ -1,4 +1,5 @@
 use crate::cli::{Context, print};
+use crate::history::Removal;
 use crate::outcome::Failure;
 use crate::reap::Reaper;
 use crate::record::{JobDir, Jobs};
@@ -22,7 +23,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
         .collect::<Result<Vec<_>, _>>()?;
     let reaper = Reaper::open(&settings)?;
     for job in chosen {
-        reaper.remove(job).await?;
+        reaper.remove(job, Removal::Operator).await?;
         print(&format!("{}\n", job.key()));
     }
     Ok(())

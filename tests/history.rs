@@ -1,0 +1,325 @@
+//! What is remembered of jobs that are over: why each failed, and nothing secret.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::print_stdout, reason = "what is shown is the list and the answers")]
+
+mod support;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command};
+use std::time::{Duration, Instant};
+
+use serde_json::{Value, json};
+use support::host::Host;
+use support::job::Job;
+use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages, ended};
+use support::until;
+
+/// Longer than a tiny guest takes to boot beside others.
+const SOON: Duration = Duration::from_secs(120);
+const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
+/// What is kept of a serial log.
+const SERIAL_BYTES: usize = 64 << 10;
+
+/// Texts of the jobs and of the settings that must not be remembered. The last three are tokens of the tests' coordinator.
+const SECRETS: [&str; 6] = [
+    "masked-s3cret",
+    "plain-variable",
+    "registry-s3cret",
+    "operators-s3cret",
+    "job-token",
+    "gitlab-ci-token",
+];
+
+/// A job with secrets in all places where jobs have some.
+fn unit(image: &str) -> Job {
+    Job::new("unit")
+        .image(image)
+        .masked_variable("PASSWORD", SECRETS[0])
+        .variable("PLAIN", SECRETS[1])
+        .registry_credential("registry.example.com", "u", SECRETS[2])
+}
+
+/// How far the job of this number is.
+fn state(host: &Host, id: u64) -> Option<String> {
+    let jobs = fs::read_dir(host.state().join("jobs")).ok()?;
+    let of_job = format!("-{id}-");
+    jobs.flatten()
+        .filter(|job| {
+            job.file_name()
+                .to_str()
+                .is_some_and(|name| !name.starts_with('.') && name.contains(&of_job))
+        })
+        .find_map(|job| {
+            let record: Value =
+                serde_json::from_slice(&fs::read(job.path().join("record.json")).ok()?).ok()?;
+            Some(record["state"].as_str()?.to_owned())
+        })
+}
+
+/// Starts prepare, and returns it once the guest boots.
+fn booting(host: &Host, stages: &Stages<'_>, id: u64) -> Child {
+    let child = stages.command(&["prepare"]).spawn().unwrap();
+    until("the guest boots", SOON, || {
+        state(host, id).as_deref() == Some("booting")
+    });
+    child
+}
+
+fn killed(mut child: Child) {
+    child.kill().unwrap();
+    ended(child, Instant::now());
+}
+
+fn show(host: &Host, job: &str) -> String {
+    host.expect(&["job", "show", job])
+}
+
+fn list(host: &Host, options: &[&str]) -> Vec<Value> {
+    let arguments = [&["job", "list", "--format", "json"], options].concat();
+    serde_json::from_str(&host.expect(&arguments)).unwrap()
+}
+
+/// All files below a folder.
+fn files(dir: &Path) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(dir).into_iter().flatten() {
+        let path = entry.unwrap().path();
+        if path.is_dir() {
+            all.extend(files(&path));
+        } else {
+            all.push(path);
+        }
+    }
+    all
+}
+
+/// Nothing secret stands in any file of the history, nor a private key.
+fn nothing_secret_is_remembered(host: &Host) {
+    let files = files(&host.state().join("history"));
+    assert!(files.len() > 4, "{files:?}");
+    for path in files {
+        let text = String::from_utf8_lossy(&fs::read(&path).unwrap()).into_owned();
+        for secret in SECRETS.iter().chain(&["PRIVATE KEY"]) {
+            assert!(
+                !text.contains(secret),
+                "{secret} is in {}:\n{text}",
+                path.display()
+            );
+        }
+    }
+}
+
+fn succeeds(host: &Host, image: &str) {
+    let job = Stages::of(host, &unit(image), 1);
+    job.prepare().ok();
+    let page = show(host, "1");
+    assert!(page.starts_with("Ready since "), "{page}");
+    job.run("prepare_script", "true\n").ok();
+    // More than is kept, with an end that is known.
+    job.script("head -c 71680 /dev/zero | tr '\\0' x >/dev/console; printf '\\033[2Jthe end\\n' >/dev/console; sleep 1\n")
+        .ok();
+    job.run("after_script", "exit 9\n").failed_script(9, &job);
+    job.cleanup().ok();
+}
+
+fn fails(host: &Host, image: &str) {
+    let job = Stages::of(host, &unit(image), 2);
+    job.prepare().ok();
+    job.run("get_sources", "exit 1\n").failed_script(1, &job);
+    job.run("get_sources", "true\n").ok();
+    let script = job.start("sleep 4; exit 3\n");
+    until("the script runs", SOON, || {
+        show(host, "2").starts_with("Running step_script since ")
+    });
+    ended(script, Instant::now()).failed_script(3, &job);
+    let page = show(host, "2");
+    assert!(
+        page.starts_with("Failed: the script ended with exit code 3 in step_script.\nReady since "),
+        "{page}"
+    );
+    job.run("after_script", "true\n").ok();
+    job.cleanup().ok();
+}
+
+fn loses_its_machine(host: &Host, image: &str) {
+    let job = Stages::of(host, &unit(image), 3);
+    job.prepare().ok();
+    let script = job.start("sleep 1000\n");
+    until("the script runs", SOON, || {
+        state(host, 3).as_deref() == Some("running")
+    });
+    let machines = host.machines();
+    let machine = machines.iter().find(|name| name.ends_with("-3-1")).unwrap();
+    let destroyed = Command::new("virsh")
+        .args(["-q", "-c", "qemu:///system", "destroy", machine])
+        .output()
+        .unwrap();
+    assert!(destroyed.status.success(), "{destroyed:?}");
+    ended(script, Instant::now()).failed(SYSTEM_FAILURE, &["machine"]);
+    job.cleanup().ok();
+}
+
+#[test]
+#[ignore = "needs libvirt and a guest"]
+fn each_job_that_is_over_says_why_in_its_first_line_and_keeps_no_secret() {
+    let host = Host::new(
+        &[],
+        &format!("{EMULATION}[guest]\npassword = \"{}\"\n", SECRETS[3]),
+    )
+    .with_network();
+    let image = host.images().add_tiny("tiny", "");
+    assert_eq!(host.expect(&["job", "list"]).lines().count(), 1);
+
+    // An image that is not allowed, and a wish that is a secret: neither job comes to have a folder, and the second job is tried twice.
+    let author = Stages::of(&host, &unit("registry.example.com/x:1"), 10);
+    author.prepare().failed(BUILD_FAILURE, &["not allowed"]);
+    author.cleanup().ok();
+    for _ in 0..2 {
+        let careless = Stages::of(&host, &unit(&image).variable("CANNERY_MEMORY", SECRETS[0]), 11);
+        careless.prepare().failed(BUILD_FAILURE, &["CANNERY_MEMORY="]);
+        careless.cleanup().ok();
+    }
+    std::thread::scope(|scope| {
+        scope.spawn(|| succeeds(&host, &image));
+        scope.spawn(|| fails(&host, &image));
+        scope.spawn(|| loses_its_machine(&host, &image));
+        scope.spawn(|| {
+            // Killed, and its runner comes back or does not; and removed by hand.
+            let stages = Stages::of(&host, &unit(&image), 4);
+            killed(booting(&host, &stages, 4));
+            stages.cleanup().ok();
+            let stages = Stages::of(&host, &unit(&image), 5);
+            killed(booting(&host, &stages, 5));
+            assert!(show(&host, "5").starts_with("Preparing: booting since "));
+            fs::remove_file(stages.file("response.json")).unwrap();
+            host.expect(&["reap"]);
+            let stages = Stages::of(&host, &unit(&image), 6);
+            let prepare = booting(&host, &stages, 6);
+            host.expect(&["vm", "rm", "6"]);
+            ended(prepare, Instant::now()).failed(SYSTEM_FAILURE, &["cleaned up"]);
+            stages.cleanup().ok();
+        });
+    });
+    assert_eq!(host.leftovers(), Vec::<String>::new());
+
+    println!("{}", host.expect(&["job", "list"]));
+    let answers = [
+        ("1", "Succeeded in "),
+        ("2", "Failed: the script ended with exit code 3 in step_script."),
+        ("3", "Failed, the system's fault: "),
+        (
+            "4",
+            "Killed: prepare was ended from outside while the job was booting",
+        ),
+        (
+            "5",
+            "Abandoned while it was booting, in a call that was killed or hung: gitlab-runner ended it without cleaning up.",
+        ),
+        ("6", "Removed by an operator while it was booting."),
+        (
+            "10",
+            "Failed, the job's fault: the image registry.example.com/x:1 is not allowed on this runner.",
+        ),
+        (
+            "11",
+            "Failed, the job's fault: CANNERY_MEMORY=[MASKED]: it must be a size such as \"4G\" or \"512M\".",
+        ),
+    ];
+    for (job, answer) in answers {
+        let page = show(&host, job);
+        let first = page.lines().next().unwrap();
+        println!("{job:>3}  {first}");
+        assert!(first.starts_with(answer), "{job}: {page}");
+    }
+    println!("\n{}", show(&host, "1"));
+    println!("{}", show(&host, "3"));
+    nothing_secret_is_remembered(&host);
+    the_story_of_a_success_is_whole(&host, &image);
+    lists_choose_and_names_find(&host);
+}
+
+fn the_story_of_a_success_is_whole(host: &Host, image: &str) {
+    let text = host.expect(&["job", "show", "1", "--format", "json", "--serial"]);
+    let job: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(job["outcome"], json!({"kind": "succeeded"}));
+    assert_eq!(
+        (&job["image"], &job["failed"], &job["live"]),
+        (&json!(image), &json!(false), &Value::Null)
+    );
+    assert!(job["digest"].as_str().unwrap().starts_with("sha256:"));
+    let told: Vec<(&str, &Value)> = job["stages"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|stage| (stage["name"].as_str().unwrap(), &stage["ending"]["how"]))
+        .collect();
+    let (ok, script) = (json!("succeeded"), json!("script"));
+    assert_eq!(
+        told,
+        [
+            ("prepare", &ok),
+            ("prepare_script", &ok),
+            ("step_script", &ok),
+            ("after_script", &script)
+        ]
+    );
+    let phases: Vec<&str> = job["phases"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|p| p["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(phases, ["image", "overlay", "start", "boot", "ssh", "ready"]);
+    let key = job["key"].as_str().unwrap();
+    let kept = fs::read(host.state().join("history").join(key).join("serial.log")).unwrap();
+    assert_eq!(kept.len(), SERIAL_BYTES);
+    // As the guest wrote it, and shown so that it moves no cursor.
+    assert!(String::from_utf8_lossy(&kept).contains("\x1b[2Jthe end"));
+    let shown = job["serial_log"].as_str().unwrap();
+    assert!(shown.ends_with("the end") && !shown.contains('\x1b'), "{shown}");
+    assert!(show(host, "1").ends_with("the end\n"));
+    let none = host.expect(&["job", "show", "1", "--serial-lines", "0"]);
+    assert!(!none.contains("the end"), "{none}");
+}
+
+fn lists_choose_and_names_find(host: &Host) {
+    let all = list(host, &[]);
+    let ids: Vec<u64> = all.iter().map(|job| job["job"].as_u64().unwrap()).collect();
+    assert_eq!(ids.len(), 9, "{ids:?}");
+    // The newest first: the two tries of the careless one came before all that booted, after the forbidden image.
+    assert_eq!(ids[6..], [11, 11, 10]);
+    assert_eq!((&all[6]["attempt"], &all[7]["attempt"]), (&json!(2), &json!(1)));
+    assert_eq!(list(host, &["-n", "2"]).len(), 2);
+    let failed = list(host, &["--failed"]);
+    let mut failed: Vec<u64> = failed.iter().map(|job| job["job"].as_u64().unwrap()).collect();
+    failed.sort_unstable();
+    assert_eq!(failed, [2, 3, 4, 5, 10, 11, 11]);
+    let table = host.expect(&["job", "ls", "-n", "1"]);
+    let heading: Vec<&str> = table.lines().next().unwrap().split_whitespace().collect();
+    assert_eq!(
+        heading,
+        ["JOB", "PROJECT", "NAME", "IMAGE", "OUTCOME", "STARTED", "TOOK"]
+    );
+
+    let key = all[7]["key"].as_str().unwrap();
+    assert!(key.ends_with("-11-1"), "{key}");
+    assert!(show(host, key).contains(key));
+    // Without the try's number the last one is meant.
+    assert!(show(host, key.strip_suffix("-1").unwrap()).contains("-11-2"));
+    let unknown = host.cannery(&["job", "show", "4711"]);
+    assert_eq!((unknown.status.code(), unknown.stdout.len()), (Some(1), 0));
+    let said = String::from_utf8(unknown.stderr).unwrap();
+    assert!(
+        said.contains("No job \"4711\" is here") && said.contains("job list"),
+        "{said}"
+    );
+
+    // The operator wants nothing remembered.
+    let text = host.settings_text();
+    host.write_settings(&format!("{text}[history]\nkeep = 0\n"));
+    host.expect(&["reap"]);
+    assert_eq!(list(host, &[]).len(), 0);
+    host.write_settings(&text);
+}
