@@ -17,6 +17,7 @@ pub use plan::{Action, Found, Why, World, plan};
 
 use crate::host::Slots;
 use crate::image::Store;
+use crate::kill::{self, Point};
 use crate::machine::Libvirt;
 use crate::outcome::Failure;
 use crate::record::{self, JobDir, JobKey, Jobs, Record, State};
@@ -112,13 +113,14 @@ impl Reaper {
                     return Ok(false);
                 }
                 self.libvirt.destroy(name).await?;
+                kill::point(Point::DomainDestroyed);
             }
             Action::FreeSlot(lease, _) => self.slots.free(lease)?,
             Action::RemoveFolder(path, _) => match std::fs::remove_dir_all(path) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                     return Err(Failure::system(format!("cannot remove {}: {e}", path.display())));
                 }
-                _ => {}
+                _ => kill::point(Point::RemainSwept),
             },
         }
         Ok(true)
@@ -138,6 +140,12 @@ impl Reaper {
     /// Removes what killed processes left of files that they were just making. No job waits for this: what fails is
     /// for the operator's log.
     pub fn sweep_remains(&self) {
+        for folder in ["", "slots", "store", "networks"] {
+            let folder = self.state_dir.join(folder);
+            if let Err(e) = record::sweep(&folder) {
+                tracing::warn!("{} is not swept: {e}", folder.display());
+            }
+        }
         if let Err(e) = self.slots.sweep() {
             tracing::warn!("the slots are not swept: {e}");
         }
@@ -176,6 +184,7 @@ impl Reaper {
             None if step.is_some() => false,
             _ => self.libvirt.destroy(&name).await?,
         };
+        kill::point(Point::DomainDestroyed);
         self.slots.release(job.key())?;
         job.remove(step)?;
         Ok(true)

@@ -2,28 +2,16 @@ use super::*;
 
 fn record(coordinator: &str, id: u64) -> Record {
     let now = Timestamp::now();
+    let key = JobKey::new(coordinator, id, 0);
     Record {
-        version: VERSION,
-        key: JobKey::new(coordinator, id, 0),
         coordinator: coordinator.into(),
         project: "grp/demo".into(),
         job: "unit".into(),
-        session: "/tmp/x/response.json".into(),
-        caller: Caller::this(),
-        created: now,
-        deadline: now,
-        state: State::Admitted,
-        since: now,
-        image: None,
-        digest: None,
-        slot: None,
-        machine: None,
-        guest: None,
-        run: None,
         phases: vec![Phase {
             name: "image".into(),
             seconds: 0.25,
         }],
+        ..Record::new(key, "/tmp/x/response.json".into(), Caller::this(), now, now)
     }
 }
 

@@ -12,7 +12,7 @@ use crate::machine::{Libvirt, network};
 use crate::outcome::Failure;
 use crate::quantity::Size;
 use crate::reap::Reaper;
-use crate::record::{Caller, JobDir, JobKey, Jobs, Record, Slot, State, VERSION};
+use crate::record::{Caller, JobDir, JobKey, Jobs, Record, Slot, State};
 use crate::report::{JobLog, Throttle, bytes, plain};
 use crate::settings::{MachineSettings, Network, Settings};
 use crate::start::{self, Hardware, Phases, Plan};
@@ -137,29 +137,18 @@ fn record(job: &Job, order: &Order) -> Record {
     let now = Timestamp::now();
     // A time-out beyond all calendars is as good as none.
     let timeout = SignedDuration::try_from(job.timeout).unwrap_or(SignedDuration::from_hours(24 * 365));
+    let deadline = now
+        .saturating_add(timeout)
+        .unwrap_or(Timestamp::MAX)
+        .saturating_add(AFTER_TIMEOUT)
+        .unwrap_or(Timestamp::MAX);
+    let key = JobKey::new(&job.identity.coordinator, job.identity.id, 0);
     Record {
-        version: VERSION,
-        key: JobKey::new(&job.identity.coordinator, job.identity.id, 0),
         coordinator: job.identity.coordinator.clone(),
         project: job.project.clone(),
         job: job.name.clone(),
-        session: job.session.clone(),
-        caller: Caller::of_this_call(),
-        created: now,
-        deadline: now
-            .saturating_add(timeout)
-            .unwrap_or(Timestamp::MAX)
-            .saturating_add(AFTER_TIMEOUT)
-            .unwrap_or(Timestamp::MAX),
-        state: State::Admitted,
-        since: now,
         image: Some(order.image.clone()),
-        digest: None,
-        slot: None,
-        machine: None,
-        guest: None,
-        run: None,
-        phases: Vec::new(),
+        ..Record::new(key, job.session.clone(), Caller::of_this_call(), now, deadline)
     }
 }
 

@@ -4,17 +4,21 @@ use std::path::{Path, PathBuf};
 
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::guest::ready;
 use crate::guest::script::{self, Control, Ending};
 use crate::guest::shell::{RunId, Shell};
-use crate::guest::ssh::Patience;
+use crate::guest::ssh::{Connection, Patience};
+use crate::guest::{cancel, ready};
 use crate::job::Environment;
+use crate::kill::{self, Point};
 use crate::machine::Libvirt;
 use crate::outcome::Failure;
 use crate::record::{self, Caller, JobDir, Jobs, Machine, State};
-use crate::report::JobLog;
-use crate::settings::Settings;
+use crate::report::{JobLog, plain};
+use crate::settings::{GuestSettings, Settings};
 use crate::start;
+
+/// What the job log shows of a stage's name, in characters: gitlab-runner's own are short.
+const STAGE_LENGTH: usize = 80;
 
 /// Runs a script in the job's guest. The script's own failure is [`Failure::script`], with its true code in
 /// the file that gitlab-runner reads it from.
@@ -45,14 +49,24 @@ pub async fn run(
         ))
         .hint("prepare did not succeed before run was called"));
     };
+    let id = RunId::new();
     let running = record::Run {
+        id: id.as_str().to_owned(),
         stage: stage.to_owned(),
         process: Caller::this(),
     };
-    drop(job.enter(State::Running, |r| r.run = Some(running))?);
+    drop(job.enter(State::Running, |r| r.runs.push(running))?);
     let image = record.image.unwrap_or_default();
-    let ending = in_guest(settings, &image, &job, &guest, &machine, &text).await;
-    match job.enter(State::Ready, |r| r.run = None) {
+    let visit = Visit {
+        job: &job,
+        guest: &guest,
+        machine: &machine,
+        way: settings.guest(&image),
+    };
+    let ending = visit.run(&id, &text, log).await;
+    // How a script has ended that nobody saw the end of is for the next call to make sure.
+    let over = |run: &record::Run| ending.is_ok() && run.id == id.as_str();
+    match job.enter(State::Ready, |r| r.runs.retain(|run| !over(run))) {
         Ok(step) => drop(step),
         // Cleaned up while the script ran: that is said below, if it is a failure at all.
         Err(e) => tracing::info!("the job is gone: {e}"),
@@ -64,6 +78,7 @@ pub async fn run(
                 std::fs::write(file, code.to_string()).map_err(|e| {
                     Failure::system(format!("cannot write the exit code to {}: {e}", file.display()))
                 })?;
+                kill::point(Point::CodeWritten);
             }
             Err(Failure::script(code))
         }
@@ -86,46 +101,83 @@ fn find(settings: &Settings, session: &Path) -> Result<(JobDir, record::Record),
         })
 }
 
-async fn in_guest(
-    settings: &Settings,
-    image: &str,
-    job: &JobDir,
-    guest: &record::Guest,
-    machine: &Machine,
-    text: &[u8],
-) -> Result<Ending, Failure> {
-    let way = settings.guest(image);
-    let libvirt = Libvirt::open(&machine.uri)?;
-    let serial = job.file("serial.log");
-    let (libvirt, name, serial) = (&libvirt, &machine.name, &serial);
-    let alive = || async move { start::alive(libvirt, name, serial).await };
-    let mut terminate = signal(SignalKind::terminate())
-        .map_err(|e| Failure::system(format!("cannot listen for SIGTERM: {e}")))?;
-    let target = start::target(job, guest, &way)?;
-    // The guest answered before: it is as patient as with one that went silent.
-    let patience = Patience {
-        login: way.lost_after,
-        silence: way.lost_after,
-    };
-    let connect = ready::wait_ready(target, patience, alive, |_| ());
-    let connection = tokio::select! {
-        connection = connect => connection?,
-        _ = terminate.recv() => return Ok(Ending::Cancelled),
-    };
-    let shell = if guest.shell == "sh" {
-        Shell::Sh
-    } else {
-        Shell::Bash
-    };
-    let control = Control {
-        cancel: async {
-            terminate.recv().await;
-        },
-        grace: way.cancel_grace,
-        alive,
-    };
-    let mut output = tokio::io::stdout();
-    Ok(script::run_script(&connection, shell, &RunId::new(), text, &mut output, control).await?)
+/// A call's way into the guest of a job.
+struct Visit<'a> {
+    job: &'a JobDir,
+    guest: &'a record::Guest,
+    machine: &'a Machine,
+    way: GuestSettings,
+}
+
+impl Visit<'_> {
+    /// Enters the guest, ends what killed calls have left there, and runs the script.
+    async fn run(&self, id: &RunId, text: &[u8], log: &JobLog) -> Result<Ending, Failure> {
+        let libvirt = Libvirt::open(&self.machine.uri)?;
+        let serial = self.job.file("serial.log");
+        let (libvirt, name, serial) = (&libvirt, &self.machine.name, &serial);
+        let alive = || async move { start::alive(libvirt, name, serial).await };
+        let mut terminate = signal(SignalKind::terminate())
+            .map_err(|e| Failure::system(format!("cannot listen for SIGTERM: {e}")))?;
+        let target = start::target(self.job, self.guest, &self.way)?;
+        // The guest answered before: it is as patient as with one that went silent.
+        let patience = Patience {
+            login: self.way.lost_after,
+            silence: self.way.lost_after,
+        };
+        let enter = async {
+            let connection = ready::wait_ready(target, patience, alive, |_| ()).await?;
+            kill::point(Point::GuestEntered);
+            self.end_left(&connection, log).await?;
+            Ok::<_, Failure>(connection)
+        };
+        let connection = tokio::select! {
+            connection = enter => connection?,
+            _ = terminate.recv() => return Ok(Ending::Cancelled),
+        };
+        let shell = if self.guest.shell == "sh" {
+            Shell::Sh
+        } else {
+            Shell::Bash
+        };
+        let control = Control {
+            cancel: async {
+                terminate.recv().await;
+            },
+            grace: self.way.cancel_grace,
+            alive,
+        };
+        let mut output = tokio::io::stdout();
+        Ok(script::run_script(&connection, shell, id, text, &mut output, control).await?)
+    }
+
+    /// Ends the scripts of calls that are gone and did not see their end: gitlab-runner kills a cancelled call that takes
+    /// longer than its `graceful_kill_timeout`, and calls again for after_script, which must have the guest to itself.
+    async fn end_left(&self, connection: &Connection, log: &JobLog) -> Result<(), Failure> {
+        let left = |run: &record::Run| !run.process.is_alive();
+        let runs = self.job.read()?.map(|record| record.runs).unwrap_or_default();
+        let runs: Vec<_> = runs.into_iter().filter(left).collect();
+        if runs.is_empty() {
+            return Ok(());
+        }
+        for run in &runs {
+            let Some(id) = RunId::parse(&run.id) else { continue };
+            let found = cancel::cancel(connection, &id, self.way.cancel_grace)
+                .await
+                .map_err(script::Error::from)?;
+            if found {
+                log.line(format!(
+                    "cannery: {} was still running though its call was killed; it has been ended.",
+                    plain(&run.stage, STAGE_LENGTH)
+                ));
+            }
+        }
+        kill::point(Point::LeftEnded);
+        drop(
+            self.job
+                .enter(State::Running, |r| r.runs.retain(|run| !runs.contains(run)))?,
+        );
+        Ok(())
+    }
 }
 
 fn remove_stale(file: &Path) -> Result<(), Failure> {
@@ -134,6 +186,9 @@ fn remove_stale(file: &Path) -> Result<(), Failure> {
             "cannot remove the exit code of an earlier stage, {}: {e}",
             file.display()
         ))),
-        _ => Ok(()),
+        _ => {
+            kill::point(Point::CodeRemoved);
+            Ok(())
+        }
     }
 }
