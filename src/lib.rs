@@ -18,7 +18,8 @@
 //! | what was asked | [`job`], [`settings`] |
 //! | what it runs on | [`image`], [`host`], [`machine`], [`guest`] |
 //! | what is remembered | [`record`], [`history`] |
-//! | whose threads are waited for | [`threads`] |
+//! | whose threads are waited for, and whose programs end with us | [`threads`], [`children`] |
+//! | where tests have it killed | [`kill`] |
 //! | choreography | [`start`], [`stage`], [`reap`] |
 //! | what people see | [`cli`], [`report`], [`outcome`] |
 //!
@@ -26,12 +27,14 @@
 //! `record` is a leaf of plain types that all may use. Only [`cli`] reads the process's environment,
 //! and only [`cli`] and [`report`] print.
 
+pub mod children;
 pub mod cli;
 pub mod guest;
 pub mod history;
 pub mod host;
 pub mod image;
 pub mod job;
+pub mod kill;
 pub mod machine;
 pub mod outcome;
 pub mod quantity;

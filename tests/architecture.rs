@@ -31,12 +31,14 @@ fn room(file: &Path, src: &Path) -> String {
 #[test]
 fn rooms_import_only_what_the_plan_allows() {
     // Leaves of plain values that everyone may use.
-    let leaves = ["record", "quantity", "secret", "threads"];
+    let leaves = ["record", "quantity", "secret", "threads", "children", "kill"];
     let allowed: &[(&str, &[&str])] = &[
         ("record", &[]),
         ("quantity", &[]),
         ("secret", &[]),
         ("threads", &[]),
+        ("children", &[]),
+        ("kill", &[]),
         ("job", &[]),
         ("image", &[]),
         ("host", &[]),

@@ -606,7 +606,8 @@ async fn any_login_shell_passes_the_wrapper_on() {
             .spawn()
             .unwrap();
         let token = RunId::new();
-        let input = preamble(nonce, token.as_str()) + "echo \"it's $((1+1))!\"; exit 7";
+        let script = "echo \"it's $((1+1))!\"; exit 7";
+        let input = preamble(nonce, token.as_str(), script.len()) + script;
         std::io::Write::write_all(&mut child.stdin.take().unwrap(), input.as_bytes()).unwrap();
         let output = String::from_utf8(child.wait_with_output().unwrap().stdout).unwrap();
         let expected = format!("\x1e{nonce} start\nit's 2!\n\x1e{nonce} exit 7\n");

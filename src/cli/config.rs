@@ -1,4 +1,5 @@
 use super::{Context, print};
+use crate::kill::{self, Point};
 use crate::outcome::Failure;
 use crate::stage;
 
@@ -10,5 +11,6 @@ pub(super) async fn run(context: &Context, _: &Arguments) -> Result<(), Failure>
     let settings = context.settings()?;
     let answer = stage::config(&settings, &context.environment).await?;
     print(&format!("{answer}\n"));
+    kill::point(Point::ConfigAnswered);
     Ok(())
 }

@@ -11,6 +11,8 @@ use clap::{Parser, Subcommand, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 
 use crate::job::Environment;
+#[cfg(debug_assertions)]
+use crate::kill;
 use crate::outcome::{ExitCodes, Failure, Fault};
 use crate::record;
 use crate::report::{self, JobLog};
@@ -113,6 +115,10 @@ const FAILED: u8 = 1;
 /// Exit code of a command that people call, when its arguments make no sense.
 const USAGE: u8 = 2;
 
+/// The variable by which a test has a debug build killed. What a job's author sets comes as `CUSTOM_ENV_…`, and so never here.
+#[cfg(debug_assertions)]
+const KILL_AT: &str = "CANNERY_KILL_AT";
+
 /// Runs the command that the arguments name and returns the process's exit code.
 pub fn main(
     arguments: impl IntoIterator<Item = OsString>,
@@ -120,6 +126,13 @@ pub fn main(
 ) -> ExitCode {
     let environment: Environment = environment.into_iter().collect();
     let codes = exit_codes(&environment);
+    #[cfg(debug_assertions)]
+    if let Some(at) = environment.text(KILL_AT)
+        && let Err(e) = kill::arm(at)
+    {
+        JobLog::stderr().line(format!("{KILL_AT}: {e}."));
+        return ExitCode::from(USAGE);
+    }
     let called_by_runner = environment.get("JOB_RESPONSE_FILE").is_some();
     let cli = match Cli::try_parse_from(arguments) {
         Ok(cli) => cli,

@@ -9,6 +9,9 @@ use super::ssh::{self, Connection};
 /// take killed ones apart.
 const BEYOND_GRACE: Duration = Duration::from_secs(20);
 
+/// What the guest says where the run has no process.
+const NONE: &str = "none";
+
 /// Why a run could not be cancelled.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
@@ -20,11 +23,12 @@ pub enum Error {
     Ssh(#[from] ssh::Error),
 }
 
-/// Sends TERM to all processes of `run`, and KILL to those that are left after `grace`. Returns when none is left.
+/// Sends TERM to all processes of `run`, and KILL to those that are left after `grace`. Returns when none is left, and whether
+/// there were any.
 ///
 /// A process belongs to the run when `CANNERY_RUN` in its environment says so, which it keeps through `setsid`, `nohup` and double
 /// forks; or when its parent or its session's leader belongs to it (`sudo` and `env -i` clear the environment).
-pub async fn cancel(connection: &Connection, run: &RunId, grace: Duration) -> Result<(), Error> {
+pub async fn cancel(connection: &Connection, run: &RunId, grace: Duration) -> Result<bool, Error> {
     let text = orders(run, grace);
     let within = grace + BEYOND_GRACE;
     let output = match connection.sh(&text, within).await {
@@ -33,7 +37,7 @@ pub async fn cancel(connection: &Connection, run: &RunId, grace: Duration) -> Re
         other => other?,
     };
     if output.code == Some(0) {
-        return Ok(());
+        return Ok(output.stdout.trim() != NONE);
     }
     let said = format!("{} {}", output.stdout.trim(), output.stderr.trim());
     Err(Error::Left(said.trim().to_owned()))
@@ -94,7 +98,7 @@ now() {{
 now
 until=$((now + {centiseconds}))
 # All are found before any is told: with its parent gone, a child that has cleared its environment belongs to nobody.
-collect || exit 0
+collect || {{ echo {NONE}; exit 0; }}
 strike -TERM $known
 # A stopped process sees TERM only when it goes on.
 strike -CONT $known

@@ -14,6 +14,7 @@ use base64::engine::general_purpose::STANDARD as BASE64;
 use openssl::pkey::PKey;
 use ssh_key::private::{Ed25519Keypair, KeypairData};
 
+use crate::kill::{self, Point};
 use crate::secret::Secret;
 
 const USER_KEY_FILE: &str = "user_key";
@@ -185,6 +186,7 @@ impl JobKeys {
     /// Keeps both in `folder`, readable by their owner only, and on disk when this returns.
     pub fn save(&self, folder: &Path) -> Result<(), KeyError> {
         write_private(&folder.join(USER_KEY_FILE), &self.user)?;
+        kill::point(Point::UserKeyWritten);
         write_private(&folder.join(HOST_KEY_FILE), &self.host)
     }
 

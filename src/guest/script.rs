@@ -12,6 +12,7 @@ use super::marker::{Piece, Scanner};
 use super::ready::machine_ends;
 use super::shell::{self, RunId, Shell, Word};
 use super::ssh::{self, Connection, Event, Running};
+use crate::kill::{self, Point};
 
 /// How much of what comes before the script's own output is kept to explain a failed start.
 const MOST_REMARKS: usize = 2 << 10;
@@ -98,7 +99,7 @@ where
 {
     let nonce = uuid::Uuid::new_v4().simple().to_string();
     let token = uuid::Uuid::new_v4().simple().to_string();
-    let mut input = shell::preamble(&nonce, &token).into_bytes();
+    let mut input = shell::preamble(&nonce, &token, script.len()).into_bytes();
     input.extend_from_slice(script);
     let transcript = Transcript::new(shell, &nonce);
     let running = connection.start(shell::wrapper(shell, run), input);
@@ -109,6 +110,7 @@ where
             () = control.cancel => {}
             ending = &mut follow => return ending.map(Ending::Exited),
         }
+        kill::point(Point::CancelBegun);
         let mut cancelling = pin!(cancel::cancel(connection, run, control.grace));
         let mut over = false;
         let cancelled = loop {
@@ -119,6 +121,7 @@ where
             }
         };
         cancelled?;
+        kill::point(Point::ScriptCancelled);
         if !over {
             // All that could write is gone: only what is under way is still to come, and not worth more than a moment.
             let _ = tokio::time::timeout(LAST_WORDS, follow).await;
@@ -199,8 +202,14 @@ impl Transcript {
                 Piece::Bytes(bytes) if self.started => output.extend(bytes),
                 Piece::Bytes(bytes) => self.remark(&bytes),
                 Piece::Word(word) => match Word::parse(&word) {
-                    Some(Word::Start) => self.started = true,
-                    Some(Word::Exit(code)) => return (output, Some(Ok(code))),
+                    Some(Word::Start) => {
+                        self.started = true;
+                        kill::point(Point::ScriptStarted);
+                    }
+                    Some(Word::Exit(code)) => {
+                        kill::point(Point::ScriptEnded);
+                        return (output, Some(Ok(code)));
+                    }
                     Some(Word::NoShell) => return (output, Some(Err(Error::NoShell(self.shell)))),
                     Some(Word::NoRoom) => {
                         return (output, Some(Err(Error::NoRoom(self.remarks()))));

@@ -2,10 +2,11 @@
 //!
 //! The wrapper is one line of POSIX `sh` that also busybox runs, without apostrophes, exclamation marks, line ends or doubled
 //! backslashes: so one pair of apostrophes carries it through any login shell of the user, csh and fish included. Its standard input is a line
-//! `NONCE TOKEN` and then the script. What it does, and why:
+//! `NONCE TOKEN LENGTH` and then the script. What it does, and why:
 //!
 //! * The script goes into a new file that only its owner may read (it holds secrets) with an unguessable name, on a file system in memory where
 //!   there is one: a job that has filled the disk can still run its after_script. It is no pipe, since shells read those byte by byte.
+//! * A script that did not arrive whole, since the connection ended or whoever sent it was killed, does not run.
 //! * The script runs in a session of its own, so that its `kill 0` does not end the wrapper, with `CANNERY_RUN` in its
 //!   environment, by which all its descendants are found, and with nothing to read.
 //! * stdout and stderr are one pipe: that is the only way to keep their order. A relay (`cat`) brings it to sshd. The wrapper
@@ -51,6 +52,11 @@ impl RunId {
         Self(uuid::Uuid::new_v4().to_string())
     }
 
+    /// A name that was kept; none where the text is no such name.
+    pub fn parse(text: &str) -> Option<Self> {
+        uuid::Uuid::try_parse(text).ok().map(|id| Self(id.to_string()))
+    }
+
     /// The name.
     pub fn as_str(&self) -> &str {
         &self.0
@@ -80,10 +86,11 @@ pub fn wrapper(shell: Shell, run: &RunId) -> String {
     let steadfast = "trap : HUP INT QUIT TERM";
     let relay = "{ trap \"\" HUP INT PIPE QUIT TERM; cat || exec cat >/dev/null; } 2>/dev/null";
     let text = format!(
-        "read -r n t || exit 1; {mark}; \
+        "read -r n t l || exit 1; {mark}; \
          [ -d \"{OWN_PROGRAMS}\" ] && export PATH=\"$PATH:{OWN_PROGRAMS}\"; \
          command -v {shell} >/dev/null 2>&1 || {{ p shell; exit 1; }}; \
          {store}; \
+         [ $(wc -c <\"$f\") -eq \"$l\" ] || {{ rm -f \"$f\"; exit 1; }}; \
          s=setsid; command -v setsid >/dev/null 2>&1 || s=; \
          {steadfast}; \
          {{ {steadfast}; p start; \
@@ -93,9 +100,9 @@ pub fn wrapper(shell: Shell, run: &RunId) -> String {
     format!("exec /bin/sh -c '{text}'")
 }
 
-/// What stands before the script on the wrapper's standard input.
-pub fn preamble(nonce: &str, token: &str) -> String {
-    format!("{nonce} {token}\n")
+/// What stands before the script, of `length` bytes, on the wrapper's standard input.
+pub fn preamble(nonce: &str, token: &str, length: usize) -> String {
+    format!("{nonce} {token} {length}\n")
 }
 
 /// What the wrapper says in a marker.
@@ -134,6 +141,11 @@ mod tests {
 
     /// Runs the wrapper under `login`, as sshd would, and returns output and words.
     fn run(login: &[&str], shell: Shell, script: &[u8]) -> (Vec<u8>, Vec<Word>) {
+        run_part(login, shell, script, script.len())
+    }
+
+    /// The same where only so many bytes of the script arrive.
+    fn run_part(login: &[&str], shell: Shell, script: &[u8], sent: usize) -> (Vec<u8>, Vec<Word>) {
         let mut child = Command::new(login[0])
             .args(&login[1..])
             .arg("-c")
@@ -145,9 +157,9 @@ mod tests {
         let mut stdin = child.stdin.take().unwrap();
         let token = RunId::new();
         stdin
-            .write_all(preamble(NONCE, token.as_str()).as_bytes())
+            .write_all(preamble(NONCE, token.as_str(), script.len()).as_bytes())
             .unwrap();
-        stdin.write_all(script).unwrap();
+        stdin.write_all(&script[..sent]).unwrap();
         drop(stdin);
         let output = child.wait_with_output().unwrap().stdout;
         let mut scanner = Scanner::new(NONCE);
@@ -234,6 +246,26 @@ mod tests {
             path.contains("/.cannery-") && !std::path::Path::new(path).exists(),
             "{path}"
         );
+    }
+
+    #[test]
+    fn a_script_that_did_not_arrive_whole_does_not_run() {
+        let script = b"echo ran\nrm -rf /builds/old\n";
+        for sent in [0, 9, script.len() - 1] {
+            assert_eq!(
+                run_part(&["sh"], Shell::Sh, script, sent),
+                (vec![], vec![]),
+                "{sent}"
+            );
+        }
+        assert_eq!(run_part(&["sh"], Shell::Sh, b"echo ran", 8).0, b"ran\n");
+    }
+
+    #[test]
+    fn a_kept_name_of_a_run_comes_back_and_nothing_else_passes_for_one() {
+        let run = RunId::new();
+        assert_eq!(RunId::parse(run.as_str()), Some(run));
+        assert_eq!(RunId::parse("x; rm -rf /"), None);
     }
 
     #[test]

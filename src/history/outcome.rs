@@ -113,7 +113,7 @@ pub fn outcome(record: &Record, removal: &Removal, busy: bool) -> Outcome {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::{Caller, JobKey, PREPARE, Reason, VERSION};
+    use crate::record::{Caller, JobKey, PREPARE, Reason};
     use jiff::Timestamp;
     use proptest::prelude::*;
 
@@ -128,28 +128,11 @@ mod tests {
             seconds: ending.as_ref().map(|_| 1.0),
             ending: ending.clone(),
         };
+        let key = JobKey::new("https://gitlab.example.com", 1, 1);
         Record {
-            version: VERSION,
-            key: JobKey::new("https://gitlab.example.com", 1, 1),
-            coordinator: String::new(),
-            project: String::new(),
-            job: String::new(),
-            session: "/x".into(),
-            token: None,
-            caller: Caller::this(),
-            created: now,
-            deadline: now,
             state,
-            since: now,
-            image: None,
-            digest: None,
-            slot: None,
-            machine: None,
-            guest: None,
-            run: None,
-            phases: Vec::new(),
             stages: stages.iter().map(stage).collect(),
-            outcome: None,
+            ..Record::new(key, "/x".into(), Caller::this(), now, now)
         }
     }
 

@@ -5,28 +5,15 @@ use crate::record::{Caller, Ending, PREPARE, State};
 
 fn record(id: u64) -> Record {
     let now = Timestamp::now();
+    let key = JobKey::new("https://gitlab.example.com", id, 1);
+    let session = "/tmp/custom-executor1/response.json".into();
     Record {
-        version: crate::record::VERSION,
-        key: JobKey::new("https://gitlab.example.com", id, 1),
         coordinator: "https://gitlab.example.com".into(),
         project: "grp/demo".into(),
         job: "unit".into(),
-        session: "/tmp/custom-executor1/response.json".into(),
-        token: None,
-        caller: Caller::this(),
-        created: now,
-        deadline: now,
         state: State::Ready,
-        since: now,
         image: Some("registry.example.com/vm:1".into()),
-        digest: None,
-        slot: None,
-        machine: None,
-        guest: None,
-        run: None,
-        phases: Vec::new(),
-        stages: Vec::new(),
-        outcome: None,
+        ..Record::new(key, session, Caller::this(), now, now)
     }
 }
 

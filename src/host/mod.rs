@@ -7,6 +7,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::kill::{self, Point};
 use crate::record::{JobKey, UNFINISHED, make_shared, open_lock, write_atomic};
 
 /// Why no place can be had.
@@ -110,6 +111,7 @@ impl Slots {
         make_shared(&folder).map_err(failed("create the folder", &folder))?;
         let path = folder.join(index.to_string());
         write_atomic(&path, format!("{job}\n").as_bytes(), 0o664).map_err(failed("write", &path))?;
+        kill::point(Point::SlotLeased);
         Ok(index)
     }
 
@@ -170,7 +172,9 @@ impl Slots {
         if holder != lease.job {
             return Ok(());
         }
-        fs::remove_file(&lease.path).map_err(failed("remove", &lease.path))
+        fs::remove_file(&lease.path).map_err(failed("remove", &lease.path))?;
+        kill::point(Point::SlotReleased);
+        Ok(())
     }
 
     /// Removes leases that were being written when their writers were killed.
@@ -186,6 +190,7 @@ impl Slots {
                 let file = file.map_err(failed("list", &folder))?;
                 if file.file_name().to_string_lossy().ends_with(UNFINISHED) {
                     fs::remove_file(file.path()).map_err(failed("remove", &file.path()))?;
+                    kill::point(Point::RemainSwept);
                 }
             }
         }

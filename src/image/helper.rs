@@ -12,6 +12,7 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 
 use super::credentials::{CredentialsError, DOCKER_HUB, Login};
+use crate::children;
 use crate::secret::Secret;
 
 /// Time that a helper has to answer. Some ask a cloud's metadata service or a key ring; none waits for a
@@ -49,13 +50,14 @@ pub(super) async fn ask(helper: &str, registry: &str) -> Result<Option<Login>, C
 
 /// Whether the helper ended well, and what it wrote.
 async fn talk(mut program: Command, server: &str) -> io::Result<(bool, Vec<u8>)> {
-    let mut child = program
+    program
         .arg("get")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
-        .kill_on_drop(true)
-        .spawn()?;
+        .kill_on_drop(true);
+    children::end_with_us(&mut program);
+    let mut child = program.spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
         // A helper that needs no input may be gone already; its answer decides.
         drop(stdin.write_all(format!("{server}\n").as_bytes()).await);

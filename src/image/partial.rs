@@ -10,6 +10,7 @@ use super::digest::Digest;
 use super::error::Error;
 use super::progress::{Event, Progress};
 use super::store::{inherited_mode, remove};
+use crate::kill::{self, Point};
 
 /// How often a lock is tried that another process holds. The kernel could wake us, but only by blocking a
 /// thread that nothing can cancel.
@@ -94,6 +95,7 @@ impl Work {
         let parent = self.dir.parent().unwrap_or(&self.dir);
         fs::set_permissions(&self.dir, fs::Permissions::from_mode(inherited_mode(parent)))
             .map_err(Error::storage(&self.dir))?;
+        kill::point(Point::WorkBegun);
         Ok(&self.dir)
     }
 }

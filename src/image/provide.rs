@@ -23,6 +23,7 @@ use super::registry::{Session, Target};
 use super::room::Limits;
 use super::source::Source;
 use super::store::{self, Disk, Record, RecordedFile, Store};
+use crate::kill::{self, Point};
 
 /// When to ask the registry, spelled as GitLab spells it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -296,6 +297,7 @@ impl Pull<'_> {
             contents = source
                 .layer(descriptor, total, &meter, self.progress, unpack)
                 .await?;
+            kill::point(Point::LayerUnpacked);
         }
         let selected = contents.select(&boot, &manifest, &config, &place)?;
         let finished = Finished {
@@ -381,6 +383,7 @@ impl Finished {
             files.push(self.name(initrd, store::INITRD)?);
         }
         self.remove_others(&files)?;
+        kill::point(Point::DiskNamed);
         let record = Record {
             version: store::VERSION,
             reference: self.reference.clone(),

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use super::error::Error;
 use super::progress::Meter;
 use super::room::Room;
+use crate::kill::{self, Point};
 
 /// A piece that becomes a hole when it is all zeros: the cluster of a qcow2, and a multiple of every file
 /// system's block.
@@ -49,6 +50,7 @@ impl SparseFile {
             .mode(0o600)
             .open(path)
             .map_err(|error| room.write_failed(path, error, expected.unwrap_or_default()))?;
+        kill::point(Point::LayerBegun);
         Ok(Self {
             file,
             path: path.to_owned(),

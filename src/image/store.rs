@@ -28,6 +28,8 @@ use super::hints::Hints;
 use super::inspect::DiskFormat;
 use super::partial;
 use super::reference::Reference;
+use crate::kill::{self, Point};
+use crate::record::{hidden, make_finished};
 
 /// Version of `image.json` and of the files in `refs/`.
 pub(super) const VERSION: u32 = 1;
@@ -124,9 +126,9 @@ impl Store {
     /// [`Error::Storage`] when the folder cannot be made or read.
     pub fn open(dir: &Path) -> Result<Self, Error> {
         let store = Self { dir: dir.to_owned() };
-        make_dirs(dir)?;
+        make_dirs(dir, &hidden)?;
         for part in ["blobs/sha256", "disks", "refs", "partial"] {
-            make_dirs(&dir.join(part))?;
+            make_dirs(&dir.join(part), &hidden)?;
         }
         store.sweep()?;
         Ok(store)
@@ -222,7 +224,9 @@ impl Store {
             digest: *digest,
             asked: Timestamp::now(),
         };
-        self.write_small(&path, &serialised(&written, &path)?)
+        self.write_small(&path, &serialised(&written, &path)?)?;
+        kill::point(Point::ReferenceKept);
+        Ok(())
     }
 
     /// Keeps a manifest or config.
@@ -231,17 +235,23 @@ impl Store {
         if path.exists() {
             Ok(())
         } else {
-            self.write_small(&path, bytes)
+            self.write_small(&path, bytes)?;
+            kill::point(Point::BlobKept);
+            Ok(())
         }
     }
 
     /// Writes a small file whole or not at all.
     fn write_small(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
         let parent = path.parent().unwrap_or(&self.dir);
-        make_dirs(parent)?;
+        // There are too many of them to look through for what a killed process began.
+        make_dirs(parent, &|_| {
+            self.partial().join(format!("folder-{}", uuid::Uuid::new_v4()))
+        })?;
         let (mut file, temporary) = self.begin_small().map_err(Error::storage(path))?;
         let mut write = || {
             fill(&mut file, bytes)?;
+            kill::point(Point::BlobBegun);
             fs::rename(&temporary, path)?;
             File::open(parent)?.sync_all()
         };
@@ -281,12 +291,14 @@ impl Store {
         fs::set_permissions(work, Permissions::from_mode(inherited_mode(&partial)))
             .map_err(Error::storage(work))?;
         sync_dir(work)?;
+        kill::point(Point::DiskFinished);
         // Only a damaged disk can be here: its digest was looked up under the lock that we hold.
         if target.exists() {
             let aside = partial.join(format!("{}.damaged", record.digest.hex()));
             fs::rename(&target, &aside).map_err(Error::storage(&target))?;
         }
         fs::rename(work, &target).map_err(Error::storage(&target))?;
+        kill::point(Point::DiskStored);
         sync_dir(&self.dir.join("disks"))?;
         sync_dir(&partial)
     }
@@ -305,10 +317,19 @@ impl Store {
                     && file.try_lock().is_ok()
                 {
                     remove(&entry.path())?;
+                    kill::point(Point::RemainSwept);
+                }
+            } else if name.starts_with("folder-") {
+                // Whoever is just making it makes another; one that another user began is empty, too.
+                if fs::remove_dir(entry.path()).is_ok() {
+                    kill::point(Point::RemainSwept);
                 }
             } else if let Some(digest) = name.split('.').next().and_then(|hex| Digest::from_hex(hex).ok()) {
                 // Dropping the lock removes everything that belongs to it.
-                drop(partial::Work::try_lock(&dir, &digest)?);
+                if let Some(work) = partial::Work::try_lock(&dir, &digest)? {
+                    drop(work);
+                    kill::point(Point::WorkSwept);
+                }
             }
         }
         Ok(())
@@ -406,22 +427,16 @@ pub(super) fn inherited_mode(parent: &Path) -> u32 {
     (mode & !0o002) | 0o755
 }
 
-fn make_dirs(dir: &Path) -> Result<(), Error> {
+/// Makes a folder and those above it, where they are missing; `begun_as` is what each is called until it is finished.
+fn make_dirs(dir: &Path, begun_as: &dyn Fn(&Path) -> PathBuf) -> Result<(), Error> {
     if dir.is_dir() {
         return Ok(());
     }
     let parent = dir.parent().unwrap_or(Path::new("/"));
-    make_dirs(parent)?;
-    match fs::create_dir(dir) {
-        // The mode is set after, since the umask would take from it.
-        Ok(()) => fs::set_permissions(dir, Permissions::from_mode(inherited_mode(parent)))
-            .map_err(Error::storage(dir)),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(()),
-        Err(error) => Err(Error::Storage {
-            path: dir.to_owned(),
-            source: error,
-        }),
-    }
+    make_dirs(parent, begun_as)?;
+    // The umask would take from the mode.
+    let finish = |dir: &Path| fs::set_permissions(dir, Permissions::from_mode(inherited_mode(parent)));
+    make_finished(dir, &begun_as(dir), finish).map_err(Error::storage(dir))
 }
 
 #[cfg(test)]

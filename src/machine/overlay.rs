@@ -11,6 +11,8 @@ use rustix::process::{Pid, Resource, Rlimit, prlimit};
 use tokio::process::Command;
 
 use super::placement::Backing;
+use crate::children;
+use crate::kill::{self, Point};
 
 /// Deadline of `qemu-img create`, which takes 20 ms; a host whose disk is overloaded may need seconds.
 pub const CREATE_DEADLINE: Duration = Duration::from_secs(30);
@@ -104,8 +106,10 @@ pub async fn create(overlay: &Path, backing: &Backing, size: u64, image_size: u6
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .kill_on_drop(true);
+    children::end_with_us(&mut command);
     let child = command.spawn().map_err(Error::Tool)?;
     bound(&child);
+    kill::point(Point::OverlayBegun);
     let output = tokio::time::timeout(CREATE_DEADLINE, child.wait_with_output())
         .await
         .map_err(|_| Error::Late)?

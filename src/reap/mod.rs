@@ -18,6 +18,7 @@ pub use plan::{Action, Found, Why, World, plan};
 use crate::history::{self, Bounds, Entry, History, Removal, outcome};
 use crate::host::Slots;
 use crate::image::Store;
+use crate::kill::{self, Point};
 use crate::machine::{Libvirt, serial};
 use crate::outcome::Failure;
 use crate::record::{self, Claim, JobDir, JobKey, Jobs, Record, State};
@@ -126,13 +127,14 @@ impl Reaper {
                     return Ok(false);
                 }
                 self.libvirt.destroy(name).await?;
+                kill::point(Point::DomainDestroyed);
             }
             Action::FreeSlot(lease, _) => self.slots.free(lease)?,
             Action::RemoveFolder(path, _) => match std::fs::remove_dir_all(path) {
                 Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
                     return Err(Failure::system(format!("cannot remove {}: {e}", path.display())));
                 }
-                _ => {}
+                _ => kill::point(Point::RemainSwept),
             },
         }
         Ok(true)
@@ -154,6 +156,12 @@ impl Reaper {
     pub fn sweep_remains(&self) {
         if let Err(e) = self.history.tidy_if_due() {
             tracing::warn!("the history is not tidied: {e}");
+        }
+        for folder in ["", "slots", "store", "networks"] {
+            let folder = self.state_dir.join(folder);
+            if let Err(e) = record::sweep(&folder) {
+                tracing::warn!("{} is not swept: {e}", folder.display());
+            }
         }
         if let Err(e) = self.slots.sweep() {
             tracing::warn!("the slots are not swept: {e}");
@@ -181,7 +189,7 @@ impl Reaper {
         permit: impl FnOnce(&Record) -> bool,
     ) -> Result<bool, Failure> {
         let conclude = |record: &mut Record| {
-            let busy = record.run.as_ref().is_some_and(|run| run.process.is_alive());
+            let busy = record.runs.iter().any(|run| run.process.is_alive());
             if record.outcome.is_none() {
                 record.outcome = Some(outcome(record, &removal, busy));
             }
@@ -206,6 +214,7 @@ impl Reaper {
             None if step.is_some() => false,
             _ => self.libvirt.destroy(&name).await?,
         };
+        kill::point(Point::DomainDestroyed);
         self.slots.release(job.key())?;
         job.remove(step)?;
         // A file system that was full has room now.

@@ -155,33 +155,15 @@ pub(super) fn judge(job: &Found, now: Timestamp) -> Option<Why> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::{Caller, VERSION};
+    use crate::record::Caller;
 
     fn found(id: u64) -> Found {
         let now = Timestamp::now();
         let key = JobKey::new("https://gitlab.example.com", id, 1);
+        let deadline = now + jiff::SignedDuration::from_hours(2);
         let record = Record {
-            version: VERSION,
-            key: key.clone(),
-            coordinator: String::new(),
-            project: String::new(),
-            job: String::new(),
-            session: "/x".into(),
-            token: None,
-            caller: Caller::this(),
-            created: now,
-            deadline: now + jiff::SignedDuration::from_hours(2),
             state: State::Running,
-            since: now,
-            image: None,
-            digest: None,
-            slot: None,
-            machine: None,
-            guest: None,
-            run: None,
-            phases: Vec::new(),
-            stages: Vec::new(),
-            outcome: None,
+            ..Record::new(key.clone(), "/x".into(), Caller::this(), now, deadline)
         };
         Found {
             key,

@@ -3,14 +3,15 @@
 //! Whoever calls cannery cleans up after whoever called before, so every folder of the state is writable for its group, hands
 //! that group on to what is made in it, and lets others pass: QEMU runs as a user of its own and must reach the disks.
 
-use std::fs::{self, DirBuilder, File, OpenOptions, Permissions};
+use std::fs::{self, File, OpenOptions, Permissions};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 use std::path::Path;
 
 use rustix::fs::{Gid, chown};
 
 use super::Error;
+use super::files::{hidden, make_finished};
 
 /// The group whose members share the state folder with root, where the host has it.
 pub const GROUP: &str = "cannery";
@@ -56,16 +57,13 @@ pub fn make_shared(dir: &Path) -> io::Result<()> {
 }
 
 fn make(dir: &Path, group: Option<u32>) -> io::Result<()> {
-    match DirBuilder::new().mode(DIR_MODE).create(dir) {
-        // Another process was quicker, and gives it its mode.
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Ok(()),
-        made => made?,
-    }
-    if let Some(group) = group {
-        chown(dir, None, Some(Gid::from_raw(group)))?;
-    }
-    // After the group, whose change takes the set-group-ID bit away; and because of the umask, which takes the group's right.
-    fs::set_permissions(dir, Permissions::from_mode(DIR_MODE))
+    make_finished(dir, &hidden(dir), |dir| {
+        if let Some(group) = group {
+            chown(dir, None, Some(Gid::from_raw(group)))?;
+        }
+        // After the group, whose change takes the set-group-ID bit away.
+        fs::set_permissions(dir, Permissions::from_mode(DIR_MODE))
+    })
 }
 
 /// Opens a file whose only use is to be locked, and makes it where it is missing. Another user's will do, since locking

@@ -8,10 +8,12 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
+use super::files::{is_dead, maker};
 use super::folder::DIR_MODE;
 use super::{
     Claim, Error, JobKey, Record, State, VERSION, make_shared, open_lock, open_state, read_json, write_json,
 };
+use crate::kill::{self, Point};
 
 /// Longer than any single step of a job takes: the longest is a start that libvirt is given three minutes for.
 const LOCK_DEADLINE: Duration = Duration::from_secs(200);
@@ -95,19 +97,16 @@ impl Jobs {
 
     /// Folders that a process began to make for a job before it was killed: nothing else can be there yet.
     pub fn unborn(&self) -> Result<Vec<PathBuf>, Error> {
-        let maker = |entry: &fs::DirEntry| {
+        let unborn = |entry: &fs::DirEntry| {
             let name = entry.file_name();
-            let (key, pid) = name.to_str()?.strip_prefix('.')?.rsplit_once('.')?;
-            key.parse::<JobKey>().ok()?;
-            pid.parse::<u32>().ok()
-        };
-        let dead = |entry: &fs::DirEntry| {
-            maker(entry)
-                .is_some_and(|pid| pid != std::process::id() && !Path::new(&format!("/proc/{pid}")).exists())
+            let name = name.to_str()?.strip_prefix('.')?;
+            let maker = maker(name)?;
+            name.rsplit_once('.')?.0.parse::<JobKey>().ok()?;
+            Some(is_dead(maker))
         };
         Ok(entries(&self.dir)?
             .into_iter()
-            .filter(dead)
+            .filter(|entry| unborn(entry) == Some(true))
             .map(|e| e.path())
             .collect())
     }
@@ -178,13 +177,17 @@ impl Jobs {
             // The umask must not keep QEMU out, nor the group.
             let mode = std::os::unix::fs::PermissionsExt::from_mode(DIR_MODE);
             fs::set_permissions(&hidden, mode).map_err(io_error("set the mode of", &hidden))?;
+            kill::point(Point::JobBegun);
             if let Err(e) = write_json(&job.record_path(), &record, RECORD_MODE) {
                 // What cannot be removed either is for the reaper.
                 let _ = fs::remove_dir_all(&hidden);
                 return Err(e);
             }
             match fs::rename(&hidden, &dir) {
-                Ok(()) => return Ok(JobDir { dir, key: record.key }),
+                Ok(()) => {
+                    kill::point(State::Admitted.saved());
+                    return Ok(JobDir { dir, key: record.key });
+                }
                 // Another process made the same try's folder meanwhile: take the next number.
                 Err(e)
                     if matches!(
@@ -269,6 +272,7 @@ impl JobDir {
             Err(e) if state == State::Cleaning && e.is_full() => {}
             written => written?,
         }
+        kill::point(state.saved());
         Ok(Some(Step { _lock: lock, record }))
     }
 
@@ -349,10 +353,12 @@ impl JobDir {
                 fs::remove_file(&path)
             };
             absent_is_fine(removed, &path)?;
+            kill::point(Point::FileRemoved);
         }
         for name in ["record.json", "lock"] {
             let path = self.file(name);
             absent_is_fine(fs::remove_file(&path), &path)?;
+            kill::point(Point::RecordRemoved);
         }
         // Someone who looks for the lock just now makes it anew, finds no record, and goes.
         let mut removed = fs::remove_dir(&self.dir);
@@ -365,6 +371,7 @@ impl JobDir {
             removed = fs::remove_dir(&self.dir);
         }
         absent_is_fine(removed, &self.dir)?;
+        kill::point(Point::FolderRemoved);
         drop(step);
         Ok(())
     }

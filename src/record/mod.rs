@@ -40,8 +40,10 @@ mod folder;
 mod jobs;
 mod stages;
 
+use crate::kill::Point;
+
 pub use caller::Caller;
-pub use files::{UNFINISHED, read_json, write_atomic, write_json};
+pub use files::{UNFINISHED, hidden, make_finished, read_json, sweep, write_atomic, write_json};
 pub use folder::{DIR_MODE, GROUP, make_shared, open_lock, open_state};
 pub use jobs::{HISTORY, JobDir, Jobs, Step};
 pub use stages::{Ending, Outcome, PREPARE, Reason, Stage};
@@ -210,6 +212,20 @@ impl State {
             (now, next) => next > now,
         }
     }
+
+    /// The point at which the record has just been saved in this state.
+    fn saved(self) -> Point {
+        match self {
+            State::Admitted => Point::SavedAdmitted,
+            State::Fetching => Point::SavedFetching,
+            State::Cloning => Point::SavedCloning,
+            State::Starting => Point::SavedStarting,
+            State::Booting => Point::SavedBooting,
+            State::Ready => Point::SavedReady,
+            State::Running => Point::SavedRunning,
+            State::Cleaning => Point::SavedCleaning,
+        }
+    }
 }
 
 impl fmt::Display for State {
@@ -265,8 +281,10 @@ pub struct Record {
     pub machine: Option<Machine>,
     /// How its guest is entered, once it answered.
     pub guest: Option<Guest>,
-    /// The script that runs.
-    pub run: Option<Run>,
+    /// The scripts that may run in its guest: one as a rule, and those whose calls were killed until the next call has ended
+    /// them.
+    #[serde(default)]
+    pub runs: Vec<Run>,
     /// What prepare did and how long each took, in seconds.
     pub phases: Vec<Phase>,
     /// The job's calls so far, the oldest first.
@@ -297,6 +315,42 @@ impl Claim {
         match self {
             Claim::Session(session) => record.session == *session,
             Claim::Token { id, hash } => record.key.id == *id && record.token.as_ref() == Some(hash),
+        }
+    }
+}
+
+impl Record {
+    /// The record of a job that begins: nothing is known but who asked, and until when. The attempt's number in the key is
+    /// given by [`Jobs::create`].
+    pub fn new(
+        key: JobKey,
+        session: PathBuf,
+        caller: Caller,
+        created: Timestamp,
+        deadline: Timestamp,
+    ) -> Self {
+        Record {
+            version: VERSION,
+            key,
+            coordinator: String::new(),
+            project: String::new(),
+            job: String::new(),
+            session,
+            token: None,
+            caller,
+            created,
+            deadline,
+            state: State::Admitted,
+            since: created,
+            image: None,
+            digest: None,
+            slot: None,
+            machine: None,
+            guest: None,
+            runs: Vec::new(),
+            phases: Vec::new(),
+            stages: Vec::new(),
+            outcome: None,
         }
     }
 }
@@ -359,6 +413,8 @@ pub enum Entry {
 /// A script that runs in a guest.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
+    /// What all of its processes in the guest carry in their environment.
+    pub id: String,
     /// The runner's name for it.
     pub stage: String,
     /// The `cannery run` process.

@@ -12,6 +12,7 @@ mod config;
 mod order;
 mod prepare;
 mod run;
+mod visit;
 
 pub use cleanup::cleanup;
 pub use config::config;

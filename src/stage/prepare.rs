@@ -13,7 +13,7 @@ use crate::machine::{Libvirt, network};
 use crate::outcome::Failure;
 use crate::quantity::Size;
 use crate::reap::{self, Reaper};
-use crate::record::{self, Caller, Ending, JobDir, JobKey, Jobs, PREPARE, Record, Slot, State, VERSION};
+use crate::record::{self, Caller, Ending, JobDir, JobKey, Jobs, PREPARE, Record, Slot, State};
 use crate::report::{JobLog, Throttle, bytes, plain};
 use crate::settings::{MachineSettings, Network, Settings};
 use crate::start::{self, Hardware, Phases, Plan};
@@ -211,33 +211,20 @@ fn record(job: &Job) -> Record {
     let now = Timestamp::now();
     // A time-out beyond all calendars is as good as none.
     let timeout = SignedDuration::try_from(job.timeout).unwrap_or(SignedDuration::from_hours(24 * 365));
+    let deadline = now
+        .saturating_add(timeout)
+        .unwrap_or(Timestamp::MAX)
+        .saturating_add(AFTER_TIMEOUT)
+        .unwrap_or(Timestamp::MAX);
+    let key = JobKey::new(&job.identity.coordinator, job.identity.id, 0);
     let mut record = Record {
-        version: VERSION,
-        key: JobKey::new(&job.identity.coordinator, job.identity.id, 0),
         coordinator: job.identity.coordinator.clone(),
         project: job.project.clone(),
         job: job.name.clone(),
-        session: job.session.clone(),
         token: job.token.clone(),
-        caller: Caller::of_this_call(),
-        created: now,
-        deadline: now
-            .saturating_add(timeout)
-            .unwrap_or(Timestamp::MAX)
-            .saturating_add(AFTER_TIMEOUT)
-            .unwrap_or(Timestamp::MAX),
-        state: State::Admitted,
-        since: now,
         // What is no image yet may be anything.
         image: job.image.as_ref().map(|image| job.masked.hide(image)),
-        digest: None,
-        slot: None,
-        machine: None,
-        guest: None,
-        run: None,
-        phases: Vec::new(),
-        stages: Vec::new(),
-        outcome: None,
+        ..Record::new(key, job.session.clone(), Caller::of_this_call(), now, deadline)
     };
     record.begin(PREPARE, now);
     record

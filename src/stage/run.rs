@@ -2,26 +2,19 @@
 
 use std::future::Future;
 use std::path::{Path, PathBuf};
-use std::pin::pin;
 use std::time::Instant;
 
 use jiff::Timestamp;
 
-use crate::guest::ready;
-use crate::guest::script::{self, Control, Ending};
-use crate::guest::shell::{RunId, Shell};
-use crate::guest::shortage::{self, Listening, Shortage};
-use crate::guest::ssh::Patience;
+use super::visit::{Ended, Visit};
+use crate::guest::shell::RunId;
 use crate::job::{Environment, claim};
-use crate::machine::Libvirt;
+use crate::kill::{self, Point};
 use crate::outcome::{Failure, Fault};
-use crate::record::{self, Caller, Claim, JobDir, Jobs, Machine, State};
+use crate::record::{self, Caller, Claim, JobDir, Jobs, State};
 use crate::report::JobLog;
 use crate::settings::Settings;
 use crate::start;
-
-/// What shells call the end of a process by SIGKILL, as which the kernel's out-of-memory killer ends it.
-const KILLED: i32 = 128 + 9;
 
 /// Runs a script in the job's guest until it ends, or `cancel` does. The script's own failure is [`Failure::script`], with its
 /// true code in the file that gitlab-runner reads it from.
@@ -53,19 +46,30 @@ pub async fn run(
         ))
         .hint("prepare did not succeed before run was called"));
     };
+    let id = RunId::new();
     let running = record::Run {
+        id: id.as_str().to_owned(),
         stage: stage.to_owned(),
         process: Caller::this(),
     };
     let begin = Instant::now();
     drop(job.enter(State::Running, |r| {
-        r.run = Some(running);
+        r.runs.push(running);
         r.begin(stage, Timestamp::now());
     })?);
     let image = record.image.unwrap_or_default();
-    let ended = in_guest(settings, &image, &job, &guest, &machine, &text, cancel).await;
+    let visit = Visit {
+        job: &job,
+        guest: &guest,
+        machine: &machine,
+        way: settings.guest(&image),
+        builds_dir: &settings.builds_dir,
+    };
+    let ended = visit.run(&id, &text, cancel, log).await;
+    // How a script has ended that nobody saw the end of is for the next call to make sure.
+    let over = |run: &record::Run| ended.is_ok() && run.id == id.as_str();
     match job.enter(State::Ready, |r| {
-        r.run = None;
+        r.runs.retain(|run| !over(run));
         r.end(stage, begin.elapsed(), noted(&ended));
     }) {
         Ok(step) => drop(step),
@@ -82,6 +86,7 @@ pub async fn run(
                 std::fs::write(file, code.to_string()).map_err(|e| {
                     Failure::system(format!("cannot write the exit code to {}: {e}", file.display()))
                 })?;
+                kill::point(Point::CodeWritten);
             }
             Err(hints.into_iter().fold(Failure::script(code), Failure::hint))
         }
@@ -94,21 +99,6 @@ pub async fn run(
             Err(failure)
         }
     }
-}
-
-/// How a script ended.
-struct Ended {
-    /// With which code; none when it was cancelled.
-    code: Option<i32>,
-    /// What its author should know about a code that is not 0.
-    hints: Vec<String>,
-}
-
-impl Ended {
-    const CANCELLED: Ended = Ended {
-        code: None,
-        hints: Vec::new(),
-    };
 }
 
 /// How a run ended, for the record.
@@ -139,105 +129,15 @@ fn find(settings: &Settings, claim: &Claim) -> Result<(JobDir, record::Record), 
         })
 }
 
-async fn in_guest(
-    settings: &Settings,
-    image: &str,
-    job: &JobDir,
-    guest: &record::Guest,
-    machine: &Machine,
-    text: &[u8],
-    cancel: impl Future<Output = ()>,
-) -> Result<Ended, Failure> {
-    let way = settings.guest(image);
-    let libvirt = Libvirt::open(&machine.uri)?;
-    let serial = job.file("serial.log");
-    let (libvirt, name, serial) = (&libvirt, &machine.name, &serial);
-    let alive = || async move { start::alive(libvirt, name, serial).await };
-    let mut cancel = pin!(cancel);
-    let target = start::target(job, guest, &way)?;
-    // The guest answered before: it is as patient as with one that went silent.
-    let patience = Patience {
-        login: way.lost_after,
-        silence: way.lost_after,
-    };
-    let connect = ready::wait_ready(target, patience, alive, |_| ());
-    let connection = tokio::select! {
-        connection = connect => connection?,
-        () = &mut cancel => return Ok(Ended::CANCELLED),
-    };
-    let shell = if guest.shell == "sh" {
-        Shell::Sh
-    } else {
-        Shell::Bash
-    };
-    let control = Control {
-        cancel,
-        grace: way.cancel_grace,
-        alive,
-    };
-    let mut output = Listening::new(tokio::io::stdout());
-    let begin = Instant::now();
-    let ending = script::run_script(&connection, shell, &RunId::new(), text, &mut output, control).await;
-    let took = begin.elapsed();
-    let shortage = async || shortage::ask(&connection, took, &settings.builds_dir).await;
-    match ending {
-        Ok(Ending::Cancelled) => Ok(Ended::CANCELLED),
-        Ok(Ending::Exited(0)) => Ok(Ended {
-            code: Some(0),
-            hints: Vec::new(),
-        }),
-        Ok(Ending::Exited(code)) => Ok(Ended {
-            code: Some(code),
-            hints: hints(&shortage().await, output.heard_no_room()),
-        }),
-        // The out-of-memory killer took the script together with those that watch over it.
-        Err(e @ script::Error::Cut) => match shortage().await {
-            short if short.killed.is_empty() => Err(e.into()),
-            short => Ok(Ended {
-                code: Some(KILLED),
-                hints: hints(&short, output.heard_no_room()),
-            }),
-        },
-        Err(e) => Err(e.into()),
-    }
-}
-
-/// What a guest ran out of, in sentences for the script's author.
-fn hints(shortage: &Shortage, heard_no_room: bool) -> Vec<String> {
-    let mut hints = Vec::new();
-    if !shortage.killed.is_empty() {
-        let mut names: Vec<&str> = shortage
-            .killed
-            .iter()
-            .map(String::as_str)
-            .filter(|n| !n.is_empty())
-            .collect();
-        names.dedup();
-        let whom = match names.as_slice() {
-            [] => "a process".to_owned(),
-            names => names.join(", "),
-        };
-        hints.push(format!(
-            "The guest ran out of memory, and its kernel killed {whom}: the variable CANNERY_MEMORY asks for more"
-        ));
-    }
-    if !shortage.full.is_empty() {
-        hints.push(format!(
-            "The guest has no room left on {}: the variable CANNERY_DISK asks for a larger disk, CANNERY_MEMORY for more of what lies in memory",
-            shortage.full.join(", ")
-        ));
-    } else if heard_no_room {
-        hints.push("A program found no room left on the guest's disk: the variable CANNERY_DISK asks for a larger one".to_owned());
-    }
-    hints
-}
-
 fn remove_stale(file: &Path) -> Result<(), Failure> {
     match std::fs::remove_file(file) {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Failure::system(format!(
             "cannot remove the exit code of an earlier stage, {}: {e}",
             file.display()
         ))),
-        _ => Ok(()),
+        _ => {
+            kill::point(Point::CodeRemoved);
+            Ok(())
+        }
     }
 }

@@ -13,6 +13,7 @@ use crate::guest::keys::{JobKeys, PublicKey};
 use crate::guest::ssh::{Auth, Connection, HostKeyPolicy, Patience, Progress, Target};
 use crate::guest::{grow, ready};
 use crate::image::{Disk, DiskFormat};
+use crate::kill::{self, Point};
 use crate::machine::placement::{Backing, Format, FwCfgEntry, Mac, NetworkAttachment, Owner};
 use crate::machine::{Description, Libvirt, Placement, libvirt, overlay, render, serial, watch};
 use crate::outcome::Failure;
@@ -99,9 +100,11 @@ pub async fn cold(
             return Err(Unstarted::Unanswered(failure));
         }
     };
+    kill::point(Point::GuestAnswered);
     let started = make_ready(plan, &connection, phases, log)
         .await
         .map_err(Unstarted::Failed)?;
+    kill::point(Point::GuestSettled);
     phases.end("ready");
     Ok(started)
 }
@@ -116,6 +119,7 @@ async fn create(
     let step = plan.job.enter(State::Cloning, |_| ())?;
     let keys = JobKeys::generate()?;
     keys.save(plan.job.path())?;
+    kill::point(Point::KeysWritten);
     let placement = make_files(plan, &keys).await?;
     drop(step);
     phases.end("overlay");
@@ -148,6 +152,7 @@ async fn power_on(
             e @ libvirt::Error::Refused { .. } => Unstarted::Unanswered(e.into()),
             e => Unstarted::Failed(e.into()),
         })?;
+    kill::point(Point::DomainCreated);
     drop(step);
     drop(plan.job.enter(State::Booting, |_| ()).map_err(failed)?);
     Ok(())
@@ -166,11 +171,14 @@ async fn make_files(plan: &Plan<'_>, keys: &JobKeys) -> Result<Placement, Failur
     };
     let overlay = job.file("overlay.qcow2");
     overlay::create(&overlay, &backing, plan.disk_size, plan.disk.virtual_size).await?;
+    kill::point(Point::OverlayMade);
     let serial_log = job.file("serial.log");
     serial::create(&serial_log)?;
+    kill::point(Point::SerialMade);
     let (mut kernel, mut initrd) = (None, None);
     if let Some(boot) = &plan.disk.boot {
         overlay::private_copy(&boot.kernel, kernel.insert(job.file("kernel")))?;
+        kill::point(Point::KernelCopied);
         if let Some(from) = &boot.initrd {
             overlay::private_copy(from, initrd.insert(job.file("initrd")))?;
         }
@@ -187,11 +195,13 @@ async fn make_files(plan: &Plan<'_>, keys: &JobKeys) -> Result<Placement, Failur
     // A start that is tried again without KVM finds the first one's.
     let _ = std::fs::remove_file(&seed);
     introduction.write_seed(&seed)?;
+    kill::point(Point::SeedMade);
     let mut credentials = Vec::new();
     for credential in introduction.credentials() {
         let path = job.file(&format!("credential.{}", credential.name));
         write_private(&path, credential.content.reveal())
             .map_err(|e| Failure::system(format!("cannot write {}: {e}", path.display())))?;
+        kill::point(Point::CredentialWritten);
         credentials.push(FwCfgEntry {
             name: credential.name.to_owned(),
             path,

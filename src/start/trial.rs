@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::Phases;
 use super::cold::{Plan, Started, Unstarted, cold};
 use super::hardware::{Hardware, host_arch};
+use crate::kill::{self, Point};
 use crate::machine::accelerator::{self, Combination, Decision, Facts, Policy, Seen};
 use crate::machine::description::Accelerator;
 use crate::outcome::Failure;
@@ -43,7 +44,7 @@ pub async fn start(
             .await
             {
                 Ok(started) => {
-                    accelerator::remember(&plan.state_dir, &on, Seen::Booted)?;
+                    remember(plan, &on, Seen::Booted)?;
                     return Ok(started);
                 }
                 Err(Unstarted::Failed(failure)) => return Err(failure),
@@ -51,10 +52,11 @@ pub async fn start(
                     tracing::warn!("under KVM: {under_kvm}");
                     log.line("KVM does not boot this guest on this host: starting again with emulation, which is slower.");
                     hardware.libvirt.destroy(&plan.job.key().machine_name()).await?;
+                    kill::point(Point::TrialEnded);
                     phases.end("kvm trial");
                     let started = started_with(Accelerator::Emulation, plan, hardware, phases, log).await?;
                     // Only now: a guest that emulation does not boot either says nothing about KVM.
-                    accelerator::remember(&plan.state_dir, &on, Seen::Hung)?;
+                    remember(plan, &on, Seen::Hung)?;
                     return Ok(started);
                 }
             }
@@ -83,6 +85,12 @@ async fn started_with(
     started.map_err(|e| match e {
         Unstarted::Unanswered(failure) | Unstarted::Failed(failure) => failure,
     })
+}
+
+fn remember(plan: &Plan<'_>, on: &Combination, seen: Seen) -> Result<(), Failure> {
+    accelerator::remember(&plan.state_dir, on, seen)?;
+    kill::point(Point::TrialNoted);
+    Ok(())
 }
 
 async fn decide(hardware: &Hardware<'_>, state_dir: &Path, on: &Combination) -> Result<Decision, Failure> {

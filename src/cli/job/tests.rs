@@ -6,7 +6,7 @@ use jiff::{SignedDuration, Timestamp};
 use super::seen::Seen;
 use super::show::page;
 use crate::history::Entry;
-use crate::record::{Caller, Ending, JobKey, Outcome, PREPARE, Phase, Reason, Record, State, VERSION};
+use crate::record::{Caller, Ending, JobKey, Outcome, PREPARE, Phase, Reason, Record, State};
 
 const EVIL: &str = "a\u{1b}[2J\r\nb\u{7}\u{9b}1A";
 
@@ -16,28 +16,18 @@ fn record(now: Timestamp) -> Record {
         name: name.into(),
         seconds,
     };
+    let key = "aaaa1111-7-2".parse().unwrap();
+    let session = "/tmp/custom-executor1/response.json".into();
     let mut record = Record {
-        version: VERSION,
-        key: "aaaa1111-7-2".parse().unwrap(),
         coordinator: "https://gitlab.example.com".into(),
         project: "grp/demo".into(),
         job: "unit".into(),
-        session: "/tmp/custom-executor1/response.json".into(),
-        token: None,
-        caller: Caller::this(),
-        created,
-        deadline: now,
         state: State::Ready,
         since: now - SignedDuration::from_secs(12),
         image: Some("registry.example.com/vm:1".into()),
         digest: Some("sha256:00ff".into()),
-        slot: None,
-        machine: None,
-        guest: None,
-        run: None,
         phases: vec![phase("image", 0.02), phase("boot", 2.98)],
-        stages: Vec::new(),
-        outcome: None,
+        ..Record::new(key, session, Caller::this(), created, now)
     };
     record.begin(PREPARE, created);
     record.end(PREPARE, Duration::from_secs(3), Ending::Succeeded);

@@ -50,7 +50,7 @@ impl Row {
             image: record.image,
             digest: record.digest,
             state: record.state.to_string(),
-            stage: record.run.map(|r| r.stage),
+            stage: record.runs.into_iter().next_back().map(|r| r.stage),
             created: record.created,
             // A clock that was set back makes no negative age.
             age_seconds: u64::try_from(now.duration_since(record.created).as_secs()).unwrap_or(0),

@@ -15,6 +15,7 @@
 
 use std::fmt::Write as _;
 use std::io;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 use std::time::Duration;
@@ -25,7 +26,9 @@ use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
 
 use super::{NetworkPlan, Protocol};
-use crate::record::write_atomic;
+use crate::children;
+use crate::kill::{self, Point};
+use crate::record::{hidden, make_finished, write_atomic};
 
 /// Deadline of one run of `nft`, which takes 10 ms; it waits where another program is changing rules.
 const NFT_DEADLINE: Duration = Duration::from_secs(15);
@@ -223,6 +226,7 @@ pub async fn provide(plan: &NetworkPlan, state_dir: &Path) -> Result<bool, Error
         Standing::Missing => {}
     }
     load(plan, &rules).await?;
+    kill::point(Point::FirewallLoaded);
     let listing = list(plan).await?.ok_or_else(|| Error::Refused {
         name: plan.name.clone(),
         reason: "the rules were gone as soon as they were loaded".to_owned(),
@@ -235,6 +239,7 @@ pub async fn provide(plan: &NetworkPlan, state_dir: &Path) -> Result<bool, Error
             listing: hash(&listing),
         },
     )?;
+    kill::point(Point::FirewallNoted);
     Ok(true)
 }
 
@@ -286,6 +291,17 @@ pub(super) fn note_path(plan: &NetworkPlan, state_dir: &Path) -> PathBuf {
     state_dir.join("networks").join(format!("{}.json", plan.name))
 }
 
+/// The folder of notes about networks. Only its maker writes to it, since callers that are not root believe the notes.
+pub(super) fn make_folder(folder: &Path) -> io::Result<()> {
+    if folder.is_dir() {
+        return Ok(());
+    }
+    // Whatever the umask is: others must read the notes.
+    make_finished(folder, &hidden(folder), |folder| {
+        std::fs::set_permissions(folder, std::fs::Permissions::from_mode(0o755))
+    })
+}
+
 async fn load(plan: &NetworkPlan, rules: &str) -> Result<(), Error> {
     let output = nft(&["-f", "-"], rules).await?;
     if output.status.success() {
@@ -313,16 +329,17 @@ async fn list(plan: &NetworkPlan) -> Result<Option<String>, Error> {
 }
 
 async fn nft(arguments: &[&str], input: &str) -> Result<Output, Error> {
-    let mut child = Command::new("nft")
+    let mut command = Command::new("nft");
+    command
         .args(arguments)
         .env("PATH", NFT_PATH)
         .env("LC_ALL", "C")
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()
-        .map_err(Error::Tool)?;
+        .kill_on_drop(true);
+    children::end_with_us(&mut command);
+    let mut child = command.spawn().map_err(Error::Tool)?;
     let run = async {
         if let Some(mut stdin) = child.stdin.take() {
             // An nft that stops reading says why on its stderr.
@@ -359,7 +376,7 @@ fn write_note(path: &Path, note: &Note) -> Result<(), Error> {
     };
     let text = serde_json::to_string(note).map_err(|error| failed(error.into()))?;
     if let Some(folder) = path.parent() {
-        std::fs::create_dir_all(folder).map_err(failed)?;
+        make_folder(folder).map_err(failed)?;
     }
     // Whatever the umask is: callers that are not root read it.
     write_atomic(path, text.as_bytes(), 0o644).map_err(failed)

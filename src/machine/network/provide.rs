@@ -1,8 +1,7 @@
 //! Making our network what its plan says, once.
 
-use std::fs::{File, Permissions, TryLockError};
+use std::fs::{File, TryLockError};
 use std::io;
-use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -11,6 +10,7 @@ use super::super::xml::{self, Node};
 use super::plan::{BadPlan, Shape};
 use super::routes::{self, Conflict};
 use super::{Difference, NetworkPlan, firewall};
+use crate::kill::{self, Point};
 use crate::record::{open_lock, open_state};
 
 /// How long another process may take to make the network; it takes two seconds.
@@ -117,8 +117,10 @@ pub async fn provide(libvirt: &Libvirt, plan: &NetworkPlan, state_dir: &Path) ->
             libvirt
                 .define_network(&plan.name, xml::network::render(plan)?)
                 .await?;
+            kill::point(Point::NetworkDefined);
         }
         libvirt.start_network(&plan.name).await?;
+        kill::point(Point::NetworkStarted);
     }
     Ok(Provided {
         started,
@@ -167,16 +169,6 @@ fn free(plan: &NetworkPlan) -> Result<(), Error> {
     }
 }
 
-/// The folder of notes about networks. Only its maker writes to it, since callers that are not root believe the notes.
-fn make_folder(folder: &Path) -> io::Result<()> {
-    if folder.is_dir() {
-        return Ok(());
-    }
-    std::fs::create_dir_all(folder)?;
-    // Whatever the umask was: others must read the notes.
-    std::fs::set_permissions(folder, Permissions::from_mode(0o755))
-}
-
 /// Holds off other processes; the kernel lets go when the file is closed. The file stays: a lock file that is deleted
 /// no longer locks.
 async fn lock(plan: &NetworkPlan, state_dir: &Path) -> Result<File, Error> {
@@ -188,7 +180,7 @@ async fn lock(plan: &NetworkPlan, state_dir: &Path) -> Result<File, Error> {
     let made = open_state(state_dir)
         .map_err(io::Error::other)
         .and_then(|()| match path.parent() {
-            Some(folder) => make_folder(folder),
+            Some(folder) => firewall::make_folder(folder),
             None => Ok(()),
         });
     let file = match made.and_then(|()| open_lock(&path)) {
