@@ -62,9 +62,13 @@ fn rooms_import_only_what_the_plan_allows() {
             ],
         ),
         (
+            "bench",
+            &["settings", "machine", "guest", "start", "outcome", "report"],
+        ),
+        (
             "cli",
             &[
-                "settings", "job", "host", "machine", "stage", "reap", "outcome", "report",
+                "bench", "settings", "job", "host", "machine", "stage", "reap", "outcome", "report",
             ],
         ),
     ];
