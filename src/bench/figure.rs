@@ -241,8 +241,8 @@ mod tests {
         assert_eq!(judged(row(&[1000], two(), Goal::None)), "-");
         assert_eq!(judged(row(&[1000], Peer::Missing("gone"), Goal::Times(1.0))), "-");
         assert_eq!(
-            row(&[5210], two(), Goal::Beyond(Duration::from_millis(300))).cells(),
-            ["x", "5.21 s", "2.00 s", "2.61", "≤ peer + 300 ms", "MISSED"]
+            row(&[5200], two(), Goal::Beyond(Duration::from_millis(300))).cells(),
+            ["x", "5.20 s", "2.00 s", "2.60", "≤ peer + 300 ms", "MISSED"]
         );
     }
 
