@@ -22,11 +22,13 @@
 //! | where tests have it killed | [`kill`] |
 //! | choreography | [`start`], [`stage`], [`reap`] |
 //! | what people see | [`cli`], [`report`], [`outcome`] |
+//! | how fast it is | [`bench`] |
 //!
 //! `job`, `image`, `host`, `machine` and `guest` do not import each other: they hand on values.
 //! `record` is a leaf of plain types that all may use. Only [`cli`] reads the process's environment,
 //! and only [`cli`] and [`report`] print.
 
+pub mod bench;
 pub mod children;
 pub mod cli;
 pub mod guest;

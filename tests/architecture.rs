@@ -69,9 +69,14 @@ fn rooms_import_only_what_the_plan_allows() {
             ],
         ),
         (
+            "bench",
+            &["settings", "machine", "guest", "start", "outcome", "report"],
+        ),
+        (
             "cli",
             &[
-                "settings", "job", "host", "machine", "stage", "history", "reap", "outcome", "report",
+                "bench", "settings", "job", "host", "machine", "stage", "history", "reap", "outcome",
+                "report",
             ],
         ),
     ];

@@ -19,6 +19,7 @@ use crate::report::{self, JobLog};
 use crate::settings::{self, Settings};
 use crate::threads;
 
+mod bench;
 mod cleanup;
 mod config;
 mod job;
@@ -65,6 +66,8 @@ enum Command {
     Reap(reap::Arguments),
     #[command(subcommand, display_order = 22)]
     Network(network::Command),
+    #[command(subcommand, display_order = 23)]
+    Bench(bench::Command),
 }
 
 impl Command {
@@ -215,6 +218,7 @@ fn dispatch(command: Command, context: &Context) -> Result<(), Failure> {
             Command::Job(command) => job::run(context, &command),
             Command::Reap(arguments) => reap::run(context, &arguments).await,
             Command::Network(command) => network::run(context, &command).await,
+            Command::Bench(command) => bench::run(context, &command).await,
         }
     });
     // A blocking call that hangs in a library must not keep the process.

@@ -185,15 +185,20 @@ impl JobKeys {
 
     /// Keeps both in `folder`, readable by their owner only, and on disk when this returns.
     pub fn save(&self, folder: &Path) -> Result<(), KeyError> {
-        write_private(&folder.join(USER_KEY_FILE), &self.user)?;
+        write_private(&Self::user_key_file(folder), &self.user)?;
         kill::point(Point::UserKeyWritten);
         write_private(&folder.join(HOST_KEY_FILE), &self.host)
+    }
+
+    /// Where [`JobKeys::save`] keeps the private key that logs in.
+    pub fn user_key_file(folder: &Path) -> PathBuf {
+        folder.join(USER_KEY_FILE)
     }
 
     /// Reads what [`JobKeys::save`] has kept.
     pub fn load(folder: &Path) -> Result<Self, KeyError> {
         Ok(Self {
-            user: read_private(&folder.join(USER_KEY_FILE))?,
+            user: read_private(&Self::user_key_file(folder))?,
             host: read_private(&folder.join(HOST_KEY_FILE))?,
         })
     }

@@ -10,7 +10,8 @@
 //! ```
 //!
 //! Nothing of a machine comes from its image: an image can name no path, no device and no option. Everything is pure
-//! but [`libvirt`], [`overlay`], [`serial`]'s file access, [`accelerator`]'s memory and [`network::provide()`].
+//! but [`libvirt`], [`overlay`], [`serial`]'s file access, the memories of [`accelerator`] and [`versions`], and
+//! [`network::provide()`].
 
 pub mod accelerator;
 pub mod description;
@@ -19,6 +20,7 @@ pub mod network;
 pub mod overlay;
 pub mod placement;
 pub mod serial;
+pub mod versions;
 pub mod watch;
 pub mod xml;
 

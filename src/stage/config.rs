@@ -6,7 +6,8 @@ use serde::Serialize;
 
 use super::order::Order;
 use crate::job::{Environment, Job};
-use crate::machine::Libvirt;
+use crate::machine::libvirt::{self, Libvirt, Versions};
+use crate::machine::versions;
 use crate::outcome::Failure;
 use crate::settings::Settings;
 
@@ -55,14 +56,10 @@ pub async fn config(settings: &Settings, environment: &Environment) -> Result<St
     serde_json::to_string(&answer).map_err(|e| Failure::system(format!("cannot write the answer: {e}")))
 }
 
-/// Our version, and the hypervisor's where it answers.
+/// Our version, and the hypervisor's where it answers or has answered before.
 async fn version(settings: &Settings) -> String {
     let ours = env!("CARGO_PKG_VERSION");
-    let asked = match Libvirt::open(&settings.libvirt_uri) {
-        Ok(libvirt) => libvirt.version().await,
-        Err(e) => Err(e),
-    };
-    match asked {
+    match hypervisor(settings).await {
         Ok(v) => format!(
             "{ours} (libvirt {}, {} {})",
             v.libvirt, v.hypervisor, v.hypervisor_version
@@ -73,4 +70,18 @@ async fn version(settings: &Settings) -> String {
             format!("{ours} (libvirt unreachable)")
         }
     }
+}
+
+/// libvirt is asked only where nothing is remembered: to load it and to connect takes longer than all else here, and
+/// prepare, which must ask, corrects what is remembered.
+async fn hypervisor(settings: &Settings) -> Result<Versions, libvirt::Error> {
+    let (state_dir, uri) = (&settings.state_dir, &settings.libvirt_uri);
+    if let Some(versions) = versions::recall(state_dir, uri) {
+        return Ok(versions);
+    }
+    let versions = Libvirt::open(uri)?.version().await?;
+    if let Err(e) = versions::remember(state_dir, uri, &versions) {
+        tracing::warn!("{e}");
+    }
+    Ok(versions)
 }

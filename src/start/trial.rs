@@ -9,6 +9,7 @@ use super::hardware::{Hardware, host_arch};
 use crate::kill::{self, Point};
 use crate::machine::accelerator::{self, Combination, Decision, Facts, Policy, Seen};
 use crate::machine::description::Accelerator;
+use crate::machine::versions;
 use crate::outcome::Failure;
 use crate::report::JobLog;
 use crate::settings::file;
@@ -24,7 +25,12 @@ pub async fn start(
     phases: &mut Phases,
     log: &JobLog,
 ) -> Result<Started, Failure> {
-    let on = Combination::of_host(&hardware.libvirt.version().await?.hypervisor_version);
+    let versions = hardware.libvirt.version().await?;
+    if let Err(e) = versions::remember(&plan.state_dir, &plan.uri, &versions) {
+        // Only config's answer is made of it.
+        tracing::warn!("{e}");
+    }
+    let on = Combination::of_host(&versions.hypervisor_version);
     let accelerator = match decide(hardware, &plan.state_dir, &on).await? {
         Decision::Use(accelerator, because) => {
             tracing::debug!(?accelerator, ?because, "decided");

@@ -13,7 +13,7 @@ use super::input::Input;
 use super::link::{Link, Setback, Way};
 use super::serve::{Event, Request, serve};
 use super::wake::Wake;
-use super::{Error, Patience, Progress, Target};
+use super::{Agreed, Error, Patience, Progress, Target};
 use crate::guest::keys::PublicKey;
 
 /// After a failed key exchange or a lost connection the next attempt comes this soon.
@@ -41,6 +41,8 @@ pub struct Login {
     pub auth: usize,
     /// The host key that the server has shown.
     pub host_key: PublicKey,
+    /// The methods that both sides have agreed on.
+    pub agreed: Agreed,
     /// From the first knock to an open port.
     pub tcp: Duration,
     /// From the first knock to the server's name.
@@ -319,6 +321,7 @@ impl Thread {
                     let login = Login {
                         auth,
                         host_key,
+                        agreed: link.agreed(),
                         tcp: tcp.unwrap_or(login),
                         banner: banner.unwrap_or(login),
                         login,

@@ -9,7 +9,7 @@ use ssh2::{BlockDirections, ErrorCode, MethodType, Session};
 
 use super::dial::poll_until;
 use super::wake::Wake;
-use super::{Auth, Error, HostKeyPolicy, Target};
+use super::{Agreed, Auth, Error, HostKeyPolicy, Target};
 use crate::guest::keys::PublicKey;
 
 // What libssh2 calls its results (libssh2.h); the binding has no names for them.
@@ -110,6 +110,17 @@ impl Link {
                 expected: expected.clone(),
             })),
             _ => Ok((link, seen)),
+        }
+    }
+
+    /// The methods that came out of the key exchange.
+    pub(super) fn agreed(&self) -> Agreed {
+        let name = |method| self.session.methods(method).unwrap_or_default().to_owned();
+        Agreed {
+            key_exchange: name(MethodType::Kex),
+            host_key: name(MethodType::HostKey),
+            cipher: name(MethodType::CryptCs),
+            mac: name(MethodType::MacCs),
         }
     }
 

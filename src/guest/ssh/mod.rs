@@ -93,6 +93,19 @@ impl fmt::Display for Progress {
     }
 }
 
+/// The methods of a connection, by the names that SSH gives them (RFC 4250, 4.11).
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Agreed {
+    /// How the session's keys were made.
+    pub key_exchange: String,
+    /// How the server signed with its host key.
+    pub host_key: String,
+    /// How what we send is encrypted.
+    pub cipher: String,
+    /// How what we send is authenticated; of no account where the cipher does that itself.
+    pub mac: String,
+}
+
 /// When to give up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Patience {

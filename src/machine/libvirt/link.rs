@@ -59,8 +59,6 @@ impl Link {
 fn spawn(uri: &str) -> Result<mpsc::Sender<Request>, Error> {
     let (sender, receiver) = mpsc::channel::<Request>();
     crate::threads::spawn("libvirt", move || {
-        // libvirt would print every error on stderr, which is the job's log.
-        virt::error::clear_error_callback();
         let mut line = Line { connection: None };
         while let Ok(request) = receiver.recv() {
             request(&mut line);
@@ -154,8 +152,13 @@ impl Line {
 }
 
 fn open(uri: &str) -> Result<Connect, Error> {
-    let opened = catch_unwind(AssertUnwindSafe(|| Connect::open(Some(uri))))
-        .map_err(|_| Error::Panicked("connect".to_owned()))?;
+    // The first call of all, since it loads the library: a thread that is asked nothing has no need of it.
+    let opened = catch_unwind(AssertUnwindSafe(|| {
+        // libvirt would print every error on stderr, which is the job's log.
+        virt::error::clear_error_callback();
+        Connect::open(Some(uri))
+    }))
+    .map_err(|_| Error::Panicked("connect".to_owned()))?;
     opened.map_err(|error| {
         let denied = [
             ErrorNumber::AuthFailed,

@@ -1,5 +1,6 @@
 //! What the host's hypervisor can do.
 
+use serde::{Deserialize, Serialize};
 use virt::error::ErrorNumber;
 
 use super::super::description::{Accelerator, Arch};
@@ -7,7 +8,7 @@ use super::super::xml::Node;
 use super::{Error, Libvirt, QUERY_DEADLINE, is};
 
 /// Who answers.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Versions {
     /// libvirt daemon's version, `9.0.0`.
     pub libvirt: String,

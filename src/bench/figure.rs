@@ -1,0 +1,265 @@
+//! What was measured, what it is held against, and whether that is good enough. No effects.
+
+use std::time::Duration;
+
+use serde::Serialize;
+
+/// One thing that was measured several times.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Figure {
+    /// What it is, and against whom.
+    pub name: String,
+    /// cannery's times.
+    pub ours: Vec<Duration>,
+    /// The other's.
+    pub peer: Peer,
+    /// What ours should be.
+    pub goal: Goal,
+}
+
+/// Whom a figure is held against.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Peer {
+    /// Nobody.
+    None,
+    /// Somebody who could not be asked, and why.
+    Missing(&'static str),
+    /// Somebody with these times.
+    Times(Vec<Duration>),
+}
+
+/// What the median should be.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Goal {
+    /// Nothing: it is only to be seen.
+    None,
+    /// Less than this.
+    Under(Duration),
+    /// At most so many times the peer's.
+    Times(f64),
+    /// At most so much more than the peer's.
+    Beyond(Duration),
+}
+
+/// One line of a bench's answer; the JSON's keys are these names. Times are medians, in seconds.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Row {
+    /// What was measured.
+    pub figure: String,
+    /// cannery's median.
+    pub ours: f64,
+    /// The peer's median, where there is a peer.
+    pub peer: Option<f64>,
+    /// How many times the peer's median ours is.
+    pub ratio: Option<f64>,
+    /// The goal in words, or why it is not judged; none where there is none.
+    pub goal: Option<String>,
+    /// Is the goal met? Also true where nothing could be judged.
+    pub ok: bool,
+    /// Was there something to judge?
+    #[serde(skip)]
+    pub judged: bool,
+}
+
+impl Figure {
+    /// A figure that nothing was measured for yet.
+    pub fn new(name: impl Into<String>, peer: Peer, goal: Goal) -> Self {
+        Figure {
+            name: name.into(),
+            ours: Vec::new(),
+            peer,
+            goal,
+        }
+    }
+
+    /// Adds a time of the peer's.
+    pub fn peer_took(&mut self, time: Duration) {
+        match &mut self.peer {
+            Peer::Times(times) => times.push(time),
+            other => *other = Peer::Times(vec![time]),
+        }
+    }
+
+    /// The line of the answer; `None` where nothing was measured.
+    pub fn row(&self) -> Option<Row> {
+        let ours = median(&self.ours)?;
+        let (peer, missing) = match &self.peer {
+            Peer::None => (None, None),
+            Peer::Missing(why) => (None, Some(*why)),
+            Peer::Times(times) => (median(times), None),
+        };
+        let words = self.goal.words();
+        Some(Row {
+            figure: self.name.clone(),
+            ours: rounded(ours),
+            peer: peer.map(rounded),
+            ratio: peer.filter(|p| *p > 0.0).map(|p| rounded(ours / p)),
+            goal: match (words, missing) {
+                (Some(words), Some(why)) => Some(format!("{words} ({why})")),
+                (words, why) => words.or(why.map(str::to_owned)),
+            },
+            ok: self.goal.is_met(ours, peer),
+            judged: self.goal != Goal::None && missing.is_none(),
+        })
+    }
+}
+
+impl Goal {
+    fn words(self) -> Option<String> {
+        match self {
+            Goal::None => None,
+            Goal::Under(most) => Some(format!("< {}", time(most.as_secs_f64()))),
+            Goal::Times(most) => Some(format!("≤ {most:.2} × peer")),
+            Goal::Beyond(most) => Some(format!("≤ peer + {}", time(most.as_secs_f64()))),
+        }
+    }
+
+    /// Seconds are compared; without a peer there is nothing to miss.
+    fn is_met(self, ours: f64, peer: Option<f64>) -> bool {
+        match (self, peer) {
+            (Goal::Under(most), _) => ours < most.as_secs_f64(),
+            (Goal::Times(most), Some(peer)) => ours <= peer * most,
+            (Goal::Beyond(most), Some(peer)) => ours <= peer + most.as_secs_f64(),
+            (Goal::None, _) | (Goal::Times(_) | Goal::Beyond(_), None) => true,
+        }
+    }
+}
+
+impl Row {
+    /// The heading of a table of rows.
+    pub const HEADING: [&'static str; 6] = ["FIGURE", "OURS", "PEER", "RATIO", "GOAL", "OK"];
+
+    /// The line of the table.
+    pub fn cells(&self) -> Vec<String> {
+        let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
+        vec![
+            self.figure.clone(),
+            time(self.ours),
+            or_dash(self.peer.map(time)),
+            or_dash(self.ratio.map(|r| format!("{r:.2}"))),
+            or_dash(self.goal.clone()),
+            match (self.judged, self.ok) {
+                (_, false) => "MISSED",
+                (true, true) => "yes",
+                (false, true) => "-",
+            }
+            .to_owned(),
+        ]
+    }
+}
+
+/// The middle one, or the mean of the two in the middle, in seconds.
+fn median(times: &[Duration]) -> Option<f64> {
+    let mut sorted: Vec<f64> = times.iter().map(Duration::as_secs_f64).collect();
+    sorted.sort_by(f64::total_cmp);
+    let middle = sorted.len() / 2;
+    let upper = *sorted.get(middle)?;
+    match sorted.len() % 2 {
+        0 => Some((sorted.get(middle - 1)? + upper) / 2.0),
+        _ => Some(upper),
+    }
+}
+
+/// Tenths of milliseconds: no clock here is worth more digits.
+fn rounded(value: f64) -> f64 {
+    (value * 1e4).round() / 1e4
+}
+
+/// `9.4 ms`, `412 ms`, `5.21 s`
+fn time(seconds: f64) -> String {
+    match seconds * 1e3 {
+        ms if ms < 99.95 => format!("{ms:.1} ms"),
+        ms if ms < 999.5 => format!("{ms:.0} ms"),
+        _ => format!("{seconds:.2} s"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn ms(times: &[u64]) -> Vec<Duration> {
+        times.iter().map(|ms| Duration::from_millis(*ms)).collect()
+    }
+
+    fn row(ours: &[u64], peer: Peer, goal: Goal) -> Row {
+        let mut figure = Figure::new("x", peer, goal);
+        figure.ours = ms(ours);
+        figure.row().unwrap()
+    }
+
+    #[test]
+    fn medians_are_compared_and_not_means() {
+        let row = row(
+            &[100, 900, 110],
+            Peer::Times(ms(&[100, 104, 90, 106])),
+            Goal::Times(1.1),
+        );
+        assert_eq!((row.ours, row.peer), (0.11, Some(0.102)));
+        assert_eq!(row.ratio, Some(1.0784));
+        assert!(row.ok);
+    }
+
+    #[test]
+    fn each_goal_has_its_edge() {
+        let peer = || Peer::Times(ms(&[1000]));
+        let beyond = Goal::Beyond(Duration::from_millis(300));
+        let under = Goal::Under(Duration::from_millis(15));
+        for (ours, peer, goal, ok) in [
+            (14, Peer::None, under, true),
+            (15, Peer::None, under, false),
+            (1050, peer(), Goal::Times(1.05), true),
+            (1051, peer(), Goal::Times(1.05), false),
+            (1300, peer(), beyond, true),
+            (1301, peer(), beyond, false),
+            (9999, peer(), Goal::None, true),
+        ] {
+            assert_eq!(row(&[ours], peer, goal).ok, ok, "{ours} {goal:?}");
+        }
+    }
+
+    #[test]
+    fn a_peer_that_is_not_there_is_named_and_misses_nothing() {
+        let row = row(&[5], Peer::Missing("not installed"), Goal::Times(1.0));
+        assert!(row.ok);
+        assert_eq!(row.goal.as_deref(), Some("≤ 1.00 × peer (not installed)"));
+        assert_eq!((row.peer, row.ratio), (None, None));
+        let json = serde_json::to_value(&row).unwrap();
+        let keys: Vec<&str> = json.as_object().unwrap().keys().map(String::as_str).collect();
+        assert_eq!(keys, ["figure", "ours", "peer", "ratio", "goal", "ok"]);
+        assert!(json["peer"].is_null());
+    }
+
+    #[test]
+    fn the_table_tells_what_is_missed_and_what_was_not_judged() {
+        let judged = |row: Row| row.cells()[5].clone();
+        let two = || Peer::Times(ms(&[2000]));
+        assert_eq!(judged(row(&[3000], two(), Goal::Times(1.0))), "MISSED");
+        assert_eq!(judged(row(&[1000], two(), Goal::Times(1.0))), "yes");
+        assert_eq!(judged(row(&[1000], two(), Goal::None)), "-");
+        assert_eq!(judged(row(&[1000], Peer::Missing("gone"), Goal::Times(1.0))), "-");
+        assert_eq!(
+            row(&[5200], two(), Goal::Beyond(Duration::from_millis(300))).cells(),
+            ["x", "5.20 s", "2.00 s", "2.60", "≤ peer + 300 ms", "MISSED"]
+        );
+    }
+
+    #[test]
+    fn nothing_measured_is_no_row() {
+        assert_eq!(Figure::new("x", Peer::None, Goal::None).row(), None);
+    }
+
+    proptest! {
+        #[test]
+        fn half_of_the_times_lie_on_either_side_of_the_median(times in proptest::collection::vec(0..10_000_u64, 1..40)) {
+            let middle = median(&ms(&times)).unwrap();
+            let count = |side: fn(f64, f64) -> bool| {
+                ms(&times).iter().filter(|t| side(t.as_secs_f64(), middle)).count()
+            };
+            prop_assert!(2 * count(|t, m| t < m) <= times.len());
+            prop_assert!(2 * count(|t, m| t > m) <= times.len());
+        }
+    }
+}

@@ -1,0 +1,19 @@
+//! How fast cannery is on this host, against what else there is: one file a bench.
+//!
+//! ```text
+//! stages ─▶ executor (the four stages, called as a runner does: ours, and another one's)
+//!   │   ├─▶ openssh  (the same script through the OpenSSH client)
+//!   │   └─▶ boot     (the same machine without us)
+//!   └─▶ figure       (medians, ratios, goals: what is printed)
+//! ```
+//!
+//! What is compared is measured in turns within one run, since hosts are slower and faster by the minute.
+
+mod boot;
+mod executor;
+mod figure;
+mod openssh;
+pub mod stages;
+
+pub use executor::Executor;
+pub use figure::{Figure, Goal, Peer, Row};
