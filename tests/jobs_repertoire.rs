@@ -195,7 +195,10 @@ fn other_jobs_run_beside_all_that(stage: &Stage) {
     }
 }
 
-const SCENARIOS: [(&str, fn(&Stage)); 8] = [
+/// A name, and what is to be seen.
+type Scenario = (&'static str, fn(&Stage));
+
+const SCENARIOS: [Scenario; 8] = [
     ("too long", a_job_beyond_its_time_is_only_cleaned_up),
     (
         "cache and artifacts",

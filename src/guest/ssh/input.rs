@@ -81,7 +81,7 @@ mod tests {
     #[test]
     fn a_file_of_any_length_is_sent_whole_in_pieces() {
         for length in [0, 1, PIECE - 1, PIECE, 2 * PIECE + 7] {
-            let bytes: Vec<u8> = (0..length).map(|i| (i % 251) as u8).collect();
+            let bytes: Vec<u8> = (0..=250).cycle().take(length).collect();
             let mut file = tempfile::tempfile().unwrap();
             file.write_all(&bytes).unwrap();
             file.rewind().unwrap();
