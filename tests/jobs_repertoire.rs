@@ -195,7 +195,7 @@ fn other_jobs_run_beside_all_that(stage: &Stage) {
     }
 }
 
-/// What it shows, and how.
+/// A name, and what is to be seen.
 type Scenario = (&'static str, fn(&Stage));
 
 const SCENARIOS: [Scenario; 8] = [
