@@ -97,7 +97,7 @@ points! {
 pub fn point(_: Point) {}
 
 #[cfg(debug_assertions)]
-pub use armed::{NotAPoint, arm, point};
+pub use armed::{Manner, NotAPoint, arm, point};
 
 #[cfg(debug_assertions)]
 mod armed {
@@ -107,8 +107,17 @@ mod armed {
 
     use super::Point;
 
-    /// The point, and how many more times it is passed by before.
-    static ARMED: Mutex<Option<(Point, u32)>> = Mutex::new(None);
+    /// The point, how many more times it is passed by before, and what happens then.
+    static ARMED: Mutex<Option<(Point, u32, Manner)>> = Mutex::new(None);
+
+    /// What happens at the point.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub enum Manner {
+        /// The process is killed.
+        Kill,
+        /// It panics, as if by an error of its own.
+        Panic,
+    }
 
     /// A text names no point.
     #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -119,9 +128,9 @@ mod armed {
     ///
     /// # Errors
     /// No point has that name, or N is no such number.
-    pub fn arm(text: &str) -> Result<(), NotAPoint> {
-        let parsed = parse(text).ok_or_else(|| NotAPoint(text.to_owned()))?;
-        *ARMED.lock().unwrap_or_else(PoisonError::into_inner) = Some(parsed);
+    pub fn arm(text: &str, manner: Manner) -> Result<(), NotAPoint> {
+        let (point, times) = parse(text).ok_or_else(|| NotAPoint(text.to_owned()))?;
+        *ARMED.lock().unwrap_or_else(PoisonError::into_inner) = Some((point, times, manner));
         Ok(())
     }
 
@@ -132,15 +141,22 @@ mod armed {
     }
 
     /// Behind an effect: here the process ends if it is armed for this point.
+    #[allow(clippy::panic, reason = "that is what it was armed for")]
     pub fn point(point: Point) {
         let mut armed = ARMED.lock().unwrap_or_else(PoisonError::into_inner);
-        match armed.as_mut() {
-            Some((wanted, 0)) if *wanted == point => {
-                // Nothing of this process runs on, in no thread: the kernel sees to it before the call returns.
-                let _ = kill_process(getpid(), Signal::KILL);
+        let manner = match armed.as_mut() {
+            Some((wanted, 0, manner)) if *wanted == point => *manner,
+            Some((wanted, left, _)) if *wanted == point => {
+                *left -= 1;
+                return;
             }
-            Some((wanted, left)) if *wanted == point => *left -= 1,
-            _ => {}
+            _ => return,
+        };
+        drop(armed);
+        match manner {
+            // Nothing of this process runs on, in no thread: the kernel sees to it before the call returns.
+            Manner::Kill => drop(kill_process(getpid(), Signal::KILL)),
+            Manner::Panic => panic!("armed to fail once {point}"),
         }
     }
 

@@ -443,6 +443,17 @@ fn without_a_script(world: &World<'_>) {
         &["JOB_RESPONSE_FILE"],
     );
 
+    // After the slot was leased, with a machine's worth of things to tidy up.
+    let bug = job(image).variable("CANNERY_PANIC_AT", "slot-leased");
+    let call = bug.prepare();
+    walk.saw(
+        "cannery fails by an error of its own",
+        &call,
+        call.took,
+        &["an error of its own", "Please report it"],
+    );
+    bug.without("CANNERY_PANIC_AT").cleanup().ok();
+
     // Images that are none, or not what they seem.
     let layout = Layout::new(&host.folder().join("bad"));
     layout.add("text", &Image::plain(b"not a disk".to_vec(), "text/plain"));

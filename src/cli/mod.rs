@@ -118,9 +118,13 @@ const FAILED: u8 = 1;
 /// Exit code of a command that people call, when its arguments make no sense.
 const USAGE: u8 = 2;
 
-/// The variable by which a test has a debug build killed. What a job's author sets comes as `CUSTOM_ENV_…`, and so never here.
+/// The variables by which a test has a debug build killed, or fail by an error of its own. What a job's author sets comes as
+/// `CUSTOM_ENV_…`, and so never here.
 #[cfg(debug_assertions)]
-const KILL_AT: &str = "CANNERY_KILL_AT";
+const ENDS: [(&str, kill::Manner); 2] = [
+    ("CANNERY_KILL_AT", kill::Manner::Kill),
+    ("CANNERY_PANIC_AT", kill::Manner::Panic),
+];
 
 /// Runs the command that the arguments name and returns the process's exit code.
 pub fn main(
@@ -130,11 +134,13 @@ pub fn main(
     let environment: Environment = environment.into_iter().collect();
     let codes = exit_codes(&environment);
     #[cfg(debug_assertions)]
-    if let Some(at) = environment.text(KILL_AT)
-        && let Err(e) = kill::arm(at)
-    {
-        JobLog::stderr().line(format!("{KILL_AT}: {e}."));
-        return ExitCode::from(USAGE);
+    for (variable, manner) in ENDS {
+        if let Some(at) = environment.text(variable)
+            && let Err(e) = kill::arm(at, manner)
+        {
+            JobLog::stderr().line(format!("{variable}: {e}."));
+            return ExitCode::from(USAGE);
+        }
     }
     let called_by_runner = environment.get("JOB_RESPONSE_FILE").is_some();
     let cli = match Cli::try_parse_from(arguments) {
