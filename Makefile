@@ -2,7 +2,7 @@
 # make demo-clean   remove what that made; the packages stay
 # make check        the quick checks: format, lints, quick tests, licences
 # make test         everything: set-up, check, and the tests that need libvirt, guests and registries
-# make bench        how long the stages take on this machine, with the demo's guest
+# make bench        how long the stages take on this machine, with the demo's guest (docs/performance.md)
 # make install      into PREFIX (/usr/local), under DESTDIR for packages
 # make clean        remove what was built, the guests too
 
