@@ -238,6 +238,7 @@ fn each_job_that_is_over_says_why_in_its_first_line_and_keeps_no_secret() {
     nothing_secret_is_remembered(&host);
     the_story_of_a_success_is_whole(&host, &image);
     lists_choose_and_names_find(&host);
+    a_history_that_cannot_be_written_fails_no_job(&host, &image);
 }
 
 fn the_story_of_a_success_is_whole(host: &Host, image: &str) {
@@ -322,4 +323,29 @@ fn lists_choose_and_names_find(host: &Host) {
     host.expect(&["reap"]);
     assert_eq!(list(host, &[]).len(), 0);
     host.write_settings(&text);
+}
+
+/// Nor does one that cannot be read hide the jobs that are here.
+fn a_history_that_cannot_be_written_fails_no_job(host: &Host, image: &str) {
+    let place = host.state().join("history");
+    fs::remove_dir_all(&place).unwrap();
+    fs::write(&place, "no folder").unwrap();
+    let forbidden = Stages::of(host, &unit("registry.example.com/x:1"), 20);
+    forbidden.prepare().failed(BUILD_FAILURE, &["not allowed"]);
+    forbidden.cleans_up();
+    let missing = Stages::of(host, &unit(&image.replace(":tiny", ":tyni")), 21);
+    missing.prepare().failed(BUILD_FAILURE, &["tyni"]);
+    assert!(show(host, "21").starts_with("Failed, the job's fault: "));
+    missing.cleans_up();
+    let log = fs::read_to_string(host.folder().join("cannery.log")).unwrap();
+    assert!(
+        log.contains("the job is not remembered") && log.contains("the failure is not noted"),
+        "{log}"
+    );
+    fs::remove_file(&place).unwrap();
+    let missing = Stages::of(host, &unit(&image.replace(":tiny", ":tyni")), 21);
+    missing.prepare().failed(BUILD_FAILURE, &["tyni"]);
+    assert!(show(host, "21").starts_with("Failed, the job's fault: "));
+    missing.cleans_up();
+    assert!(show(host, "21").starts_with("Failed, the job's fault: "));
 }
