@@ -42,7 +42,7 @@ impl Outcome {
                 "Killed: prepare was ended from outside while the job was {state}, as for a cancelled job, or by its own error."
             ),
             Outcome::Killed { stage, .. } => format!(
-                "Killed: the call that ran {} was ended from outside before the script was, so that its exit code is unknown.",
+                "Killed: the call that ran {} was ended from outside, or by its own error, so that the script's exit code is unknown.",
                 name(stage)
             ),
             Outcome::Abandoned { why, stage, state } => {
@@ -201,7 +201,7 @@ mod tests {
                     stage: "step_script".into(),
                     state: State::Running,
                 },
-                "Killed: the call that ran step_script was ended from outside before the script was, so that its exit code is unknown.",
+                "Killed: the call that ran step_script was ended from outside, or by its own error, so that the script's exit code is unknown.",
                 "killed",
             ),
             (

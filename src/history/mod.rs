@@ -224,16 +224,20 @@ impl History {
         Ok(found)
     }
 
-    /// Tidies, unless that was done just now.
+    /// Removes what killed processes left half written, and tidies unless that was done just now.
     pub fn tidy_if_due(&self) -> Result<(), Error> {
-        let stamp = self.dir.join(TIDIED);
-        let last = stamp.metadata().and_then(|about| about.modified());
+        let last = self
+            .dir
+            .join(TIDIED)
+            .metadata()
+            .and_then(|about| about.modified());
         // A stamp of the future was written by a clock that was wrong.
         let recent = |at: SystemTime| at.elapsed().is_ok_and(|age| age < TIDY_EVERY);
         if last.is_ok_and(recent) {
-            return Ok(());
+            self.sweep()
+        } else {
+            self.tidy()
         }
-        self.tidy()
     }
 
     /// Removes what is too old, what is too much, and what killed processes left half written.
@@ -242,13 +246,7 @@ impl History {
             return Ok(());
         }
         self.stamp()?;
-        let dead = |name: &str| {
-            let pid: u32 = name.strip_prefix('.')?.rsplit_once('.')?.1.parse().ok()?;
-            (pid != std::process::id() && !Path::new(&format!("/proc/{pid}")).exists()).then_some(())
-        };
-        for ((), path) in self.folders(dead)? {
-            removed(&path)?;
-        }
+        self.sweep()?;
         let kept = self
             .folders(|name| name.parse::<JobKey>().ok())?
             .into_iter()
@@ -259,6 +257,18 @@ impl History {
             .take(MOST_REMOVED)
         {
             removed(&self.entry_dir(&key))?;
+        }
+        Ok(())
+    }
+
+    /// Removes what killed processes left half written.
+    fn sweep(&self) -> Result<(), Error> {
+        let dead = |name: &str| {
+            let pid: u32 = name.strip_prefix('.')?.rsplit_once('.')?.1.parse().ok()?;
+            (pid != std::process::id() && !Path::new(&format!("/proc/{pid}")).exists()).then_some(())
+        };
+        for ((), path) in self.folders(dead)? {
+            removed(&path)?;
         }
         Ok(())
     }

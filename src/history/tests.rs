@@ -158,6 +158,14 @@ fn what_a_kill_left_half_written_goes_and_what_is_being_written_stays() {
         fs::write(folder(pid).join(ENTRY), "{").unwrap();
     }
     assert_eq!(history.list().unwrap().len(), 1);
+    for tidied_just_now in [false, true] {
+        history.tidy_if_due().unwrap();
+        assert!(
+            !folder(child.id()).exists() && folder(1).exists(),
+            "{tidied_just_now}"
+        );
+        fs::create_dir(folder(child.id())).unwrap();
+    }
     history.tidy().unwrap();
     assert!(!folder(child.id()).exists() && folder(1).exists());
     // One of this process's own number, from before.

@@ -150,7 +150,8 @@ impl Jobs {
 
     /// The number of a job's next try, which none has that is here or that is remembered.
     pub fn next_attempt(&self, job: &JobKey) -> Result<u32, Error> {
-        let remembered = entries(&self.history)?;
+        // A history that cannot be read keeps no job from running.
+        let remembered = entries(&self.history).unwrap_or_default();
         let here = entries(&self.dir)?;
         let tries = remembered.iter().chain(&here).filter_map(key_of);
         let last = tries.filter(|key| key.same_job(job)).map(|key| key.attempt).max();

@@ -120,6 +120,10 @@ fn tries_are_numbered_past_those_that_are_remembered() {
         let job = jobs.create(record("https://a.example.com", 7)).unwrap();
         assert_eq!(job.key().attempt, expected);
     }
+    std::fs::remove_dir_all(&history).unwrap();
+    std::fs::write(&history, "no folder").unwrap();
+    let job = jobs.create(record("https://a.example.com", 7)).unwrap();
+    assert_eq!(job.key().attempt, 7);
 }
 
 #[test]

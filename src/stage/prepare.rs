@@ -38,17 +38,18 @@ pub async fn prepare(settings: &Settings, environment: &Environment, log: &JobLo
         folder: None,
     };
     let result = get_ready(settings, environment, &job, log, &mut course).await;
-    if let Err(failure) = &result
-        && let Err(e) = note_failure(settings, course, &masked(failure, &job.masked))
-    {
-        // The job's author is told all the same.
-        tracing::warn!("the failure is not noted: {e}");
-    }
-    result
+    result.map_err(|failure| {
+        let failure = masked(failure, &job.masked);
+        if let Err(e) = note_failure(settings, course, &failure) {
+            // The job's author is told all the same.
+            tracing::warn!("the failure is not noted: {e}");
+        }
+        failure
+    })
 }
 
-/// The failure as it may outlive the job: what GitLab hides from the job's log is hidden here too.
-fn masked(failure: &Failure, masked: &Masked) -> Failure {
+/// The failure as it may be noted, and as the operator may read it: what GitLab hides from the job's log is hidden here too.
+fn masked(failure: Failure, masked: &Masked) -> Failure {
     Failure {
         fault: failure.fault,
         message: masked.hide(&failure.message),

@@ -85,7 +85,12 @@ pub(super) fn all(context: &Context, settings: &Settings) -> Result<Vec<Seen>, F
         }
     }
     let history = reap::history(settings);
-    for entry in history.list()? {
+    let remembered = history.list().unwrap_or_else(|e| {
+        // Those that are here are worth showing all the same.
+        context.log.line(format!("cannery: {e}"));
+        Vec::new()
+    });
+    for entry in remembered {
         let serial_log = history.serial_log(&entry.key);
         jobs.insert(entry.key.clone(), Seen::remembered(entry, serial_log));
     }
