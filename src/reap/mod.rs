@@ -116,12 +116,7 @@ impl Reaper {
                 kill::point(Point::DomainDestroyed);
             }
             Action::FreeSlot(lease, _) => self.slots.free(lease)?,
-            Action::RemoveFolder(path, _) => match std::fs::remove_dir_all(path) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(Failure::system(format!("cannot remove {}: {e}", path.display())));
-                }
-                _ => kill::point(Point::RemainSwept),
-            },
+            Action::RemoveFolder(path, _) => remove_folder(path)?,
         }
         Ok(true)
     }
@@ -140,6 +135,11 @@ impl Reaper {
     /// Removes what killed processes left of files that they were just making. No job waits for this: what fails is
     /// for the operator's log.
     pub fn sweep_remains(&self) {
+        let unborn = self.jobs.unborn().map_err(Failure::from);
+        let removed = unborn.and_then(|paths| paths.iter().try_for_each(|path| remove_folder(path)));
+        if let Err(e) = removed {
+            tracing::warn!("the folder of jobs is not swept: {e}");
+        }
         for folder in ["", "slots", "store", "networks"] {
             let folder = self.state_dir.join(folder);
             if let Err(e) = record::sweep(&folder) {
@@ -241,6 +241,19 @@ fn known(key: JobKey, record: Record) -> Found {
         session_over: is_gone(&record.session),
         foreign: false,
         record: Some(record),
+    }
+}
+
+/// Removes a folder that never became a job's, whoever is quicker.
+fn remove_folder(path: &Path) -> Result<(), Failure> {
+    match std::fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Failure::system(format!("cannot remove {}: {e}", path.display())))
+        }
+        _ => {
+            kill::point(Point::RemainSwept);
+            Ok(())
+        }
     }
 }
 
