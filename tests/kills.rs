@@ -387,6 +387,7 @@ fn a_kill_at_any_point_leaves_nothing_after_the_next_call() {
                 Scene::Sweep,
             ];
             kills_before_a_guest_answers(0, &scenes, &table);
+            kills_at_any_moment(0);
         });
         scope.spawn(|| kills_before_a_guest_answers(1, &[Scene::Prepare, Scene::Removal], &table));
         scope.spawn(|| kills_with_a_guest(2, &table));
@@ -412,6 +413,37 @@ fn kills_before_a_guest_answers(number: u8, scenes: &[Scene], table: &Mutex<Tabl
                 stages.cleanup().ok();
             }
         }
+    }
+}
+
+/// How many calls are killed at moments that have no name, and how far these are apart: from its first instruction until the
+/// guest boots.
+const MOMENTS: u32 = 12;
+const BETWEEN: Duration = Duration::from_millis(70);
+
+/// In the middle of what others do for us, libvirt above all.
+fn kills_at_any_moment(number: u8) {
+    let host = Host::one_of_several(number, EMULATION);
+    let image = host.images().add_tiny("tiny", "");
+    for moment in 0..MOMENTS {
+        let stages = Stages::new(&host, &image);
+        let mut child = stages.command(&["prepare"]).spawn().unwrap();
+        thread::sleep(moment * BETWEEN);
+        child.kill().unwrap();
+        assert_eq!(ended(child, Instant::now()).code, KILLED);
+        let dead = at_death(&host, &stages);
+        match moment % 2 {
+            0 => drop(stages.cleanup().ok()),
+            _ => {
+                fs::remove_file(stages.file("response.json")).unwrap();
+                host.expect(&["reap"]);
+            }
+        }
+        println!(
+            "killed after {:>3} ms, left at death: {dead:?}",
+            (moment * BETWEEN).as_millis()
+        );
+        assert_eq!(after_all(&host, &stages), BTreeSet::new());
     }
 }
 
