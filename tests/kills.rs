@@ -806,3 +806,32 @@ fn a_job_goes_on_while_others_are_reaped_and_the_program_is_replaced_and_its_scr
     assert_eq!(removed, "");
     stages.cleans_up();
 }
+
+#[test]
+#[ignore = "needs libvirt"]
+fn a_credential_helper_ends_with_the_call_that_asked_it() {
+    let host = Host::one_of_several(0, EMULATION);
+    let at = |name: &str| host.folder().join(name);
+    let logins = r#"{"credHelpers": {"registry.example.com": "slow"}}"#;
+    fs::write(at("auth.json"), logins).unwrap();
+    fs::write(at("docker-credential-slow"), "#!/bin/sh\nexec sleep 1000\n").unwrap();
+    fs::set_permissions(at("docker-credential-slow"), fs::Permissions::from_mode(0o755)).unwrap();
+    let images = format!(
+        "[images]\nauth_files = [\"{}\"]\nhost_credentials = [\"**\"]\nallow = [\"**\"]\n",
+        at("auth.json").display()
+    );
+    host.write_settings(&host.settings_text().replace("[images]\n", &images));
+    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", host.folder().display());
+    let stages = Stages::new(&host, "registry.example.com/vm/debian:12").variable("PATH", path);
+    let mut prepare = stages.command(&["prepare"]).spawn().unwrap();
+    let asked = || processes(&host, &stages).contains("sleep");
+    let begin = Instant::now();
+    while !asked() && prepare.try_wait().unwrap().is_none() {
+        assert!(begin.elapsed() < Duration::from_secs(10), "the helper was not asked");
+    }
+    prepare.kill().unwrap();
+    let call = ended(prepare, begin);
+    assert_eq!(call.code, KILLED, "{}", call.log);
+    println!("left at death: {:?}", at_death(&host, &stages));
+    stages.cleans_up();
+}
