@@ -10,33 +10,20 @@ mod support;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
-use std::process::{Child, Command};
+use std::process::Command;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use cannery::kill::Point;
-use support::host::{Host, cannery};
-use support::stages::{Call, Stages, ended};
-use support::until;
-
-/// How a process that was killed shows.
-const KILLED: i32 = 128 + 9;
-/// The variable that arms a call.
-const KILL_AT: &str = "CANNERY_KILL_AT";
-/// What a program that was started by a killed call may take to be gone.
-const CHILDREN_END: Duration = Duration::from_secs(2);
-
-/// How often it is reaped beside a job: no stage is so short that it passes between two.
-const REAP_EVERY: Duration = Duration::from_millis(200);
-
-/// A runner of its own for one call, which is gone when the call is. Like gitlab-runner it gives the call a process group.
-const MORTAL_RUNNER: &str = "set -m; \"$@\" & wait $!; exit $?";
+use support::host::Host;
+use support::kills::{
+    EMULATION, KILL_AT, KILLED, LOOK, STUBBORN, after_all, at_death, begun, boots, killed, left, litter,
+    mortal, processes, signal,
+};
+use support::stages::{Stages, ended};
 
 /// Which call dies, and what there is before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -191,146 +178,12 @@ fn add(table: &Mutex<Table>, point: Point, at_death: BTreeSet<String>, after: BT
     table.lock().unwrap().add(point, at_death, after);
 }
 
-/// What there is of jobs on this host, in a word each: empty when all is as before the first job.
-fn left(host: &Host) -> BTreeSet<String> {
-    let mut left = BTreeSet::new();
-    let state = host.state();
-    let mut folders = vec![state.clone()];
-    while let Some(folder) = folders.pop() {
-        for entry in fs::read_dir(&folder).into_iter().flatten() {
-            // Removed meanwhile, where another call is at work.
-            let Ok(entry) = entry else { continue };
-            let path = entry.path();
-            let name = entry.file_name().into_string().unwrap();
-            let below = path.strip_prefix(&state).unwrap().to_str().unwrap().to_owned();
-            let parts: Vec<&str> = below.split('/').collect();
-            let what = match parts.as_slice() {
-                _ if name.ends_with(".new") || (name.starts_with('.') && parts[0] != "jobs") => "half a file",
-                ["jobs", hidden] if hidden.starts_with('.') => "half a job's folder",
-                ["jobs", _] => "folder",
-                ["jobs", _, "record.json"] => "record",
-                ["jobs", _, file] if file.contains("key") => "keys",
-                ["jobs", _, "overlay.qcow2"] => "overlay",
-                ["jobs", _, "seed.img"] => "seed",
-                ["jobs", _, "serial.log"] => "serial log",
-                ["jobs", _, file] if file.starts_with("credential.") => "credentials",
-                ["jobs", _, "kernel" | "initrd"] => "kernel",
-                ["jobs", ..] => "",
-                ["slots", _, _] => "slot",
-                ["store", "partial", file] if file.starts_with("small-") => "half a manifest",
-                ["store", "partial", _] => "half an image",
-                _ => "",
-            };
-            if !what.is_empty() {
-                left.insert(what.to_owned());
-            }
-            if path.is_dir() {
-                folders.push(path);
-            }
-        }
-    }
-    if !host.machines().is_empty() {
-        left.insert("machine".to_owned());
-    }
-    left
-}
-
-/// Programs that work for this try: those that have its folder in their environment, and those that have the host's in their
-/// arguments.
-fn processes(host: &Host, stages: &Stages<'_>) -> BTreeSet<String> {
-    let marks = [
-        stages.file("").display().to_string(),
-        host.folder().display().to_string(),
-    ];
-    let of = |pid: &str| {
-        let read = |name: &str| fs::read(format!("/proc/{pid}/{name}")).unwrap_or_default();
-        let text = [read("cmdline"), read("environ")].concat();
-        let text = String::from_utf8_lossy(&text);
-        let ours = marks.iter().any(|mark| text.contains(mark.trim_end_matches('/')));
-        let name = String::from_utf8_lossy(&read("comm")).trim().to_owned();
-        (ours && pid != std::process::id().to_string()).then_some(name)
-    };
-    let pids = fs::read_dir("/proc").unwrap().flatten();
-    pids.filter_map(|entry| of(entry.file_name().to_str()?)).collect()
-}
-
-/// Files of the runner's folder that are not its own.
-fn litter(stages: &Stages<'_>) -> BTreeSet<String> {
-    let names = fs::read_dir(stages.file("")).unwrap().flatten();
-    names
-        .map(|entry| entry.file_name().into_string().unwrap())
-        .filter(|name| !["response.json", "build_exit_code", "script"].contains(&name.as_str()))
-        .collect()
-}
-
-/// All of it, once the programs that the killed call had started are gone. Of them QEMU alone may stay, as long as its machine does.
-fn at_death(host: &Host, stages: &Stages<'_>) -> BTreeSet<String> {
-    let stray = || {
-        let running = processes(host, stages).into_iter();
-        running
-            .filter(|name| !name.starts_with("qemu-system"))
-            .collect::<Vec<_>>()
-    };
-    until("no program of a killed call runs", CHILDREN_END, || {
-        stray().is_empty()
-    });
-    left(host)
-}
-
-fn after_all(host: &Host, stages: &Stages<'_>) -> BTreeSet<String> {
-    let mut all = left(host);
-    all.extend(processes(host, stages));
-    all.extend(litter(stages));
-    all
-}
-
-/// A call that dies at a point; `runner` says who made it.
-fn killed(command: &mut Command, point: Point, nth: u32) -> Call {
-    let call = armed(command, point, nth);
-    assert_eq!(
-        call.code,
-        KILLED,
-        "{} was not reached the {nth}. time: {}\n{}",
-        point.name(),
-        call.text(),
-        call.log
-    );
-    call
-}
-
-fn armed(command: &mut Command, point: Point, nth: u32) -> Call {
-    let begin = Instant::now();
-    let child = command
-        .env(KILL_AT, format!("{}:{nth}", point.name()))
-        .spawn()
-        .unwrap();
-    ended(child, begin)
-}
-
-/// A call by a runner that dies with it.
-fn mortal(host: &Host, stages: &Stages<'_>, arguments: &[&str]) -> Command {
-    let mut command = Command::new("bash");
-    command
-        .args(["-c", MORTAL_RUNNER, "runner"])
-        .arg(cannery())
-        .arg("--config")
-        .arg(host.settings())
-        .args(arguments);
-    stages.surround(&mut command);
-    command
-}
-
 /// A call by a runner that lives on, unless the reaper is to come.
 fn call_before(host: &Host, stages: &Stages<'_>, arguments: &[&str], after: After) -> Command {
     match after {
         After::Reap => mortal(host, stages, arguments),
         After::Cleanup | After::Prepare => stages.command(arguments),
     }
-}
-
-/// A job gets as far as its guest's boot, which is all that an earlier kill can have harmed.
-fn boots(stages: &Stages<'_>) {
-    killed(&mut stages.command(&["prepare"]), Point::SavedBooting, 1);
 }
 
 /// What comes after the kill, after which nothing is left.
@@ -361,8 +214,6 @@ fn shared_folders(host: &Host) {
         assert_eq!(mode & 0o7777, 0o2771, "{folder}: {mode:o}");
     }
 }
-
-const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
 
 /// Points behind which the next prepare is followed to its end, one of each part of it.
 const TO_THE_END: [Point; 4] = [
@@ -446,12 +297,6 @@ fn kills_at_any_moment(number: u8) {
         assert_eq!(after_all(&host, &stages), BTreeSet::new());
     }
 }
-
-/// What the killed scripts run in the guest: it does not end by itself, nor when it is asked to, nor as a child alone.
-const STUBBORN: &str = "trap '' TERM\n(setsid sleep 4321 &)\necho begun\nsleep 4321\n";
-/// Says which of them are there, and then that the guest can be used.
-const LOOK: &str =
-    "for f in /proc/[0-9]*/cmdline; do tr '\\0' ' ' <$f 2>/dev/null | grep '^sleep 4321'; done\necho again\n";
 
 fn kills_with_a_guest(number: u8, table: &Mutex<Table>) {
     let host = Host::one_of_several(number, &format!("{EMULATION}[guest]\ncancel_grace = \"1s\"\n"));
@@ -604,23 +449,6 @@ fn can_try_kvm() -> bool {
     Path::new("/dev/kvm").exists()
 }
 
-/// Waits until the script has said so.
-fn begun(child: &mut Child) {
-    let mut line = String::new();
-    BufReader::new(child.stdout.as_mut().unwrap())
-        .read_line(&mut line)
-        .unwrap();
-    assert_eq!(line, "begun\n");
-}
-
-fn signal(name: &str, child: &Child) {
-    let told = Command::new("kill")
-        .arg(format!("-{name}"))
-        .arg(child.id().to_string())
-        .status();
-    assert!(told.unwrap().success());
-}
-
 /// What there is before the call that dies.
 fn before(scene: Scene, point: Point, host: &Host, stages: &Stages<'_>, after: After) {
     match scene {
@@ -669,169 +497,4 @@ fn dying(scene: Scene, host: &Host, stages: &Stages<'_>, after: After) -> Comman
         (Scene::Removal, After::Reap) | (Scene::Sweep, _) => mortal(host, stages, &["reap"]),
         _ => call_before(host, stages, &["prepare"], after),
     }
-}
-
-/// Changes a job's record behind the program's back.
-fn doctor(host: &Host, change: impl Fn(&mut serde_json::Value)) {
-    let jobs = fs::read_dir(host.state().join("jobs")).unwrap();
-    for job in jobs {
-        let path = job.unwrap().path().join("record.json");
-        let mut record = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
-        change(&mut record);
-        fs::write(&path, record.to_string()).unwrap();
-    }
-}
-
-#[test]
-#[ignore = "needs libvirt and a guest"]
-fn what_no_runner_comes_back_for_is_taken_and_what_one_may_is_left() {
-    let host = Host::one_of_several(0, EMULATION);
-    let image = host.images().add_tiny("tiny", "");
-    type Change = fn(&mut serde_json::Value);
-    let cases: [(&str, Change); 2] = [
-        ("the host was rebooted", |record| {
-            record["caller"]["boot_id"] = "another".into();
-        }),
-        ("its time-out has passed by an hour", |record| {
-            record["deadline"] = "2020-01-01T00:00:00Z".into();
-        }),
-    ];
-    for (why, change) in cases {
-        let stages = Stages::new(&host, &image);
-        boots(&stages);
-        assert_eq!(host.expect(&["reap"]), "Nothing to remove.\n");
-        doctor(&host, change);
-        let said = host.expect(&["reap"]);
-        println!("{}", said.trim_end());
-        assert!(said.contains(why), "{said}");
-        stages.nothing_is_left();
-    }
-    // One whose runner is gone goes with another job's prepare, and one whose runner is there stays.
-    let living = Stages::new(&host, &image);
-    boots(&living);
-    let kept = host.leftovers();
-    let orphan = Stages::new(&host, &image);
-    killed(&mut mortal(&host, &orphan, &["prepare"]), Point::SavedBooting, 1);
-    assert_eq!(host.leftovers().len(), 2 * kept.len());
-    let next = Stages::new(&host, &image);
-    killed(&mut next.command(&["prepare"]), Point::JobBegun, 1);
-    next.cleanup().ok();
-    assert_eq!(host.leftovers(), kept);
-    fs::remove_file(living.file("response.json")).unwrap();
-    let said = host.expect(&["reap", "--dry-run"]);
-    assert!(
-        said.contains("gitlab-runner ended it without cleaning up"),
-        "{said}"
-    );
-    assert_eq!(host.leftovers(), kept);
-    host.expect(&["reap"]);
-    living.nothing_is_left();
-}
-
-/// Reaps until it is told to stop; returns what was removed.
-fn reaping<T>(host: &Host, meanwhile: impl FnOnce() -> T) -> (String, T) {
-    let over = AtomicBool::new(false);
-    thread::scope(|scope| {
-        let reaper = scope.spawn(|| {
-            let mut removed = String::new();
-            while !over.load(Ordering::Relaxed) {
-                removed += &host.expect(&["reap"]).replace("Nothing to remove.\n", "");
-                thread::sleep(REAP_EVERY);
-            }
-            removed
-        });
-        // Also where this panics the reaper ends.
-        let done = catch_unwind(AssertUnwindSafe(meanwhile));
-        over.store(true, Ordering::Relaxed);
-        let removed = reaper.join().unwrap();
-        (removed, done.unwrap_or_else(|panic| resume_unwind(panic)))
-    })
-}
-
-#[test]
-#[ignore = "needs libvirt and a guest"]
-fn a_job_goes_on_while_others_are_reaped_and_the_program_is_replaced_and_its_script_is_killed() {
-    let host = Host::one_of_several(1, &format!("{EMULATION}[guest]\ncancel_grace = \"2s\"\n"));
-    let image = host.images().add_tiny("tiny", "");
-    let program = host.program_for_all();
-    let mut versions = 0;
-    // A package manager puts the new file in the old one's place.
-    let mut replace = || {
-        versions += 1;
-        let new = program.with_extension(versions.to_string());
-        fs::copy(cannery(), &new).unwrap();
-        let mut file = fs::OpenOptions::new().append(true).open(&new).unwrap();
-        file.write_all(format!("version {versions}").as_bytes()).unwrap();
-        drop(file);
-        fs::rename(&new, &program).unwrap();
-    };
-    let stages = Stages::new(&host, &image).with_program(&program);
-    let (removed, ()) = reaping(&host, || {
-        stages.config().ok();
-        replace();
-        let preparing = stages.command(&["prepare"]).spawn().unwrap();
-        until("the machine is there", Duration::from_secs(30), || {
-            !host.machines().is_empty()
-        });
-        replace();
-        ended(preparing, Instant::now()).ok();
-        replace();
-        let mut running = stages.start("echo begun\nsleep 2\necho still here\nexit 7\n");
-        begun(&mut running);
-        replace();
-        let call = ended(running, Instant::now()).failed_script(7, &stages);
-        assert_eq!(call.text(), "still here\n");
-        replace();
-
-        // What gitlab-runner does with a cancelled job whose script takes too long to end.
-        let mut stubborn = stages.start(STUBBORN);
-        begun(&mut stubborn);
-        signal("TERM", &stubborn);
-        thread::sleep(Duration::from_millis(500));
-        signal("KILL", &stubborn);
-        assert_eq!(ended(stubborn, Instant::now()).code, KILLED);
-        let after = stages.run("after_script", LOOK).ok();
-        assert_eq!(after.text(), "again\n");
-        println!("{}", after.log.trim_end());
-        assert!(
-            after
-                .log
-                .contains("step_script was still running though its call was killed"),
-            "{}",
-            after.log
-        );
-        // Which is told once.
-        assert_eq!(stages.run("archive_cache", LOOK).ok().log, "");
-    });
-    assert_eq!(removed, "");
-    stages.cleans_up();
-}
-
-#[test]
-#[ignore = "needs libvirt"]
-fn a_credential_helper_ends_with_the_call_that_asked_it() {
-    let host = Host::one_of_several(0, EMULATION);
-    let at = |name: &str| host.folder().join(name);
-    let logins = r#"{"credHelpers": {"registry.example.com": "slow"}}"#;
-    fs::write(at("auth.json"), logins).unwrap();
-    fs::write(at("docker-credential-slow"), "#!/bin/sh\nexec sleep 1000\n").unwrap();
-    fs::set_permissions(at("docker-credential-slow"), fs::Permissions::from_mode(0o755)).unwrap();
-    let images = format!(
-        "[images]\nauth_files = [\"{}\"]\nhost_credentials = [\"**\"]\nallow = [\"**\"]\n",
-        at("auth.json").display()
-    );
-    host.write_settings(&host.settings_text().replace("[images]\n", &images));
-    let path = format!("{}:/usr/sbin:/usr/bin:/sbin:/bin", host.folder().display());
-    let stages = Stages::new(&host, "registry.example.com/vm/debian:12").variable("PATH", path);
-    let mut prepare = stages.command(&["prepare"]).spawn().unwrap();
-    let asked = || processes(&host, &stages).contains("sleep");
-    let begin = Instant::now();
-    while !asked() && prepare.try_wait().unwrap().is_none() {
-        assert!(begin.elapsed() < Duration::from_secs(10), "the helper was not asked");
-    }
-    prepare.kill().unwrap();
-    let call = ended(prepare, begin);
-    assert_eq!(call.code, KILLED, "{}", call.log);
-    println!("left at death: {:?}", at_death(&host, &stages));
-    stages.cleans_up();
 }
