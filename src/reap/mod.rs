@@ -130,12 +130,7 @@ impl Reaper {
                 kill::point(Point::DomainDestroyed);
             }
             Action::FreeSlot(lease, _) => self.slots.free(lease)?,
-            Action::RemoveFolder(path, _) => match std::fs::remove_dir_all(path) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(Failure::system(format!("cannot remove {}: {e}", path.display())));
-                }
-                _ => kill::point(Point::RemainSwept),
-            },
+            Action::RemoveFolder(path, _) => remove_folder(path)?,
         }
         Ok(true)
     }
@@ -156,6 +151,11 @@ impl Reaper {
     pub fn sweep_remains(&self) {
         if let Err(e) = self.history.tidy_if_due() {
             tracing::warn!("the history is not tidied: {e}");
+        }
+        let unborn = self.jobs.unborn().map_err(Failure::from);
+        let removed = unborn.and_then(|paths| paths.iter().try_for_each(|path| remove_folder(path)));
+        if let Err(e) = removed {
+            tracing::warn!("the folder of jobs is not swept: {e}");
         }
         for folder in ["", "slots", "store", "networks"] {
             let folder = self.state_dir.join(folder);
@@ -294,6 +294,19 @@ fn known(key: JobKey, record: Record) -> Found {
         session_over: is_gone(&record.session),
         foreign: false,
         record: Some(record),
+    }
+}
+
+/// Removes a folder that never became a job's, whoever is quicker.
+fn remove_folder(path: &Path) -> Result<(), Failure> {
+    match std::fs::remove_dir_all(path) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+            Err(Failure::system(format!("cannot remove {}: {e}", path.display())))
+        }
+        _ => {
+            kill::point(Point::RemainSwept);
+            Ok(())
+        }
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use rustix::process::{Pid, getpgrp, getpid, getppid};
+use rustix::process::{Pid, getpgrp, getpid, getppid, test_kill_process};
 use serde::{Deserialize, Serialize};
 
 /// A process: its number alone is used again sooner or later.
@@ -44,13 +44,21 @@ impl Caller {
 
     /// Is it still there?
     pub fn is_alive(&self) -> bool {
-        self.boot_id == boot_id() && stat(self.pid).is_some_and(|s| s.started == self.started && !s.zombie)
+        let same = |s: Stat| s.started == self.started && !s.zombie;
+        // One that is hidden from this user counts as the same.
+        self.boot_id == boot_id() && stat(self.pid).map_or_else(|| exists(self.pid), same)
     }
 
     /// Was the host rebooted since?
     pub fn was_before_this_boot(&self) -> bool {
         self.boot_id != boot_id()
     }
+}
+
+/// Is there a process of this number? The kernel says so of hidden ones, too (`hidepid`, proc(5)).
+pub(super) fn exists(pid: u32) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    pid.is_some_and(|pid| test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
 }
 
 fn parent_of(pid: Pid) -> Option<Pid> {
@@ -130,7 +138,8 @@ mod tests {
         while caller.is_alive() {
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
+        assert!(exists(caller.pid), "a zombie still has its number");
         child.wait().unwrap();
-        assert!(!caller.is_alive());
+        assert!(!caller.is_alive() && !exists(caller.pid));
     }
 }

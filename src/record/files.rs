@@ -11,6 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::Error;
+use super::caller::exists;
 use crate::kill::{self, Point};
 
 /// How the name of a file ends that [`write_atomic`] is still writing, or that a kill left so.
@@ -68,7 +69,7 @@ pub fn sweep(folder: &Path) -> io::Result<()> {
         let removed = if entry.file_type()?.is_dir() && begun.starts_with('.') {
             // Whoever is just making it begins again, and one with something in it is none of ours.
             fs::remove_dir(entry.path())
-        } else if maker(begun).is_some_and(is_dead) {
+        } else if maker(begun).is_some_and(|pid| !exists(pid)) {
             fs::remove_file(entry.path())
         } else {
             continue;
@@ -83,14 +84,9 @@ pub fn sweep(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// The process whose number ends a name.
+/// The process whose number ends a name. One that has taken a dead one's number only puts a sweep off.
 pub(super) fn maker(name: &str) -> Option<u32> {
     name.rsplit_once('.')?.1.parse().ok()
-}
-
-/// Is there no process of this number? One that has taken a dead one's number only puts the sweep off.
-pub(super) fn is_dead(pid: u32) -> bool {
-    pid != std::process::id() && !Path::new(&format!("/proc/{pid}")).exists()
 }
 
 /// Makes a folder that appears with its owner, mode and whatever else `finish` gives it: it is made as `hidden`, on the same file

@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 
-use super::files::{is_dead, maker};
+use super::caller::exists;
+use super::files::maker;
 use super::folder::DIR_MODE;
 use super::{
     Claim, Error, JobKey, Record, State, VERSION, make_shared, open_lock, open_state, read_json, write_json,
@@ -102,7 +103,7 @@ impl Jobs {
             let name = name.to_str()?.strip_prefix('.')?;
             let maker = maker(name)?;
             name.rsplit_once('.')?.0.parse::<JobKey>().ok()?;
-            Some(is_dead(maker))
+            Some(!exists(maker))
         };
         Ok(entries(&self.dir)?
             .into_iter()

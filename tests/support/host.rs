@@ -19,14 +19,27 @@ pub struct Host {
 impl Host {
     /// A host whose guests may reach these TCP ports of it; `settings` are further lines of `cannery.toml`.
     pub fn new(ports: &[u16], settings: &str) -> Self {
+        // One network a test process: processes that run side by side do not meet.
+        Self::on(
+            100 + u8::try_from(std::process::id() % 100).unwrap(),
+            ports,
+            settings,
+        )
+    }
+
+    /// One of a few hosts that a test has at once; `number` is from 0.
+    pub fn one_of_several(number: u8, settings: &str) -> Self {
+        let first = u8::try_from(std::process::id() % 13).unwrap() * 4;
+        Self::on(200 + first + number % 4, &[], settings)
+    }
+
+    fn on(third: u8, ports: &[u16], settings: &str) -> Self {
         let folder = tempfile::Builder::new()
             .prefix("cannery-test-")
             .tempdir()
             .unwrap();
         // QEMU's user must reach the disks.
         fs::set_permissions(folder.path(), fs::Permissions::from_mode(0o755)).unwrap();
-        // One network a test process: processes that run side by side do not meet.
-        let third = 100 + u8::try_from(std::process::id() % 100).unwrap();
         let host = Self {
             folder,
             network: format!("cntest{third}"),

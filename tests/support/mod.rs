@@ -20,6 +20,8 @@ pub mod runner;
 #[cfg(test)]
 pub mod host;
 #[cfg(test)]
+pub mod kills;
+#[cfg(test)]
 pub mod libvirtd;
 #[cfg(test)]
 pub mod lines;

@@ -31,6 +31,7 @@ pub struct Stages<'a> {
     settings: PathBuf,
     environment: Vec<(OsString, OsString)>,
     user: Option<String>,
+    program: PathBuf,
 }
 
 /// How a call ended.
@@ -107,6 +108,7 @@ impl<'a> Stages<'a> {
             settings: host.settings(),
             environment: Vec::new(),
             user: None,
+            program: cannery().to_owned(),
         };
         let payload = response_to(host, job, id);
         stages.response(payload.to_string().as_bytes());
@@ -164,6 +166,12 @@ impl<'a> Stages<'a> {
         self
     }
 
+    /// The calls are made of this copy of the program.
+    pub fn with_program(mut self, program: &Path) -> Self {
+        self.program = program.to_owned();
+        self
+    }
+
     /// The calls are made by this user, to whom the try's folder then belongs.
     pub fn by(mut self, user: &str) -> Self {
         let owned = Command::new("chown")
@@ -200,7 +208,7 @@ impl<'a> Stages<'a> {
     /// A call, for the test to start.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = match &self.user {
-            None => Command::new(cannery()),
+            None => Command::new(&self.program),
             Some(user) => as_user(user, &self.host.program_for_all()),
         };
         command.arg("--config").arg(&self.settings).args(arguments);
