@@ -84,6 +84,8 @@ points! {
     ScriptCancelled "script-cancelled" "the script is cancelled"
     CodeWritten "code-written" "the exit code is written"
     SavedCleaning "saved-cleaning" "the record says cleaning"
+    HistoryBegun "history-begun" "the job is written down for the history"
+    HistoryKept "history-kept" "the job is in the history"
     DomainDestroyed "domain-destroyed" "the domain is destroyed"
     SlotReleased "slot-released" "the slot is released"
     FileRemoved "file-removed" "one of the job's files is removed"

@@ -103,7 +103,12 @@ fn plan(point: Point) -> (Scene, [u32; 3]) {
         P::CancelBegun | P::ScriptCancelled => (Scene::Cancel, FIRST),
         P::FileRemoved => (Scene::Removal, [1, 3, 6]),
         P::RecordRemoved => (Scene::Removal, [1, 2, 1]),
-        P::SavedCleaning | P::DomainDestroyed | P::SlotReleased | P::FolderRemoved => (Scene::Removal, FIRST),
+        P::SavedCleaning
+        | P::HistoryBegun
+        | P::HistoryKept
+        | P::DomainDestroyed
+        | P::SlotReleased
+        | P::FolderRemoved => (Scene::Removal, FIRST),
         P::RemainSwept | P::WorkSwept => (Scene::Sweep, FIRST),
     }
 }

@@ -25,6 +25,7 @@ use std::time::{Duration, SystemTime};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use crate::kill::{self, Point};
 use crate::record::{
     DIR_MODE, Error, HISTORY, JobKey, Jobs, Outcome, Phase, Record, Stage, make_shared, read_json,
 };
@@ -166,8 +167,12 @@ impl History {
         make_shared(&self.dir).map_err(io_error("create the folder", &self.dir))?;
         let place = self.entry_dir(&entry.key);
         let hidden = self.dir.join(format!(".{}.{}", entry.key, std::process::id()));
-        let written = fill(&hidden, entry, serial).and_then(|()| match fs::rename(&hidden, &place) {
-            Ok(()) => Ok(true),
+        let filled = fill(&hidden, entry, serial).inspect(|()| kill::point(Point::HistoryBegun));
+        let written = filled.and_then(|()| match fs::rename(&hidden, &place) {
+            Ok(()) => {
+                kill::point(Point::HistoryKept);
+                Ok(true)
+            }
             Err(e)
                 if matches!(
                     e.kind(),

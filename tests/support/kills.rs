@@ -36,6 +36,8 @@ pub fn left(host: &Host) -> BTreeSet<String> {
             let below = path.strip_prefix(&state).unwrap().to_str().unwrap().to_owned();
             let parts: Vec<&str> = below.split('/').collect();
             let what = match parts.as_slice() {
+                // When the history was last tidied.
+                ["history", ".tidied"] => "",
                 _ if name.ends_with(".new") || (name.starts_with('.') && parts[0] != "jobs") => "half a file",
                 ["jobs", hidden] if hidden.starts_with('.') => "half a job's folder",
                 ["jobs", _] => "folder",
