@@ -54,6 +54,6 @@ fn a_helper_comes_whole_to_a_user_without_rights_and_one_that_does_not_run_is_re
     other
         .script("test ! -e ~/.cannery && ! command -v gitlab-runner\n")
         .ok();
-    other.cleans_up();
+    other.cleanup().ok();
     stages.cleans_up();
 }

@@ -260,6 +260,41 @@ async fn cancel_everything(server: &Sshd, inside: &Path, outside: &Path, shell: 
 
 #[tokio::test]
 #[ignore = "needs root and sshd"]
+async fn what_is_forked_while_all_are_being_ended_does_not_get_away() {
+    let server = Sshd::start();
+    let connection = connect(&server).await;
+    let all = server.folder().join("all");
+    // Every child lives long, knows nothing of the run, and has lost its parent as soon as that is killed.
+    let script = format!(
+        "env -i PATH=$PATH setsid sh -c 'trap \"\" TERM; \
+         while :; do sh -c \"echo \\$\\$ >>{}; exec sleep 60\" & sleep 0.01; done'",
+        all.display()
+    );
+    let seen = all.clone();
+    let control = Control {
+        cancel: async move { eventually("children run", || !pid_in(&seen).is_empty()).await },
+        grace: Duration::from_secs(1),
+        alive: alive as Alive,
+    };
+    let (run, mut output) = (RunId::new(), Vec::new());
+    let ending = run_script(
+        &connection,
+        Shell::Bash,
+        &run,
+        script.as_bytes(),
+        &mut output,
+        control,
+    )
+    .await;
+    assert_eq!(ending.unwrap(), Ending::Cancelled);
+    let pids = std::fs::read_to_string(&all).unwrap();
+    let left: Vec<&str> = pids.lines().filter(|pid| lives(pid)).collect();
+    assert!(pids.lines().count() > 10, "{pids}");
+    assert_eq!(left, Vec::<&str>::new());
+}
+
+#[tokio::test]
+#[ignore = "needs root and sshd"]
 async fn a_script_that_obeys_is_gone_at_once_and_so_is_its_text() {
     let server = Sshd::start_with("MaxSessions 1");
     let connection = connect(&server).await;

@@ -27,7 +27,7 @@ pub enum Error {
 /// there were any.
 ///
 /// A process belongs to the run when `CANNERY_RUN` in its environment says so, which it keeps through `setsid`, `nohup` and double
-/// forks; or when its parent or its session's leader belongs to it (`sudo` and `env -i` clear the environment).
+/// forks; or when its parent belongs to it, or its session's leader did (`sudo` and `env -i` clear the environment).
 pub async fn cancel(connection: &Connection, run: &RunId, grace: Duration) -> Result<bool, Error> {
     let text = orders(run, grace);
     let within = grace + BEYOND_GRACE;
@@ -50,6 +50,8 @@ fn orders(run: &RunId, grace: Duration) -> String {
     format!(
         r#"
 known=' '
+# All that were ever known: what one of them forks in its last moment is still in its session.
+ever=' '
 collect() {{
     old=$known
     known=' '
@@ -71,6 +73,9 @@ collect() {{
             case $known in *" $p "*) ;; *) known="$known$p " ;; esac ;;
         esac
     done
+    for p in $known; do
+        case $ever in *" $p "*) ;; *) ever="$ever$p " ;; esac
+    done
     more=1
     while [ "$more" ]; do
         more=
@@ -78,10 +83,12 @@ collect() {{
             p=${{entry%%:*}}
             case $known in *" $p "*) continue ;; esac
             rest=${{entry#*:}}
-            case $known in *" ${{rest%:*}} "* | *" ${{rest#*:}} "*)
-                known="$known$p "
-                more=1 ;;
+            case $known in *" ${{rest%:*}} "*) ;;
+            *) case $ever in *" ${{rest#*:}} "*) ;; *) continue ;; esac ;;
             esac
+            known="$known$p "
+            case $ever in *" $p "*) ;; *) ever="$ever$p " ;; esac
+            more=1
         done
     done
     case $known in *[0-9]*) return 0 ;; esac
