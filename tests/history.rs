@@ -118,7 +118,7 @@ fn succeeds(host: &Host, image: &str) {
     assert!(page.starts_with("Ready since "), "{page}");
     job.run("prepare_script", "true\n").ok();
     // More than is kept, with an end that is known.
-    job.script("head -c 71680 /dev/zero | tr '\\0' x >/dev/console; printf '\\033[2Jthe end\\n' >/dev/console; sleep 1\n")
+    job.script("head -c 71680 /dev/zero | tr '\\0' x >/dev/console; printf '\\n\\033[2Jthe end\\n' >/dev/console; sleep 1\n")
         .ok();
     job.run("after_script", "exit 9\n").failed_script(9, &job);
     job.cleanup().ok();
@@ -269,10 +269,13 @@ fn the_story_of_a_success_is_whole(host: &Host, image: &str) {
     // As the guest wrote it, and shown so that it moves no cursor.
     assert!(String::from_utf8_lossy(&kept).contains("\x1b[2Jthe end"));
     let shown = job["serial_log"].as_str().unwrap();
-    assert!(shown.ends_with("the end") && !shown.contains('\x1b'), "{shown}");
-    assert!(show(host, "1").ends_with("the end\n"));
+    assert!(
+        shown.contains("\nthe end\n") && !shown.contains('\x1b'),
+        "{shown}"
+    );
+    assert!(show(host, "1").contains("\n  | the end\n"));
     let none = host.expect(&["job", "show", "1", "--serial-lines", "0"]);
-    assert!(!none.contains("the end"), "{none}");
+    assert!(!none.contains("serial log"), "{none}");
 }
 
 #[test]
