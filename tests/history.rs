@@ -6,6 +6,7 @@
 mod support;
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -161,6 +162,22 @@ fn loses_its_machine(host: &Host, image: &str) {
     job.cleanup().ok();
 }
 
+fn is_cancelled(host: &Host, image: &str) {
+    let job = Stages::of(host, &unit(image), 7);
+    job.prepare().ok();
+    let mut script = job.start("echo begun; sleep 1000\n");
+    let mut begun = [0; 6];
+    script.stdout.as_mut().unwrap().read_exact(&mut begun).unwrap();
+    let told = Command::new("kill")
+        .args(["-TERM", &script.id().to_string()])
+        .status()
+        .unwrap();
+    assert!(told.success());
+    ended(script, Instant::now()).failed(SYSTEM_FAILURE, &["cancelled"]);
+    job.run("after_script", "true\n").ok();
+    job.cleanup().ok();
+}
+
 fn host() -> Host {
     Host::new(
         &[],
@@ -192,6 +209,7 @@ fn each_job_that_is_over_says_why_in_its_first_line_and_keeps_no_secret() {
         scope.spawn(|| succeeds(&host, &image));
         scope.spawn(|| fails(&host, &image));
         scope.spawn(|| loses_its_machine(&host, &image));
+        scope.spawn(|| is_cancelled(&host, &image));
         scope.spawn(|| {
             // Killed, and its runner comes back or does not; and removed by hand.
             let stages = Stages::of(&host, &unit(&image), 4);
@@ -223,9 +241,10 @@ fn each_job_that_is_over_says_why_in_its_first_line_and_keeps_no_secret() {
             "Abandoned while it was booting, in a call that was killed or hung: gitlab-runner ended it without cleaning up.",
         ),
         ("6", "Removed by an operator while it was booting."),
+        ("7", "Cancelled in step_script: "),
     ];
     answers(&host, &expected);
-    println!("\n{}", show(&host, "1"));
+    println!("\n{}", show(&host, "2"));
     println!("{}", show(&host, "3"));
     nothing_secret_is_remembered(&host);
     the_story_of_a_success_is_whole(&host, &image);
