@@ -6,6 +6,7 @@
 mod support;
 
 use std::fs;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
 use std::time::{Duration, Instant};
@@ -118,7 +119,7 @@ fn succeeds(host: &Host, image: &str) {
     assert!(page.starts_with("Ready since "), "{page}");
     job.run("prepare_script", "true\n").ok();
     // More than is kept, with an end that is known.
-    job.script("head -c 71680 /dev/zero | tr '\\0' x >/dev/console; printf '\\033[2Jthe end\\n' >/dev/console; sleep 1\n")
+    job.script("head -c 71680 /dev/zero | tr '\\0' x >/dev/console; printf '\\n\\033[2Jthe end\\n' >/dev/console; sleep 1\n")
         .ok();
     job.run("after_script", "exit 9\n").failed_script(9, &job);
     job.cleanup().ok();
@@ -161,6 +162,22 @@ fn loses_its_machine(host: &Host, image: &str) {
     job.cleanup().ok();
 }
 
+fn is_cancelled(host: &Host, image: &str) {
+    let job = Stages::of(host, &unit(image), 7);
+    job.prepare().ok();
+    let mut script = job.start("echo begun; sleep 1000\n");
+    let mut begun = [0; 6];
+    script.stdout.as_mut().unwrap().read_exact(&mut begun).unwrap();
+    let told = Command::new("kill")
+        .args(["-TERM", &script.id().to_string()])
+        .status()
+        .unwrap();
+    assert!(told.success());
+    ended(script, Instant::now()).failed(SYSTEM_FAILURE, &["cancelled"]);
+    job.run("after_script", "true\n").ok();
+    job.cleanup().ok();
+}
+
 fn host() -> Host {
     Host::new(
         &[],
@@ -192,6 +209,7 @@ fn each_job_that_is_over_says_why_in_its_first_line_and_keeps_no_secret() {
         scope.spawn(|| succeeds(&host, &image));
         scope.spawn(|| fails(&host, &image));
         scope.spawn(|| loses_its_machine(&host, &image));
+        scope.spawn(|| is_cancelled(&host, &image));
         scope.spawn(|| {
             // Killed, and its runner comes back or does not; and removed by hand.
             let stages = Stages::of(&host, &unit(&image), 4);
@@ -223,9 +241,10 @@ fn each_job_that_is_over_says_why_in_its_first_line_and_keeps_no_secret() {
             "Abandoned while it was booting, in a call that was killed or hung: gitlab-runner ended it without cleaning up.",
         ),
         ("6", "Removed by an operator while it was booting."),
+        ("7", "Cancelled in step_script: "),
     ];
     answers(&host, &expected);
-    println!("\n{}", show(&host, "1"));
+    println!("\n{}", show(&host, "2"));
     println!("{}", show(&host, "3"));
     nothing_secret_is_remembered(&host);
     the_story_of_a_success_is_whole(&host, &image);
@@ -269,10 +288,13 @@ fn the_story_of_a_success_is_whole(host: &Host, image: &str) {
     // As the guest wrote it, and shown so that it moves no cursor.
     assert!(String::from_utf8_lossy(&kept).contains("\x1b[2Jthe end"));
     let shown = job["serial_log"].as_str().unwrap();
-    assert!(shown.ends_with("the end") && !shown.contains('\x1b'), "{shown}");
-    assert!(show(host, "1").ends_with("the end\n"));
+    assert!(
+        shown.contains("\nthe end\n") && !shown.contains('\x1b'),
+        "{shown}"
+    );
+    assert!(show(host, "1").contains("\n  | the end\n"));
     let none = host.expect(&["job", "show", "1", "--serial-lines", "0"]);
-    assert!(!none.contains("the end"), "{none}");
+    assert!(!none.contains("serial log"), "{none}");
 }
 
 #[test]

@@ -79,14 +79,14 @@ pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failur
             serial_log,
         }),
         Format::Table => {
-            print(&page(&job, &serial_log, now));
+            print(&page(&job, (lines > 0).then_some(serial_log.as_str()), now));
             Ok(())
         }
     }
 }
 
-/// The page that people read.
-pub(super) fn page(job: &Seen, serial_log: &str, now: Timestamp) -> String {
+/// The page that people read, with the serial log's end if that is wanted.
+pub(super) fn page(job: &Seen, serial_log: Option<&str>, now: Timestamp) -> String {
     let mut page = job.answer(now);
     page.push('\n');
     let hints = job.outcome.as_ref().map(|o| o.hints()).unwrap_or_default();
@@ -104,13 +104,14 @@ pub(super) fn page(job: &Seen, serial_log: &str, now: Timestamp) -> String {
         page.push('\n');
         page.push_str(&stages(&job.stages, job.live.is_some()));
     }
-    if serial_log.is_empty() {
-        page.push_str("\nThe guest's serial log has nothing.\n");
-    } else {
-        page.push_str("\nThe end of the guest's serial log:\n");
-        serial_log
-            .lines()
-            .for_each(|line| page.push_str(&format!("  | {line}\n")));
+    match serial_log {
+        None => {}
+        Some("") => page.push_str("\nThe guest's serial log has nothing.\n"),
+        Some(log) => {
+            page.push_str("\nThe end of the guest's serial log:\n");
+            log.lines()
+                .for_each(|line| page.push_str(&format!("  | {line}\n")));
+        }
     }
     page
 }

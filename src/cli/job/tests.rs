@@ -40,7 +40,7 @@ fn shown(record: &Record, outcome: Option<Outcome>, now: Timestamp) -> String {
         None => Seen::live(record.clone(), path),
         Some(outcome) => Seen::remembered(Entry::of(record.clone(), outcome, now), path),
     };
-    page(&seen, "first\nlast", now)
+    page(&seen, Some("first\nlast"), now)
 }
 
 #[test]
