@@ -233,21 +233,30 @@ const TO_THE_END: [Point; 4] = [
 fn a_kill_at_any_point_leaves_nothing_after_the_next_call() {
     let table = Mutex::new(Table::default());
     // Each on a host of its own, since every prepare and the reaper remove whatever was killed there.
+    let timed = |what: &str, work: &dyn Fn()| {
+        let begin = Instant::now();
+        work();
+        println!("{what}: {} s", begin.elapsed().as_secs());
+    };
     thread::scope(|scope| {
         scope.spawn(|| {
-            let scenes = [
-                Scene::First,
-                Scene::Config,
-                Scene::Network,
-                Scene::Pull,
-                Scene::Sweep,
-            ];
-            kills_before_a_guest_answers(0, &scenes, &table);
-            kills_at_any_moment(0);
+            timed("kills before the image is there", &|| {
+                use Scene::{Config, First, Network, Pull, Sweep};
+                kills_before_a_guest_answers(0, &[First, Config, Network, Pull, Sweep], &table);
+            });
         });
-        scope.spawn(|| kills_before_a_guest_answers(1, &[Scene::Prepare, Scene::Removal], &table));
-        scope.spawn(|| kills_with_a_guest(2, &table));
-        scope.spawn(|| kills_at_the_trial_of_kvm(3, &table));
+        scope.spawn(|| {
+            timed("kills around the machine", &|| {
+                kills_before_a_guest_answers(1, &[Scene::Prepare, Scene::Removal], &table);
+            });
+        });
+        scope.spawn(|| timed("kills with a guest", &|| kills_with_a_guest(2, &table)));
+        scope.spawn(|| {
+            timed("kills at the trial of KVM, and at any moment", &|| {
+                kills_at_the_trial_of_kvm(3, &table);
+                kills_at_any_moment(3);
+            });
+        });
     });
     table.into_inner().unwrap().shown();
 }
@@ -272,19 +281,29 @@ fn kills_before_a_guest_answers(number: u8, scenes: &[Scene], table: &Mutex<Tabl
     }
 }
 
-/// How many calls are killed at moments that have no name, and how far these are apart: from its first instruction until the
-/// guest boots.
+/// How many calls are killed at moments that have no name.
 const MOMENTS: u32 = 12;
-const BETWEEN: Duration = Duration::from_millis(70);
 
 /// In the middle of what others do for us, libvirt above all.
 fn kills_at_any_moment(number: u8) {
     let host = Host::one_of_several(number, EMULATION);
     let image = host.images().add_tiny("tiny", "");
+    let whole = {
+        let stages = Stages::new(&host, &image);
+        boots(&stages);
+        stages.cleanup().ok();
+        // Once more, with the image in the store.
+        let begin = Instant::now();
+        boots(&stages);
+        let whole = begin.elapsed();
+        stages.cleanup().ok();
+        whole
+    };
     for moment in 0..MOMENTS {
+        let after = whole * moment / MOMENTS;
         let stages = Stages::new(&host, &image);
         let mut child = stages.command(&["prepare"]).spawn().unwrap();
-        thread::sleep(moment * BETWEEN);
+        thread::sleep(after);
         child.kill().unwrap();
         assert_eq!(ended(child, Instant::now()).code, KILLED);
         let dead = at_death(&host, &stages);
@@ -297,7 +316,7 @@ fn kills_at_any_moment(number: u8) {
         }
         println!(
             "killed after {:>3} ms, left at death: {dead:?}",
-            (moment * BETWEEN).as_millis()
+            after.as_millis()
         );
         assert_eq!(after_all(&host, &stages), BTreeSet::new());
     }

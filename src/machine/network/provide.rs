@@ -18,6 +18,9 @@ const LOCK_DEADLINE: Duration = Duration::from_secs(90);
 /// Pause between two looks at the lock.
 const LOCK_PAUSE: Duration = Duration::from_millis(100);
 
+/// Pause before a network is started once more: interfaces come and go within milliseconds.
+const START_PAUSE: Duration = Duration::from_millis(200);
+
 /// The kernel's IPv4 routes.
 const ROUTES: &str = "/proc/net/route";
 
@@ -119,7 +122,12 @@ pub async fn provide(libvirt: &Libvirt, plan: &NetworkPlan, state_dir: &Path) ->
                 .await?;
             kill::point(Point::NetworkDefined);
         }
-        libvirt.start_network(&plan.name).await?;
+        if let Err(error) = libvirt.start_network(&plan.name).await {
+            // dnsmasq gives up where another interface of the host disappears while it looks at all of them.
+            tracing::warn!("the network is started once more: {error}");
+            tokio::time::sleep(START_PAUSE).await;
+            libvirt.start_network(&plan.name).await?;
+        }
         kill::point(Point::NetworkStarted);
     }
     Ok(Provided {
