@@ -313,7 +313,7 @@ impl From<guest::ssh::Error> for Failure {
             E::Denied { .. } => failure.hint("Check guest.user; an image that reads neither systemd credentials nor a cloud-init seed needs guest.key_file or guest.password"),
             E::HostKey { .. } => failure.hint("The image did not take the job's host key: give guest.key_file or guest.password for it"),
             E::KeyUnusable { .. } => failure.hint("It must be an OpenSSH private key without a passphrase"),
-            E::Lost(_) => failure.hint("The guest or its network stopped answering; its serial log may say why"),
+            E::Lost(_) | E::Silent(_) => failure.hint("The guest or its network stopped answering; its serial log may say why"),
             E::Refused(_) | E::TooSlow(_) | E::Host { .. } | E::Stopped => failure,
         }
     }

@@ -431,7 +431,7 @@ async fn a_silent_guest_is_lost_after_the_time_allowed_and_not_before() {
     let start = Instant::now();
     let ending = with_server_stopped(Duration::from_secs(30), Duration::from_secs(6)).await;
     assert!(
-        matches!(ending, Err(Error::Ssh(ssh::Error::Lost(_)))),
+        matches!(ending, Err(Error::Ssh(ssh::Error::Silent(_)))),
         "{ending:?}"
     );
     let took = start.elapsed();

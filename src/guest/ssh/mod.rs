@@ -154,7 +154,10 @@ pub enum Error {
         /// What is wrong with it.
         reason: String,
     },
-    /// The connection has ended, or the guest has gone silent.
+    /// The guest has gone silent for so long.
+    #[error("the connection to the guest is lost: nothing was heard from it for {} s", .0.as_secs())]
+    Silent(Duration),
+    /// The connection has ended.
     #[error("the connection to the guest is lost: {0}")]
     Lost(String),
     /// The server opens no further session.

@@ -114,8 +114,7 @@ pub(super) fn serve(link: &Link, requests: &Receiver<Request>, silence: Duration
         }
         let silent = heard.elapsed();
         if silent >= silence {
-            let why = format!("nothing was heard from it for {} s", silent.as_secs());
-            fail_all(&mut tasks, &Error::Lost(why));
+            fail_all(&mut tasks, &Error::Silent(silent));
             return;
         }
         let mut sleep = LONGEST_SLEEP.min(silence.saturating_sub(silent));
