@@ -18,6 +18,8 @@ use crate::report::plain;
 
 /// No stage that is measured takes longer; an image may have to be fetched first.
 const STAGE_DEADLINE: Duration = Duration::from_secs(3600);
+/// A cleanup waits for at most one other call's step, which may take some minutes; then it is for the reaper.
+const CLEANUP_DEADLINE: Duration = Duration::from_secs(300);
 /// The jobs of a bench come from a GitLab instance that cannot exist (RFC 2606).
 const SERVER: &str = "https://bench.invalid";
 /// The project that they belong to.
@@ -135,7 +137,16 @@ impl Try {
 
     /// `cleanup`.
     pub(super) async fn cleanup(&self) -> Result<Duration, Failure> {
-        Ok(self.call(&["cleanup".into()]).await?.0)
+        let stage = ["cleanup".into()];
+        let ended = tokio::time::timeout(CLEANUP_DEADLINE, self.call(&stage)).await;
+        let (took, _) = ended.map_err(|_| {
+            Failure::system(format!(
+                "{}'s cleanup took longer than {} s",
+                self.executor.name,
+                CLEANUP_DEADLINE.as_secs()
+            ))
+        })??;
+        Ok(took)
     }
 
     /// Removes the folder, once all is cleaned up: the runner is done with the job.

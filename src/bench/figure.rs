@@ -133,7 +133,11 @@ impl Row {
     pub fn cells(&self) -> Vec<String> {
         let or_dash = |text: Option<String>| text.unwrap_or_else(|| "-".to_owned());
         vec![
-            self.figure.clone(),
+            match self.goal {
+                Some(_) => self.figure.clone(),
+                // A part of something that has one.
+                None => format!("  {}", self.figure),
+            },
             time(self.ours),
             or_dash(self.peer.map(time)),
             or_dash(self.ratio.map(|r| format!("{r:.2}"))),

@@ -348,11 +348,11 @@ impl Figures {
                 floor,
             ),
             own_boot: Figure {
-                name: "  the guest's own boot: virsh create to the SSH banner".to_owned(),
+                name: "the guest's own boot: virsh create to the SSH banner".to_owned(),
                 ..none()
             },
             first_login: Figure {
-                name: "  the first login after it: ssh HOST true".to_owned(),
+                name: "the first login after it: ssh HOST true".to_owned(),
                 ..none()
             },
             config_peer: against_peer("config"),
@@ -366,7 +366,7 @@ impl Figures {
     /// Takes in where prepare's time went.
     fn phases_took(&mut self, record: &Record) {
         for phase in &record.phases {
-            let name = format!("  prepare: {}", phase.name);
+            let name = format!("prepare: {}", phase.name);
             let time = Duration::try_from_secs_f64(phase.seconds).unwrap_or_default();
             match self.phases.iter_mut().find(|f| f.name == name) {
                 Some(figure) => figure.ours.push(time),

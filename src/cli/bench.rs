@@ -137,7 +137,7 @@ fn answer(figures: &[Figure], format: Format) -> Result<(), Failure> {
     let missed: Vec<&str> = rows
         .iter()
         .filter(|row| !row.ok)
-        .map(|row| row.figure.trim())
+        .map(|row| row.figure.as_str())
         .collect();
     if missed.is_empty() {
         return Ok(());
