@@ -69,7 +69,7 @@ pub fn sweep(folder: &Path) -> io::Result<()> {
         let removed = if entry.file_type()?.is_dir() && begun.starts_with('.') {
             // Whoever is just making it begins again, and one with something in it is none of ours.
             fs::remove_dir(entry.path())
-        } else if maker(begun).is_some_and(|pid| !exists(pid)) {
+        } else if is_orphan(begun) {
             fs::remove_file(entry.path())
         } else {
             continue;
@@ -87,6 +87,11 @@ pub fn sweep(folder: &Path) -> io::Result<()> {
 /// The process whose number ends a name. One that has taken a dead one's number only puts a sweep off.
 pub(super) fn maker(name: &str) -> Option<u32> {
     name.rsplit_once('.')?.1.parse().ok()
+}
+
+/// Does a name end with the number of a process that is gone? Then nobody finishes what it began.
+pub fn is_orphan(name: &str) -> bool {
+    maker(name).is_some_and(|pid| !exists(pid))
 }
 
 /// Makes a folder that appears with its owner, mode and whatever else `finish` gives it: it is made as `hidden`, on the same file
