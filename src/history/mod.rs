@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::kill::{self, Point};
 use crate::record::{
-    DIR_MODE, Error, HISTORY, JobKey, Jobs, Outcome, Phase, Record, Stage, make_shared, read_json,
+    DIR_MODE, Error, HISTORY, JobKey, Jobs, Outcome, Phase, Record, Stage, exists, make_shared, read_json,
 };
 
 mod answer;
@@ -270,7 +270,7 @@ impl History {
     fn sweep(&self) -> Result<(), Error> {
         let dead = |name: &str| {
             let pid: u32 = name.strip_prefix('.')?.rsplit_once('.')?.1.parse().ok()?;
-            (pid != std::process::id() && !Path::new(&format!("/proc/{pid}")).exists()).then_some(())
+            (!exists(pid)).then_some(())
         };
         for ((), path) in self.folders(dead)? {
             removed(&path)?;

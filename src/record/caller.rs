@@ -56,7 +56,7 @@ impl Caller {
 }
 
 /// Is there a process of this number? The kernel says so of hidden ones, too (`hidepid`, proc(5)).
-pub(super) fn exists(pid: u32) -> bool {
+pub fn exists(pid: u32) -> bool {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
     pid.is_some_and(|pid| test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
 }

@@ -42,7 +42,7 @@ mod stages;
 
 use crate::kill::Point;
 
-pub use caller::Caller;
+pub use caller::{Caller, exists};
 pub use files::{UNFINISHED, hidden, make_finished, read_json, sweep, write_atomic, write_json};
 pub use folder::{DIR_MODE, GROUP, make_shared, open_lock, open_state};
 pub use jobs::{HISTORY, JobDir, Jobs, Step};
