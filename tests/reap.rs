@@ -152,7 +152,7 @@ fn a_job_goes_on_while_others_are_reaped_and_the_program_is_replaced_and_its_scr
         assert!(
             after
                 .log
-                .contains("step_script was still running though its call was killed"),
+                .contains("step_script was still running though its call was gone"),
             "{}",
             after.log
         );
