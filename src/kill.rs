@@ -89,7 +89,7 @@ points! {
     DomainDestroyed "domain-destroyed" "the domain is destroyed"
     SlotReleased "slot-released" "the slot is released"
     FileRemoved "file-removed" "one of the job's files is removed"
-    RecordRemoved "record-removed" "the record, or the lock after it, is removed"
+    FolderHidden "folder-hidden" "nothing but the record is left of the job, and no longer under its name"
     FolderRemoved "folder-removed" "the job's folder is removed"
 }
 

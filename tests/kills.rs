@@ -102,12 +102,12 @@ fn plan(point: Point) -> (Scene, [u32; 3]) {
         | P::CodeWritten => (Scene::Run, FIRST),
         P::CancelBegun | P::ScriptCancelled => (Scene::Cancel, FIRST),
         P::FileRemoved => (Scene::Removal, [1, 3, 6]),
-        P::RecordRemoved => (Scene::Removal, [1, 2, 1]),
         P::SavedCleaning
         | P::HistoryBegun
         | P::HistoryKept
         | P::DomainDestroyed
         | P::SlotReleased
+        | P::FolderHidden
         | P::FolderRemoved => (Scene::Removal, FIRST),
         P::RemainSwept | P::WorkSwept => (Scene::Sweep, FIRST),
     }
@@ -205,7 +205,8 @@ fn goes_on(host: &Host, stages: &Stages<'_>, after: After, to_the_end: bool) {
                 stages.prepare().ok();
                 assert_eq!(stages.script("echo again").ok().text(), "again\n");
             } else {
-                boots(stages);
+                // With all that its machine is made of, which is what an earlier kill can have harmed.
+                killed(&mut stages.command(&["prepare"]), Point::SavedStarting, 1);
             }
             stages.cleanup().ok();
         }
@@ -221,12 +222,7 @@ fn shared_folders(host: &Host) {
 }
 
 /// Points behind which the next prepare is followed to its end, one of each part of it.
-const TO_THE_END: [Point; 4] = [
-    Point::SlotLeased,
-    Point::DiskFinished,
-    Point::OverlayBegun,
-    Point::GuestSettled,
-];
+const TO_THE_END: [Point; 3] = [Point::SlotLeased, Point::DiskFinished, Point::OverlayBegun];
 
 #[test]
 #[ignore = "needs libvirt and a guest"]
@@ -389,14 +385,7 @@ fn kills_with_a_guest(number: u8, table: &Mutex<Table>) {
             goes_on(point);
         }
     }
-    // The runner tries the job again though a script is left, and in the end it is gone.
-    killed(
-        &mut stages.run_command("step_script", STUBBORN),
-        Point::ScriptStarted,
-        1,
-    );
-    stages.prepare().ok();
-    assert_eq!(stages.script(LOOK).ok().text(), "again\n");
+    // In the end the runner is gone, too.
     killed(
         &mut stages.run_command("step_script", STUBBORN),
         Point::ScriptStarted,

@@ -20,8 +20,6 @@ use crate::kill::{self, Point};
 const LOCK_DEADLINE: Duration = Duration::from_secs(200);
 /// How often a lock is tried meanwhile.
 const LOCK_POLL: Duration = Duration::from_millis(20);
-/// How often a folder is removed into which others look meanwhile.
-const REMOVE_TRIES: usize = 10;
 /// Records hold no secret.
 const RECORD_MODE: u32 = 0o664;
 
@@ -96,7 +94,8 @@ impl Jobs {
         }
     }
 
-    /// Folders that a process began to make for a job before it was killed: nothing else can be there yet.
+    /// Folders that a process began to make for a job, or had all but removed, when it was killed: nothing else of the job is
+    /// there.
     pub fn unborn(&self) -> Result<Vec<PathBuf>, Error> {
         let unborn = |entry: &fs::DirEntry| {
             let name = entry.file_name();
@@ -328,8 +327,8 @@ impl JobDir {
         }
     }
 
-    /// Removes the folder. The record goes last but one, the lock last: a kill in between leaves what the
-    /// next removal recognises. The step is the proof that nobody else works on the job.
+    /// Removes the folder. The record goes last: a kill before leaves what the next removal recognises. The step is the proof
+    /// that nobody else works on the job.
     pub fn remove(&self, step: Option<Step>) -> Result<(), Error> {
         let absent_is_fine = |result: io::Result<()>, path: &Path| match result {
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
@@ -357,22 +356,13 @@ impl JobDir {
             absent_is_fine(removed, &path)?;
             kill::point(Point::FileRemoved);
         }
-        for name in ["record.json", "lock"] {
-            let path = self.file(name);
-            absent_is_fine(fs::remove_file(&path), &path)?;
-            kill::point(Point::RecordRemoved);
-        }
-        // Someone who looks for the lock just now makes it anew, finds no record, and goes.
-        let mut removed = fs::remove_dir(&self.dir);
-        for _ in 0..REMOVE_TRIES {
-            if !matches!(&removed, Err(e) if e.kind() == io::ErrorKind::DirectoryNotEmpty) {
-                break;
-            }
-            let lock = self.file("lock");
-            absent_is_fine(fs::remove_file(&lock), &lock)?;
-            removed = fs::remove_dir(&self.dir);
-        }
-        absent_is_fine(removed, &self.dir)?;
+        // From here on nobody finds the job: a kill leaves a folder without a name, as one in a job's making does.
+        let hidden = self
+            .dir
+            .with_file_name(format!(".{}.{}", self.key, std::process::id()));
+        absent_is_fine(fs::rename(&self.dir, &hidden), &self.dir)?;
+        kill::point(Point::FolderHidden);
+        absent_is_fine(fs::remove_dir_all(&hidden), &hidden)?;
         kill::point(Point::FolderRemoved);
         drop(step);
         Ok(())

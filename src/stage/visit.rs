@@ -129,7 +129,7 @@ impl Visit<'_> {
                 .map_err(script::Error::from)?;
             if found {
                 log.line(format!(
-                    "cannery: {} was still running though its call was killed; it has been ended.",
+                    "cannery: {} was still running though its call was gone; it has been ended.",
                     plain(&run.stage, STAGE_LENGTH)
                 ));
             }

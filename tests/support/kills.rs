@@ -153,7 +153,7 @@ pub fn mortal(host: &Host, stages: &Stages<'_>, arguments: &[&str]) -> Command {
     command
 }
 
-/// A job gets as far as its guest's boot, which is all that an earlier kill can have harmed.
+/// A job gets as far as its guest's boot, and no further.
 pub fn boots(stages: &Stages<'_>) {
     killed(&mut stages.command(&["prepare"]), Point::SavedBooting, 1);
 }
