@@ -9,17 +9,15 @@ use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use serde_json::{Value, json};
 use support::host::Host;
 use support::job::Job;
+use support::scene::{EMULATION, SOON, Scene, port};
 use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages, ended};
 use support::until;
 
-/// Longer than a tiny guest takes to boot beside others.
-const SOON: Duration = Duration::from_secs(120);
-const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
 /// What is kept of a serial log.
 const SERIAL_BYTES: usize = 64 << 10;
 
@@ -293,6 +291,56 @@ fn the_story_of_a_success_is_whole(host: &Host, image: &str) {
     assert!(show(host, "1").contains("\n  | the end\n"));
     let none = host.expect(&["job", "show", "1", "--serial-lines", "0"]);
     assert!(!none.contains("serial log"), "{none}");
+}
+
+/// A registry on a port that nobody listens on.
+const DOWN: &str = "127.0.0.1:9/vm/none:1";
+
+#[test]
+#[ignore = "needs libvirt and a guest"]
+fn what_a_runner_had_done_is_told_in_its_own_words() {
+    let port = port();
+    let host = Host::new(&[port], EMULATION).with_network();
+    let image = host.images().add_tiny("tiny", "");
+    let text = host.settings_text().replacen(
+        "[images]\n",
+        "[images]\nallow = [\"127.0.0.1:9/**\"]\nplain_http = [\"127.0.0.1:9\"]\n",
+        1,
+    );
+    host.write_settings(&text);
+    let scene = Scene::new(host, port, 2);
+    let fails = Job::new("fails")
+        .image(&image)
+        .script(["exit 3"])
+        .after_script(["exit 4"]);
+    let (fails, down) = (
+        scene.coordinator.enqueue(&fails),
+        scene
+            .coordinator
+            .enqueue(&Job::new("registry down").image(DOWN).script(["true"])),
+    );
+    assert_eq!(fails.wait(SOON).exit_code, Some(3));
+    assert_eq!(down.wait(SOON).failure_reason, "runner_system_failure");
+    scene.is_clean_soon();
+    let page = show(&scene.host, &fails.id().to_string());
+    println!("{}\n{page}", scene.host.expect(&["job", "list"]));
+    // gitlab-runner has called it by both names.
+    let first = page.lines().next().unwrap();
+    let script = ["step_script", "build_script"]
+        .map(|name| format!("Failed: the script ended with exit code 3 in {name}."));
+    assert!(script.iter().any(|line| line == first), "{page}");
+    assert!(page.contains("\nafter_script "), "{page}");
+    // The runner tries three times, and each is remembered.
+    let tries: Vec<(u64, bool)> = list(&scene.host, &["--failed"])
+        .iter()
+        .filter(|job| job["job"] == down.id())
+        .map(|job| {
+            let answer = job["answer"].as_str().unwrap();
+            let attempt = job["attempt"].as_u64().unwrap();
+            (attempt, answer.starts_with("Failed, the system's fault: "))
+        })
+        .collect();
+    assert_eq!(tries, [(3, true), (2, true), (1, true)]);
 }
 
 #[test]
