@@ -160,7 +160,9 @@ pub fn boots(stages: &Stages<'_>) {
 
 pub const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
 
-/// What the killed scripts run in the guest: it does not end by itself, nor when it is asked to, nor as a child alone.
+/// What a killed script runs in the guest: it does not end by itself, nor do its children with it.
+pub const LASTING: &str = "(setsid sleep 4321 &)\necho begun\nsleep 4321\n";
+/// The same, and it does not end when it is asked to.
 pub const STUBBORN: &str = "trap '' TERM\n(setsid sleep 4321 &)\necho begun\nsleep 4321\n";
 /// Says which of them are there, and then that the guest can be used.
 pub const LOOK: &str = "for f in /proc/[0-9]*/cmdline; do { tr '\\0' ' ' <$f; } 2>/dev/null | grep '^sleep 4321'; done\necho again\n";
