@@ -10,14 +10,18 @@ use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
 use tokio::process::Command;
 use tokio::task::JoinSet;
+use tokio::time::MissedTickBehavior;
 
 use super::executor::timed;
 use crate::outcome::Failure;
 
 /// How often the probe knocks.
 const PROBE_EVERY: Duration = Duration::from_millis(10);
-/// Most knocks without an answer: the kernel repeats each only after seconds, while the guest may come up in between.
-const MOST_KNOCKS: usize = 20;
+/// How long a knock waits for an answer: the kernel repeats it only after a second, while the guest may come up in between.
+const KNOCK_PATIENCE: Duration = Duration::from_millis(250);
+/// Most knocks at the same time: SSH servers refuse whoever has more connections without a login (five, with dropbear), and
+/// the login that comes next must find room.
+const MOST_KNOCKS: usize = 3;
 /// How long an open port may take to say a word; a guest that is emulated needs a moment to start a process for it.
 const PROBE_PATIENCE: Duration = Duration::from_secs(2);
 /// What every SSH server says first (RFC 4253, 4.2).
@@ -78,21 +82,20 @@ impl Virsh {
 async fn banner(address: SocketAddr) -> Instant {
     let mut knocks = JoinSet::new();
     let mut clock = tokio::time::interval(PROBE_EVERY);
+    // Ticks that nobody waited for are not made up for.
+    clock.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         tokio::select! {
             biased;
             Some(answer) = knocks.join_next() => {
-                if let Ok(Ok(stream)) = answer
+                if let Ok(Ok(Ok(stream))) = answer
                     && let Ok(Some(at)) = tokio::time::timeout(PROBE_PATIENCE, word_of(stream)).await
                 {
                     return at;
                 }
             }
-            _ = clock.tick() => {
-                if knocks.len() == MOST_KNOCKS {
-                    knocks.abort_all();
-                }
-                knocks.spawn(TcpStream::connect(address));
+            _ = clock.tick(), if knocks.len() < MOST_KNOCKS => {
+                knocks.spawn(tokio::time::timeout(KNOCK_PATIENCE, TcpStream::connect(address)));
             }
         }
     }

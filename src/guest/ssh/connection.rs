@@ -102,6 +102,8 @@ impl Connection {
             doing: "start a thread",
             reason: e.to_string(),
         })?;
+        // The library takes a moment to be ready, which a guest takes to answer the first knock.
+        ssh2::init();
         let mut opened = std::pin::pin!(opened);
         let login = loop {
             tokio::select! {
