@@ -159,12 +159,12 @@ impl Table {
             false => of.iter().cloned().collect::<Vec<_>>().join(", "),
         };
         println!(
-            "\n{:<58} kills  left at death → left after the next call",
+            "\n{:<75} kills  left at death → left after the next call",
             "killed when"
         );
         for (point, row) in &self.0 {
             let (at_death, after) = (list(&row.at_death), list(&row.after));
-            println!("{point:<58} {:>5}  {at_death} → {after}", row.kills);
+            println!("{point:<75} {:>5}  {at_death} → {after}", row.kills);
         }
         let there = |point: &&Point| plan(**point).0 != Scene::Trial || can_try_kvm();
         for point in Point::ALL.iter().filter(there) {
