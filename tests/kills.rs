@@ -221,9 +221,6 @@ fn shared_folders(host: &Host) {
     }
 }
 
-/// An option for the kernel of an emulated guest: four of them at once may get too little time for its check of the timer.
-const ON_A_BUSY_HOST: &str = "no_timer_check";
-
 /// Points behind which the next prepare is followed to its end, one of each part of it.
 const TO_THE_END: [Point; 3] = [Point::SlotLeased, Point::DiskFinished, Point::OverlayBegun];
 
@@ -270,7 +267,7 @@ fn a_kill_at_any_point_leaves_nothing_after_the_next_call() {
 
 fn kills_before_a_guest_answers(number: u8, scenes: &[Scene], table: &Mutex<Table>) {
     let host = Host::one_of_several(number, EMULATION);
-    let image = host.images().add_tiny("tiny", ON_A_BUSY_HOST);
+    let image = host.images().add_tiny("tiny", "");
     for scene in scenes {
         for (point, nths) in points(*scene) {
             for (after, nth) in AFTER.into_iter().zip(nths) {
@@ -294,7 +291,7 @@ const MOMENTS: u32 = 12;
 /// In the middle of what others do for us, libvirt above all.
 fn kills_at_any_moment(number: u8) {
     let host = Host::one_of_several(number, EMULATION);
-    let image = host.images().add_tiny("tiny", ON_A_BUSY_HOST);
+    let image = host.images().add_tiny("tiny", "");
     let whole = {
         let stages = Stages::new(&host, &image);
         boots(&stages);
@@ -331,7 +328,7 @@ fn kills_at_any_moment(number: u8) {
 
 fn kills_once_a_guest_answers(number: u8, table: &Mutex<Table>) {
     let host = Host::one_of_several(number, EMULATION);
-    let image = host.images().add_tiny("tiny", ON_A_BUSY_HOST);
+    let image = host.images().add_tiny("tiny", "");
     for (point, nths) in points(Scene::Boot) {
         for (after, nth) in AFTER.into_iter().zip(nths) {
             let stages = Stages::new(&host, &image);
@@ -345,7 +342,7 @@ fn kills_once_a_guest_answers(number: u8, table: &Mutex<Table>) {
 
 fn kills_of_scripts(number: u8, table: &Mutex<Table>) {
     let host = Host::one_of_several(number, EMULATION);
-    let image = host.images().add_tiny("tiny", ON_A_BUSY_HOST);
+    let image = host.images().add_tiny("tiny", "");
     let stages = Stages::new(&host, &image);
     stages.prepare().ok();
     let before = (left(&host), processes(&host, &stages));
@@ -447,7 +444,7 @@ fn kills_at_the_trial_of_kvm(number: u8, table: &Mutex<Table>) {
     }
     // Where KVM hangs, the guest that boots without it comes after a wait: all three wait at once.
     host.write_settings(&settings.replace("3s", "40s"));
-    let image = host.images().add_tiny("tiny", ON_A_BUSY_HOST);
+    let image = host.images().add_tiny("tiny", "");
     let tries = AFTER.map(|_| Stages::new(&host, &image));
     thread::scope(|scope| {
         for (after, stages) in AFTER.iter().zip(&tries) {
