@@ -4,7 +4,6 @@
 //! without a row.
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
-#![allow(clippy::print_stdout, reason = "what is shown is the table")]
 
 #[path = "support/image_fixture.rs"]
 #[allow(dead_code, reason = "each suite uses its part of the fixture")]
@@ -27,7 +26,7 @@ use registry_fixture::Registry;
 use support::host::Host;
 use support::job::Job;
 use support::stages::{BUILD_FAILURE, Call, SYSTEM_FAILURE, Stages, ended};
-use support::until;
+use support::{table, until};
 
 /// What "within 10 s" in the table means.
 const NOTICED: Duration = Duration::from_secs(10);
@@ -35,6 +34,8 @@ const NOTICED: Duration = Duration::from_secs(10);
 const AT_ONCE: Duration = Duration::from_secs(15);
 /// `guest.lost_after` where a silent guest is waited for.
 const LOST_AFTER: Duration = Duration::from_secs(15);
+/// How much of the job log's last line the table shows, in characters.
+const SENTENCE: usize = 110;
 /// Guests boot side by side here.
 const SOON: Duration = Duration::from_secs(120);
 
@@ -58,7 +59,7 @@ fn documented() -> BTreeMap<String, (String, String)> {
 /// What was seen, row by row.
 struct Walk {
     open: Mutex<BTreeMap<String, (String, String)>>,
-    seen: Mutex<Vec<String>>,
+    seen: Mutex<Vec<Vec<String>>>,
 }
 
 impl Walk {
@@ -88,16 +89,25 @@ impl Walk {
             _ => None,
         };
         assert!(bound.is_none_or(|b| took < b), "{what}: {took:?}\n{}", call.log);
-        let sentence = call.log.lines().last().unwrap_or("-");
-        self.seen.lock().unwrap().push(format!(
-            "{what:<76} {:<6} {:>5.1} s  {sentence}",
-            match call.code {
-                BUILD_FAILURE => "build",
-                SYSTEM_FAILURE => "system",
-                _ => "-",
-            },
-            took.as_secs_f64()
-        ));
+        let sentence: String = call
+            .log
+            .lines()
+            .last()
+            .unwrap_or("-")
+            .chars()
+            .take(SENTENCE)
+            .collect();
+        let blamed = match call.code {
+            BUILD_FAILURE => "build failure",
+            SYSTEM_FAILURE => "system failure",
+            _ => "nothing",
+        };
+        self.seen.lock().unwrap().push(vec![
+            what.to_owned(),
+            blamed.to_owned(),
+            format!("{:.1} s", took.as_secs_f64()),
+            sentence,
+        ]);
     }
 
     /// A failed prepare, whose time does not matter.
@@ -636,7 +646,16 @@ fn every_failure_is_blamed_on_whom_the_page_says_and_what_can_pass_does() {
         without_a_script(&world);
     });
     a_host_in_trouble(&world, &small);
-    println!("{}", world.walk.seen.lock().unwrap().join("\n"));
+    table::show(
+        "whose fault it is",
+        &[
+            "what happens",
+            "gitlab-runner sees",
+            "after",
+            "the job log ends with",
+        ],
+        &world.walk.seen.lock().unwrap(),
+    );
     assert_eq!(*world.walk.open.lock().unwrap(), BTreeMap::new());
     assert_eq!(host.machines(), Vec::<String>::new());
     assert_eq!(fs::read_dir(small.0.join("state/jobs")).unwrap().count(), 0);

@@ -24,6 +24,7 @@ use support::kills::{
     mortal, processes, signal,
 };
 use support::stages::{Stages, ended};
+use support::table;
 
 /// Which call dies, and what there is before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -158,14 +159,28 @@ impl Table {
             true => "nothing".to_owned(),
             false => of.iter().cloned().collect::<Vec<_>>().join(", "),
         };
-        println!(
-            "\n{:<75} kills  left at death → left after the next call",
-            "killed when"
+        let rows: Vec<Vec<String>> = self
+            .0
+            .iter()
+            .map(|(point, row)| {
+                vec![
+                    point.to_string(),
+                    row.kills.to_string(),
+                    list(&row.at_death),
+                    list(&row.after),
+                ]
+            })
+            .collect();
+        table::show(
+            "killed at any point",
+            &[
+                "killed when",
+                "times",
+                "left at death",
+                "left after the next call",
+            ],
+            &rows,
         );
-        for (point, row) in &self.0 {
-            let (at_death, after) = (list(&row.at_death), list(&row.after));
-            println!("{point:<75} {:>5}  {at_death} → {after}", row.kills);
-        }
         let there = |point: &&Point| plan(**point).0 != Scene::Trial || can_try_kvm();
         for point in Point::ALL.iter().filter(there) {
             let row = self
