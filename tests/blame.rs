@@ -23,7 +23,7 @@ use std::time::{Duration, Instant};
 
 use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar, raw_disk, sha256};
 use registry_fixture::Registry;
-use support::host::Host;
+use support::host::{Host, virsh};
 use support::job::Job;
 use support::stages::{BUILD_FAILURE, Call, SYSTEM_FAILURE, Stages, ended};
 use support::{table, until};
@@ -197,26 +197,9 @@ impl World<'_> {
     }
 }
 
-fn virsh(arguments: &[&str]) {
-    let output = Command::new("virsh")
-        .args(["-c", "qemu:///system"])
-        .args(arguments)
-        .output()
-        .unwrap();
-    assert!(
-        output.status.success(),
-        "{arguments:?}: {}",
-        String::from_utf8_lossy(&output.stderr)
-    );
-}
-
 /// Takes a machine's network card off its cable, or puts it back.
 fn cable(machine: &str, state: &str) {
-    let list = Command::new("virsh")
-        .args(["-c", "qemu:///system", "domiflist", machine])
-        .output()
-        .unwrap();
-    let list = String::from_utf8(list.stdout).unwrap();
+    let list = virsh(&["domiflist", machine]);
     let name = list
         .lines()
         .nth(2)
@@ -407,7 +390,7 @@ fn a_silent_guest(world: &World<'_>) {
     );
     cable(&machine, "up");
     let job = job.with_settings(&world.host.settings());
-    let call = world.during(&job, "sleep 1000", |_| virsh(&["destroy", &machine]));
+    let call = world.during(&job, "sleep 1000", |_| drop(virsh(&["destroy", &machine])));
     world.walk.saw(
         "the machine is destroyed",
         &call,
@@ -589,11 +572,7 @@ fn a_host_in_trouble(world: &World<'_>, small: &Small) {
         |_| {
             small.fill();
             until("the machine is stopped", SOON, || {
-                let state = Command::new("virsh")
-                    .args(["-c", "qemu:///system", "domstate", &machine])
-                    .output()
-                    .unwrap();
-                String::from_utf8_lossy(&state.stdout).contains("paused")
+                virsh(&["domstate", &machine]).contains("paused")
             });
         },
     );

@@ -8,12 +8,11 @@ mod support;
 use std::fs;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
-use std::process::Command;
 use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use support::guests::{debian, tiny};
-use support::host::Host;
+use support::host::{Host, virsh};
 use support::job::Job;
 use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages};
 
@@ -160,20 +159,6 @@ impl Drop for ForeignNetwork {
     fn drop(&mut self) {
         virsh(&["net-destroy", self.0]);
     }
-}
-
-fn virsh(arguments: &[&str]) -> String {
-    let output = Command::new("virsh")
-        .args(["-c", "qemu:///system"])
-        .args(arguments)
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(
-        output.status.success() || std::thread::panicking(),
-        "virsh {arguments:?}: {said}"
-    );
-    String::from_utf8_lossy(&output.stdout).into_owned()
 }
 
 #[test]

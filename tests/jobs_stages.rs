@@ -10,7 +10,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use support::host::{Host, cannery};
+use support::host::{Host, cannery, virsh};
 use support::job::Job;
 use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages, ended};
 use support::until;
@@ -21,16 +21,6 @@ const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
 const NOTICED: Duration = Duration::from_secs(10);
 /// The boot of an emulated guest on a busy machine.
 const BOOT: Duration = Duration::from_secs(240);
-
-fn virsh(arguments: &[&str]) {
-    let output = Command::new("virsh")
-        .args(["-c", "qemu:///system"])
-        .args(arguments)
-        .output()
-        .unwrap();
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "virsh {arguments:?}: {said}");
-}
 
 fn jobs(host: &Host) -> Vec<Value> {
     serde_json::from_str(&host.expect(&["vm", "list", "--format", "json"])).unwrap()

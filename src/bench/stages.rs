@@ -344,11 +344,6 @@ impl Figures {
             };
             Figure::new(format!("{stage}, against {name}"), peer, PEER_GOAL)
         };
-        // Nobody can do with less: it is judged where there is nobody else to be held against.
-        let floor = match executor {
-            Some(_) => Goal::None,
-            None => FLOOR_GOAL,
-        };
         Figures {
             config: Figure::new("config", Peer::None, CONFIG_GOAL),
             prepare: Figure::new(
@@ -360,7 +355,7 @@ impl Figures {
             cleanup: Figure::new(
                 "cleanup, against virsh destroy and rm of the overlay",
                 Peer::None,
-                floor,
+                FLOOR_GOAL,
             ),
             own_boot: Figure {
                 name: "the guest's own boot: virsh create to the SSH banner".to_owned(),

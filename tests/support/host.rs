@@ -176,12 +176,9 @@ impl Host {
 
     /// The names of the machines on this host's network, as `virsh` knows them.
     pub fn machines(&self) -> Vec<String> {
-        let list = Command::new("virsh")
-            .args(["-c", "qemu:///system", "list", "--all", "--name"])
-            .output()
-            .unwrap();
-        let names = String::from_utf8(list.stdout).unwrap();
+        let names = virsh(&["list", "--all", "--name"]);
         let on_network = |name: &&str| {
+            // It may be gone by now.
             let xml = Command::new("virsh")
                 .args(["-c", "qemu:///system", "dumpxml", name])
                 .output()
@@ -217,4 +214,20 @@ impl Drop for Host {
 /// The program under test.
 pub fn cannery() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_cannery"))
+}
+
+/// What the host's libvirt says to `virsh`; fails the test where it refuses, unless that has failed already.
+#[track_caller]
+pub fn virsh(arguments: &[&str]) -> String {
+    let output = Command::new("virsh")
+        .args(["-c", "qemu:///system"])
+        .args(arguments)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(
+        output.status.success() || std::thread::panicking(),
+        "virsh {arguments:?}: {said}"
+    );
+    String::from_utf8_lossy(&output.stdout).into_owned()
 }
