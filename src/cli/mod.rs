@@ -308,4 +308,47 @@ mod tests {
             assert!(cli.command.is_stage());
         }
     }
+
+    /// The commands of a page: between backticks, and in blocks of code.
+    fn commands(page: &str) -> Vec<String> {
+        let mut commands = Vec::new();
+        let mut code = false;
+        for line in page.lines() {
+            if line.starts_with("```") {
+                code = !code;
+            } else if code {
+                let line = line.trim_start().trim_start_matches("$ ");
+                let line = line.split(" #").next().unwrap_or_default();
+                commands.push(line.trim_end().to_owned());
+            } else {
+                commands.extend(line.split('`').skip(1).step_by(2).map(str::to_owned));
+            }
+        }
+        commands.retain(|text| text.starts_with("cannery "));
+        commands
+    }
+
+    #[test]
+    fn every_command_in_the_docs_is_one() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR"));
+        let mut pages = vec![root.join("README.md")];
+        pages.extend(
+            std::fs::read_dir(root.join("docs"))
+                .unwrap()
+                .map(|e| e.unwrap().path()),
+        );
+        let mut seen = 0;
+        for page in pages {
+            for command in commands(&std::fs::read_to_string(&page).unwrap()) {
+                seen += 1;
+                match Cli::try_parse_from(command.split_whitespace()) {
+                    Ok(_) => {}
+                    // A command that is only named, in a sentence.
+                    Err(e) if e.kind() == clap::error::ErrorKind::MissingRequiredArgument => {}
+                    Err(e) => panic!("{}: `{command}`: {e}", page.display()),
+                }
+            }
+        }
+        assert!(seen > 20, "{seen}");
+    }
 }
