@@ -11,7 +11,7 @@
 use std::fmt;
 
 use crate::guest;
-use crate::image;
+use crate::image::{self, Origin};
 use crate::machine;
 use crate::record::{Ending, Reason};
 
@@ -247,7 +247,10 @@ impl From<image::Error> for Failure {
             E::Hostile { .. } => author.hint("Build the image anew, from a disk that you trust"),
             E::Label { .. } => author.hint("Mend the label where the image is built"),
             E::NotCached { .. } => author.hint("Use the pull policy if-not-present or always"),
-            E::Credentials(_) => author.hint("It must be a docker config.json with plain \"auths\""),
+            E::Credentials(e) => match e.origin() {
+                Origin::JobGiven => author.hint("It must be a docker config.json with plain \"auths\""),
+                Origin::Host => system.hint("Mend the file in images.auth_files, or what its credential helper needs"),
+            },
             E::Unreachable { .. } => system.hint("Is the registry up, and does images.plain_http or images.ca_files need an entry for it?"),
             E::Corrupt { .. } => system.hint("Something between the registry's storage and this host changes data; push the image again if it stays so"),
             E::DiskFull { .. } => system.hint("Make room on the store's file system"),
@@ -410,6 +413,27 @@ mod tests {
             "/etc/x.toml:1:2: bad."
         );
         assert_eq!(Failure::system("").to_string(), ".");
+    }
+
+    #[test]
+    fn logins_that_cannot_be_used_are_mended_by_whom_they_were_given() {
+        let helper = image::CredentialsError::Helper {
+            helper: "pass".into(),
+            registry: "registry.example.com".into(),
+            reason: "it ended with code 1".into(),
+        };
+        let unreadable = |origin| image::CredentialsError::Unreadable {
+            origin,
+            reason: "no JSON".into(),
+        };
+        for (error, fault) in [
+            (helper, Fault::System),
+            (unreadable(Origin::Host), Fault::System),
+            (unreadable(Origin::JobGiven), Fault::Author),
+        ] {
+            let failure = Failure::from(image::Error::from(error));
+            assert_eq!(failure.fault, fault, "{failure}");
+        }
     }
 
     #[test]

@@ -496,6 +496,25 @@ fn without_a_script(world: &World<'_>) {
         &job(&name).with_settings(&open),
         &["denies access"],
     );
+    let logins = host.folder().join("auth.json");
+    fs::write(
+        &logins,
+        format!("{{\"credHelpers\": {{\"{}\": \"is-not-there\"}}}}", registry.host),
+    )
+    .unwrap();
+    let of_host = world.settings("logins.toml", |text| {
+        let (name, logins) = (&registry.host, logins.display());
+        text.replacen(
+            "[images]\n",
+            &format!("[images]\nallow = [\"{name}/**\"]\nplain_http = [\"{name}\"]\nhost_credentials = [\"{name}/**\"]\nauth_files = [\"{logins}\"]\n"),
+            1,
+        )
+    });
+    walk.refused(
+        "a login of the host's own cannot be used",
+        &job(&name).with_settings(&of_host),
+        &["docker-credential-is-not-there", "images.auth_files"],
+    );
     registry.stop();
     walk.refused(
         "the registry cannot be reached",

@@ -56,13 +56,27 @@ pub enum CredentialsError {
     IdentityToken {
         /// For which registry.
         registry: String,
+        /// Who gave it.
+        origin: Origin,
     },
 }
 
+impl CredentialsError {
+    /// Who gave what cannot be used, and can mend it.
+    pub fn origin(&self) -> Origin {
+        match self {
+            Self::Unreadable { origin, .. } | Self::IdentityToken { origin, .. } => *origin,
+            Self::HelperInJob { .. } => Origin::JobGiven,
+            Self::Helper { .. } => Origin::Host,
+        }
+    }
+}
+
 /// Who gave a file of logins, which decides what it may do.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub enum Origin {
     /// The job (`DOCKER_AUTH_CONFIG` and the like): plain `auths` only, nothing is ever run.
+    #[default]
     JobGiven,
     /// A file of the host: helpers named in it may be run.
     Host,
@@ -95,6 +109,8 @@ pub struct Credentials {
 /// One file's worth of logins.
 #[derive(Debug, Clone, Default)]
 struct File {
+    /// Who gave it.
+    origin: Origin,
     /// `host[:port][/path]` → login.
     auths: BTreeMap<String, Entry>,
     /// `host[:port]` → helper.
@@ -187,6 +203,7 @@ impl Credentials {
             .collect();
         Ok(Self {
             files: vec![File {
+                origin,
                 auths,
                 helpers,
                 store,
@@ -219,6 +236,7 @@ impl Credentials {
                 Some(Entry::IdentityToken) => {
                     return Err(CredentialsError::IdentityToken {
                         registry: registry.to_owned(),
+                        origin: file.origin,
                     });
                 }
                 None => {}

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::process::Command;
 
-use super::credentials::{CredentialsError, DOCKER_HUB, Login};
+use super::credentials::{CredentialsError, DOCKER_HUB, Login, Origin};
 use crate::children;
 use crate::secret::Secret;
 
@@ -43,6 +43,7 @@ pub(super) async fn ask(helper: &str, registry: &str) -> Result<Option<Login>, C
     match parse(success, &answer).map_err(|reason| failed(reason.to_owned()))? {
         Some(login) if login.user == "<token>" => Err(CredentialsError::IdentityToken {
             registry: registry.to_owned(),
+            origin: Origin::Host,
         }),
         login => Ok(login),
     }
