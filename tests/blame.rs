@@ -34,6 +34,8 @@ const NOTICED: Duration = Duration::from_secs(10);
 const AT_ONCE: Duration = Duration::from_secs(15);
 /// `guest.lost_after` where a silent guest is waited for.
 const LOST_AFTER: Duration = Duration::from_secs(15);
+/// For what takes as long as the script itself.
+const NOT_TIMED: Duration = Duration::ZERO;
 /// How much of the job log's last line the table shows, in characters.
 const SENTENCE: usize = 110;
 /// Guests boot side by side here.
@@ -105,7 +107,10 @@ impl Walk {
         self.seen.lock().unwrap().push(vec![
             what.to_owned(),
             blamed.to_owned(),
-            format!("{:.1} s", took.as_secs_f64()),
+            match took {
+                NOT_TIMED => "-".to_owned(),
+                took => format!("{:.1} s", took.as_secs_f64()),
+            },
             sentence,
         ]);
     }
@@ -256,7 +261,7 @@ fn the_scripts_own(world: &World<'_>) {
     walk.saw(
         "the guest's disk is full",
         &call,
-        Duration::ZERO,
+        NOT_TIMED,
         &["The guest has no room left on /:", "CANNERY_DISK"],
     );
     let call = job
@@ -267,7 +272,7 @@ fn the_scripts_own(world: &World<'_>) {
     walk.saw(
         "the guest's kernel kills the script for lack of memory",
         &call,
-        Duration::ZERO,
+        NOT_TIMED,
         &["out of memory", "killed tail", "CANNERY_MEMORY"],
     );
     // What was short once is not held against the next script.
