@@ -24,7 +24,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
         } else {
             match reaper.apply(&action).await {
                 Ok(true) => print(&format!("removed {action}\n")),
-                Ok(false) => print(&format!("left {action}: someone is working on it\n")),
+                Ok(false) => print(&format!("left {action}: someone else is at it, or was\n")),
                 Err(failure) => failures.push(failure),
             }
         }

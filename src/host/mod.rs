@@ -158,11 +158,11 @@ impl Slots {
         Ok(())
     }
 
-    /// Frees one lease; a lease that is gone, or is another's by now, is left alone.
-    pub fn free(&self, lease: &Lease) -> Result<(), Error> {
+    /// Frees one lease. One that is gone, or is another's by now, is left alone: then the answer is false.
+    pub fn free(&self, lease: &Lease) -> Result<bool, Error> {
         let _lock = self.lock()?;
         let holder = match fs::read_to_string(&lease.path) {
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(false),
             text => text
                 .map_err(failed("read", &lease.path))?
                 .trim()
@@ -170,11 +170,11 @@ impl Slots {
                 .ok(),
         };
         if holder != lease.job {
-            return Ok(());
+            return Ok(false);
         }
         fs::remove_file(&lease.path).map_err(failed("remove", &lease.path))?;
         kill::point(Point::SlotReleased);
-        Ok(())
+        Ok(true)
     }
 
     /// Removes leases that were being written when their writers were killed.

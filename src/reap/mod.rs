@@ -105,8 +105,8 @@ impl Reaper {
             .collect())
     }
 
-    /// Does one thing, unless someone is just working on it or it is not as it was when it was decided: then
-    /// the answer is false.
+    /// Does one thing, unless someone is just working on it, or has done it by now, or it is not as it was when it was
+    /// decided: then the answer is false.
     pub async fn apply(&self, action: &Action) -> Result<bool, Failure> {
         tracing::info!(%action, "removing");
         match action {
@@ -126,10 +126,11 @@ impl Reaper {
                 if self.jobs.find(key).is_some() {
                     return Ok(false);
                 }
-                self.libvirt.destroy(name).await?;
+                let destroyed = self.libvirt.destroy(name).await?;
                 kill::point(Point::DomainDestroyed);
+                return Ok(destroyed);
             }
-            Action::FreeSlot(lease, _) => self.slots.free(lease)?,
+            Action::FreeSlot(lease, _) => return Ok(self.slots.free(lease)?),
             Action::RemoveFolder(path, _) => remove_folder(path)?,
         }
         Ok(true)

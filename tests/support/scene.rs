@@ -145,7 +145,7 @@ impl Reaper {
                 let output = host.cannery(&["reap"]);
                 let words = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
                 // What the runner's own cleanup is removing is seen and left to it.
-                let harmless = |line: &str| line == "Nothing to remove." || line.starts_with("left job ");
+                let harmless = |line: &str| line == "Nothing to remove." || line.starts_with("left ");
                 said.extend(words.lines().filter(|line| !harmless(line)).map(str::to_owned));
                 if !output.status.success() {
                     said.push(format!("{}", output.status));
