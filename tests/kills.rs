@@ -159,7 +159,8 @@ impl Table {
             true => "nothing".to_owned(),
             false => of.iter().cloned().collect::<Vec<_>>().join(", "),
         };
-        let rows: Vec<Vec<String>> = self
+        let there = |point: &&Point| plan(**point).0 != Scene::Trial || can_try_kvm();
+        let mut rows: Vec<Vec<String>> = self
             .0
             .iter()
             .map(|(point, row)| {
@@ -171,6 +172,10 @@ impl Table {
                 ]
             })
             .collect();
+        for point in Point::ALL.iter().filter(|point| !there(point)) {
+            let why = "this host has no /dev/kvm to try".to_owned();
+            rows.push(vec![point.to_string(), "never".to_owned(), why, "-".to_owned()]);
+        }
         table::show(
             "killed at any point",
             &[
@@ -181,7 +186,6 @@ impl Table {
             ],
             &rows,
         );
-        let there = |point: &&Point| plan(**point).0 != Scene::Trial || can_try_kvm();
         for point in Point::ALL.iter().filter(there) {
             let row = self
                 .0
