@@ -7,11 +7,11 @@ mod support;
 use std::time::{Duration, SystemTime};
 
 use support::coordinator::{Handle, Wish};
-use support::host::Host;
+use support::host::{EMULATION, Host};
 use support::job::Job;
 use support::lines::Lines;
 use support::notes::Notes;
-use support::scene::{EMULATION, SOON, Scene, port};
+use support::scene::{SOON, Scene, port};
 use support::{table, until};
 
 /// `guest.cancel_grace`.

@@ -16,14 +16,11 @@ use std::time::Duration;
 
 use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar};
 use serde_json::json;
-use support::host::Host;
+use support::host::{EMULATION, Host};
 use support::stages::{SYSTEM_FAILURE, Stages};
 
 /// Lines of the serial log that a failure shows.
 const SERIAL_LINES: usize = 30;
-
-/// Whether KVM works is for other tests to see.
-const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
 
 fn add_settings(host: &Host, text: &str) {
     host.write_settings(&format!("{}\n{text}\n", host.settings_text()));

@@ -12,9 +12,9 @@ use std::process::{Child, Command};
 use std::time::Instant;
 
 use serde_json::{Value, json};
-use support::host::Host;
+use support::host::{EMULATION, Host};
 use support::job::Job;
-use support::scene::{EMULATION, SOON, Scene, port};
+use support::scene::{SOON, Scene, port};
 use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages, ended};
 use support::until;
 

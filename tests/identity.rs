@@ -9,10 +9,10 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use support::coordinator::Handle;
-use support::host::Host;
+use support::host::{EMULATION, Host};
 use support::job::Job;
 use support::lines::Lines;
-use support::scene::{EMULATION, SOON, Scene, port};
+use support::scene::{SOON, Scene, port};
 use support::table;
 
 /// The session that cannery has noted for a job: the path of its response file.

@@ -6,9 +6,9 @@
 mod support;
 
 use support::coordinator::{Handle, Wish};
-use support::host::Host;
+use support::host::{EMULATION, Host};
 use support::job::Job;
-use support::scene::{EMULATION, SOON, Scene, port};
+use support::scene::{SOON, Scene, port};
 
 /// Fails the test unless the log says all of this.
 #[track_caller]

@@ -12,11 +12,9 @@ use std::time::Duration;
 
 use sha2::{Digest, Sha256};
 use support::guests::{debian, tiny};
-use support::host::{Host, virsh};
+use support::host::{EMULATION, Host, virsh};
 use support::job::Job;
 use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages};
-
-const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
 
 /// Every file below a folder with its owner, mode and content.
 fn contents(folder: &Path) -> Vec<String> {

@@ -10,12 +10,12 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use support::coordinator::{Handle, Outcome, Wish};
-use support::host::Host;
+use support::host::{EMULATION, Host};
 use support::job::Job;
 use support::notes::Notes;
 use support::runner::{REAL_RUNNER, Runner};
 use support::s3::S3;
-use support::scene::{EMULATION, Scene, port};
+use support::scene::{Scene, port};
 use support::{table, until};
 
 /// A job that waits until the others are through.

@@ -10,13 +10,12 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
-use support::host::{Host, cannery, virsh};
+use support::host::{EMULATION, Host, cannery, virsh};
 use support::job::Job;
 use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages, ended};
 use support::until;
 
 const NOTHING: Vec<String> = Vec::new();
-const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
 /// A guest that dies, or a machine that is taken away, is noticed so soon.
 const NOTICED: Duration = Duration::from_secs(10);
 /// The boot of an emulated guest on a busy machine.

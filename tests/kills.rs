@@ -18,10 +18,10 @@ use std::thread;
 use std::time::Instant;
 
 use cannery::kill::Point;
-use support::host::Host;
+use support::host::{EMULATION, Host};
 use support::kills::{
-    EMULATION, KILL_AT, KILLED, LASTING, LOOK, after_all, at_death, begun, boots, killed, left, litter,
-    mortal, processes, signal,
+    KILL_AT, KILLED, LASTING, LOOK, after_all, at_death, begun, boots, killed, left, litter, mortal,
+    processes, signal,
 };
 use support::stages::{Stages, ended};
 use support::table;

@@ -14,10 +14,8 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use cannery::kill::Point;
-use support::host::{Host, cannery};
-use support::kills::{
-    EMULATION, KILLED, LOOK, STUBBORN, at_death, begun, boots, killed, mortal, processes, signal,
-};
+use support::host::{EMULATION, Host, cannery};
+use support::kills::{KILLED, LOOK, STUBBORN, at_death, begun, boots, killed, mortal, processes, signal};
 use support::stages::{Stages, ended};
 use support::until;
 

@@ -11,13 +11,11 @@ use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use sha2::{Digest, Sha256};
-use support::host::Host;
+use support::host::{EMULATION, Host};
 use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages, ended};
 
 /// A call that only asks libvirt or the guest a few questions, on a busy machine.
 const SOON: Duration = Duration::from_secs(30);
-
-const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
 
 #[test]
 #[ignore = "needs libvirt and a guest"]

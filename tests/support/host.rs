@@ -8,6 +8,9 @@ use std::process::{Command, Output, Stdio};
 use super::guests::Layout;
 use super::runner::Driver;
 
+/// Settings for guests that boot everywhere: whether KVM works is for other tests to see.
+pub const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
+
 /// What one test has of the host.
 #[derive(Debug)]
 pub struct Host {

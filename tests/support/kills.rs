@@ -158,8 +158,6 @@ pub fn boots(stages: &Stages<'_>) {
     killed(&mut stages.command(&["prepare"]), Point::SavedBooting, 1);
 }
 
-pub const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
-
 /// What a killed script runs in the guest: it does not end by itself, nor do its children with it.
 pub const LASTING: &str = "(setsid sleep 4321 &)\necho begun\nsleep 4321\n";
 /// The same, and it does not end when it is asked to.

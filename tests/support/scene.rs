@@ -16,8 +16,6 @@ use super::table;
 pub const SOON: Duration = Duration::from_secs(240);
 /// What is cleaned up after the outcome was told.
 pub const CLEAN: Duration = Duration::from_secs(20);
-/// Settings for guests that boot everywhere.
-pub const EMULATION: &str = "[machine]\naccelerator = \"emulation\"\n";
 /// Between two calls of the reaper.
 const REAP: Duration = Duration::from_secs(1);
 
