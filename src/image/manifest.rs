@@ -3,6 +3,8 @@
 //! Source: the OCI image specification 1.1 (`manifest.md`, `image-index.md`) and Docker's schema 2, whose
 //! JSON is the same but for the media types.
 
+use std::collections::BTreeMap;
+
 use oci_client::manifest::{ImageIndexEntry, OciDescriptor, OciImageIndex, OciImageManifest};
 use serde::Deserialize;
 
@@ -25,6 +27,7 @@ pub(super) struct Descriptor {
     pub(super) digest: Digest,
     /// Bytes.
     pub(super) size: u64,
+    pub(super) annotations: BTreeMap<String, String>,
 }
 
 /// The manifest of one image for one platform.
@@ -33,6 +36,8 @@ pub(super) struct Manifest {
     pub(super) config: Descriptor,
     pub(super) artifact_type: Option<String>,
     pub(super) layers: Vec<Descriptor>,
+    #[expect(dead_code, reason = "formats that annotate their manifests are not read yet")]
+    pub(super) annotations: BTreeMap<String, String>,
 }
 
 /// What a reference leads to.
@@ -72,6 +77,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Document, String> {
             Ok(Document::Image(Manifest {
                 config: descriptor(&image.config)?,
                 artifact_type: image.artifact_type,
+                annotations: image.annotations.unwrap_or_default(),
                 layers: image.layers.iter().map(descriptor).collect::<Result<_, _>>()?,
             }))
         }
@@ -86,6 +92,7 @@ fn descriptor(raw: &OciDescriptor) -> Result<Descriptor, String> {
             .parse()
             .map_err(|error| format!("{}: {error}", quoted(&raw.digest)))?,
         size: u64::try_from(raw.size).map_err(|_| "a layer has a negative size".to_owned())?,
+        annotations: raw.annotations.clone().unwrap_or_default(),
     })
 }
 
@@ -132,6 +139,7 @@ pub(super) fn choose(entries: &[ImageIndexEntry], wanted: &Platform) -> Result<D
         media_type: entry.media_type.clone(),
         digest,
         size,
+        annotations: entry.annotations.clone().unwrap_or_default(),
     })
 }
 

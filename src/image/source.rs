@@ -382,6 +382,7 @@ mod tests {
                 media_type: String::new(),
                 digest,
                 size,
+                annotations: std::collections::BTreeMap::new(),
             };
             let hasher = Hasher::default();
             Verified {

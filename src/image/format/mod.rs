@@ -377,10 +377,12 @@ mod tests {
             media_type: media_type.into(),
             digest: Digest::of(b""),
             size: 0,
+            annotations: BTreeMap::new(),
         };
         Manifest {
             config: descriptor(config),
             artifact_type: None,
+            annotations: BTreeMap::new(),
             layers: layers.iter().map(|layer| descriptor(layer)).collect(),
         }
     }
