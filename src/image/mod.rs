@@ -13,40 +13,36 @@
 //! | concern | modules |
 //! |---|---|
 //! | what is asked for | [`Reference`], [`Request`], [`Credentials`] |
-//! | where it comes from | `registry` (with `transport`, `challenge`, `helper`), `layout`; both behind `source` |
+//! | where it comes from | `registry` (with `transport`, `challenge`, `helper`), `layout`; both behind `fetch::source` |
 //! | what it is | `manifest`, `platform`, `format`, `hints` |
-//! | how it is unpacked | `decompress`, `sparse`, `room` |
+//! | how it is fetched and unpacked | `fetch`; for images in pieces by a `plan` |
 //! | whether it is harmless | `inspect` |
-//! | where it stays | [`Store`], `partial` |
-//! | in which order | `provide` |
+//! | where it stays | [`Store`], `fetch::partial` |
+//! | in which order | `fetch::provide` |
 //!
 //! Everything in an image was written by a stranger. Memory is bounded whatever it claims; nothing is visible
 //! in the store before digests, sizes and headers are checked; no other program reads it before that.
 
 mod challenge;
 mod credentials;
-mod decompress;
 mod digest;
 mod error;
+mod fetch;
 mod format;
 mod helper;
 mod hints;
 mod inspect;
 mod layout;
 mod manifest;
-mod partial;
 #[expect(dead_code, reason = "formats that come in pieces are not read yet")]
 mod plan;
 mod platform;
-mod progress;
-mod provide;
 mod reference;
 mod registry;
-mod room;
-mod source;
-mod sparse;
 mod store;
 mod transport;
+
+use fetch::{decompress, partial, progress, provide, room, source, sparse};
 
 pub use credentials::{Credentials, CredentialsError, Login, Origin};
 pub use digest::{Digest, NoDigest};

@@ -6,10 +6,10 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use super::digest::Digest;
-use super::error::Error;
 use super::progress::{Event, Progress};
-use super::store::{inherited_mode, remove};
+use crate::image::digest::Digest;
+use crate::image::error::Error;
+use crate::image::store::{inherited_mode, remove};
 use crate::kill::{self, Point};
 
 /// How often a lock is tried that another process holds. The kernel could wake us, but only by blocking a
@@ -24,7 +24,7 @@ const WAIT_MAX: Duration = Duration::from_secs(3600);
 ///
 /// The lock is a file's `flock`: the kernel drops it when its process dies, however it dies.
 #[derive(Debug)]
-pub(super) struct Work {
+pub(in crate::image) struct Work {
     /// Held open: it carries the lock.
     _lock: File,
     lock_path: PathBuf,
@@ -33,7 +33,7 @@ pub(super) struct Work {
 
 impl Work {
     /// Takes the lock of a digest, waiting for others. `image` is for errors.
-    pub(super) async fn lock(
+    pub(in crate::image) async fn lock(
         partial: &Path,
         digest: &Digest,
         image: &str,
@@ -57,7 +57,7 @@ impl Work {
     }
 
     /// Takes the lock if nobody holds it, and removes what the last holder may have left.
-    pub(super) fn try_lock(partial: &Path, digest: &Digest) -> Result<Option<Self>, Error> {
+    pub(in crate::image) fn try_lock(partial: &Path, digest: &Digest) -> Result<Option<Self>, Error> {
         let lock_path = partial.join(format!("{}.lock", digest.hex()));
         let dir = partial.join(digest.hex());
         loop {
@@ -89,7 +89,7 @@ impl Work {
     }
 
     /// Makes the folder, which is empty and which nobody else looks at.
-    pub(super) fn dir(&self) -> Result<&Path, Error> {
+    pub(in crate::image) fn dir(&self) -> Result<&Path, Error> {
         fs::create_dir(&self.dir).map_err(Error::storage(&self.dir))?;
         // Whoever shares the store must be able to sweep it, should this process be killed.
         let parent = self.dir.parent().unwrap_or(&self.dir);

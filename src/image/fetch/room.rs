@@ -3,7 +3,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::error::Error;
+use crate::image::error::Error;
 
 /// Bounds that the operator sets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -27,14 +27,14 @@ impl Default for Limits {
 
 /// The free space around one folder.
 #[derive(Debug, Clone)]
-pub(super) struct Room {
+pub(in crate::image) struct Room {
     image: String,
     dir: PathBuf,
     keep_free: u64,
 }
 
 impl Room {
-    pub(super) fn new(image: &str, dir: &Path, keep_free: u64) -> Self {
+    pub(in crate::image) fn new(image: &str, dir: &Path, keep_free: u64) -> Self {
         Self {
             image: image.to_owned(),
             dir: dir.to_owned(),
@@ -43,7 +43,7 @@ impl Room {
     }
 
     /// Are `bytes` free beside what must stay free?
-    pub(super) fn require(&self, bytes: u64) -> Result<(), Error> {
+    pub(in crate::image) fn require(&self, bytes: u64) -> Result<(), Error> {
         let free = fs4::available_space(&self.dir).map_err(Error::storage(&self.dir))?;
         let needed = bytes.saturating_add(self.keep_free);
         if free < needed {
@@ -54,7 +54,7 @@ impl Room {
     }
 
     /// Names a failed write: no room, or something else. `bytes` are known to be still missing.
-    pub(super) fn write_failed(&self, path: &Path, error: io::Error, bytes: u64) -> Error {
+    pub(in crate::image) fn write_failed(&self, path: &Path, error: io::Error, bytes: u64) -> Error {
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 let free = fs4::available_space(&self.dir).unwrap_or_default();

@@ -3,8 +3,8 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use super::digest::Digest;
-use super::error::Error;
+use crate::image::digest::Digest;
+use crate::image::error::Error;
 
 /// Hears what happens. Called from the task that asked, several times a second; the receiver throttles.
 pub trait Progress: Sync {
@@ -67,25 +67,25 @@ pub enum Event<'a> {
 
 /// Counts what threads do, for the task that reports it.
 #[derive(Debug, Default)]
-pub(super) struct Meter {
+pub(in crate::image) struct Meter {
     fetched: AtomicU64,
     unpacked: AtomicU64,
 }
 
 impl Meter {
-    pub(super) fn add_fetched(&self, bytes: usize) {
+    pub(in crate::image) fn add_fetched(&self, bytes: usize) {
         self.fetched.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    pub(super) fn add_unpacked(&self, bytes: usize) {
+    pub(in crate::image) fn add_unpacked(&self, bytes: usize) {
         self.unpacked.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    pub(super) fn fetched(&self) -> u64 {
+    pub(in crate::image) fn fetched(&self) -> u64 {
         self.fetched.load(Ordering::Relaxed)
     }
 
-    pub(super) fn unpacked(&self) -> u64 {
+    pub(in crate::image) fn unpacked(&self) -> u64 {
         self.unpacked.load(Ordering::Relaxed)
     }
 }

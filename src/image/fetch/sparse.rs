@@ -5,9 +5,9 @@ use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use super::error::Error;
 use super::progress::Meter;
 use super::room::Room;
+use crate::image::error::Error;
 use crate::kill::{self, Point};
 
 /// A piece that becomes a hole when it is all zeros: the cluster of a qcow2, and a multiple of every file
@@ -20,7 +20,7 @@ const LOOK_EVERY: u64 = 32 << 20;
 static ZEROS: [u8; BLOCK] = [0; BLOCK];
 
 /// A file in the making.
-pub(super) struct SparseFile {
+pub(in crate::image) struct SparseFile {
     file: File,
     path: PathBuf,
     room: Room,
@@ -38,7 +38,7 @@ pub(super) struct SparseFile {
 impl SparseFile {
     /// Makes the file, which must not exist. `expected` is its final length, for the message when the disk
     /// is full.
-    pub(super) fn create(
+    pub(in crate::image) fn create(
         path: &Path,
         room: Room,
         meter: Arc<Meter>,
@@ -64,7 +64,7 @@ impl SparseFile {
     }
 
     /// Appends.
-    pub(super) fn write(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
+    pub(in crate::image) fn write(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
         while !bytes.is_empty() {
             let take = bytes.len().min(BLOCK - self.block.len());
             if take == BLOCK {
@@ -111,7 +111,7 @@ impl SparseFile {
     }
 
     /// Ends the file with its last hole and brings it to the disk; its length in bytes.
-    pub(super) fn finish(mut self) -> Result<u64, Error> {
+    pub(in crate::image) fn finish(mut self) -> Result<u64, Error> {
         self.flush()?;
         let end = self.file.set_len(self.length).and_then(|()| self.file.sync_all());
         end.map_err(|error| self.room.write_failed(&self.path, error, 0))?;

@@ -17,15 +17,15 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
-use super::digest::{Digest, Hasher};
-use super::error::Error;
-use super::layout::Layout;
-use super::manifest::Descriptor;
 use super::progress::{Event, Meter, Progress};
-use super::registry::Session;
+use crate::image::digest::{Digest, Hasher};
+use crate::image::error::Error;
+use crate::image::layout::Layout;
+use crate::image::manifest::Descriptor;
+use crate::image::registry::Session;
 
 /// Largest manifest, index or config, in bytes: what registries allow, too.
-pub(super) const DOCUMENT_MAX: u64 = 4 << 20;
+pub(in crate::image) const DOCUMENT_MAX: u64 = 4 << 20;
 
 /// Pieces on their way between network and disk. Each is what one read of the connection gave, at most some
 /// hundred KiB.
@@ -36,14 +36,14 @@ const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// Where one image comes from.
 #[derive(Debug)]
-pub(super) enum Source {
+pub(in crate::image) enum Source {
     Registry(Box<Session>),
     Layout(Layout),
 }
 
 impl Source {
     /// The manifest or index that the reference itself names, and its digest.
-    pub(super) async fn root(&self) -> Result<(Digest, Vec<u8>), Error> {
+    pub(in crate::image) async fn root(&self) -> Result<(Digest, Vec<u8>), Error> {
         match self {
             Self::Registry(session) => session.root().await,
             Self::Layout(layout) => layout.root(),
@@ -51,7 +51,7 @@ impl Source {
     }
 
     /// A manifest by digest.
-    pub(super) async fn manifest(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
+    pub(in crate::image) async fn manifest(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
         self.check_document(descriptor, "manifest")?;
         let bytes = match self {
             Self::Registry(session) => session.manifest(&descriptor.digest).await?,
@@ -62,7 +62,7 @@ impl Source {
     }
 
     /// A small blob, whole.
-    pub(super) async fn config(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
+    pub(in crate::image) async fn config(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
         self.check_document(descriptor, "config")?;
         let bytes = match self {
             Self::Registry(session) => session.document(descriptor).await?,
@@ -104,7 +104,7 @@ impl Source {
 
     /// Runs `work` on a thread of its own over a layer's bytes. What it returns is handed on only after all
     /// bytes were seen to have the descriptor's size and digest.
-    pub(super) async fn layer<T, F>(
+    pub(in crate::image) async fn layer<T, F>(
         &self,
         descriptor: &Descriptor,
         total: u64,
@@ -291,7 +291,7 @@ impl<R: Read> Verified<'_, R> {
 }
 
 /// One message on the way from the network to the unpacking thread.
-pub(super) enum Piece {
+pub(in crate::image) enum Piece {
     Bytes(Bytes),
     /// All bytes have been sent. A channel that closes without it was cut, and must not look like an end.
     End,

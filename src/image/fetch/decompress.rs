@@ -2,7 +2,7 @@
 
 use std::io::{self, Read};
 
-use super::error::Error;
+use crate::image::error::Error;
 
 /// Largest window of a zstd frame, as a power of two: 32 MiB. It bounds the decoder's memory. `zstd -19` and
 /// all builders of images stay below; `--ultra` and `--long` do not.
@@ -13,7 +13,7 @@ const MAGIC: usize = 6;
 
 /// How bytes are packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Compression {
+pub(in crate::image) enum Compression {
     None,
     Gzip,
     Zstd,
@@ -22,7 +22,7 @@ pub(super) enum Compression {
 }
 
 /// Names a compression by the first bytes.
-pub(super) fn sniff(head: &[u8]) -> Compression {
+pub(in crate::image) fn sniff(head: &[u8]) -> Compression {
     // zstd has 16 magic numbers for frames that a decoder skips; such a frame may come first.
     let skippable = head.len() >= 4 && head[0] & 0xf0 == 0x50 && head[1..4] == [0x2a, 0x4d, 0x18];
     match head {
@@ -40,7 +40,7 @@ pub(super) fn sniff(head: &[u8]) -> Compression {
 }
 
 /// A reader whose first bytes have been looked at and will be read again.
-pub(super) struct Peeked<R> {
+pub(in crate::image) struct Peeked<R> {
     head: Vec<u8>,
     given: usize,
     rest: R,
@@ -48,14 +48,14 @@ pub(super) struct Peeked<R> {
 
 impl<R: Read> Peeked<R> {
     /// Looks at up to `length` bytes.
-    pub(super) fn new(mut rest: R, length: usize) -> io::Result<Self> {
+    pub(in crate::image) fn new(mut rest: R, length: usize) -> io::Result<Self> {
         let mut head = Vec::with_capacity(length);
         rest.by_ref().take(length as u64).read_to_end(&mut head)?;
         Ok(Self { head, given: 0, rest })
     }
 
     /// The first bytes; fewer than asked for only when there are no more.
-    pub(super) fn head(&self) -> &[u8] {
+    pub(in crate::image) fn head(&self) -> &[u8] {
         &self.head
     }
 }
@@ -72,7 +72,7 @@ impl<R: Read> Read for Peeked<R> {
 }
 
 /// Unpacks `packed`, and says how it was packed. `image` is for errors.
-pub(super) fn decompress<'a>(
+pub(in crate::image) fn decompress<'a>(
     packed: impl Read + 'a,
     image: &str,
 ) -> Result<(Compression, Box<dyn Read + 'a>), Error> {
@@ -99,7 +99,7 @@ pub(super) fn decompress<'a>(
 }
 
 /// A failed read of a layer: either an [`Error`] of ours that travelled as `io::Error`, or broken data.
-pub(super) fn unreadable(image: &str, error: io::Error) -> Error {
+pub(in crate::image) fn unreadable(image: &str, error: io::Error) -> Error {
     match error.downcast::<Error>() {
         Ok(ours) => ours,
         // zstd's own words for a frame beyond the window.

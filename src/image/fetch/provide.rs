@@ -7,22 +7,22 @@ use std::sync::Arc;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::credentials::Credentials;
-use super::digest::Digest;
-use super::error::Error;
-use super::format::{self, Config, Contents, Layer, Workplace};
-use super::hints;
-use super::inspect;
-use super::layout::Layout;
-use super::manifest::{self, Document, Manifest, NoChoice};
 use super::partial::Work;
-use super::platform::{self, Platform};
 use super::progress::{Event, Meter, Progress};
-use super::reference::Reference;
-use super::registry::{Session, Target};
 use super::room::Limits;
 use super::source::Source;
-use super::store::{self, Disk, Record, RecordedFile, Store};
+use crate::image::credentials::Credentials;
+use crate::image::digest::Digest;
+use crate::image::error::Error;
+use crate::image::format::{self, Config, Contents, Layer, Workplace};
+use crate::image::hints;
+use crate::image::inspect;
+use crate::image::layout::Layout;
+use crate::image::manifest::{self, Document, Manifest, NoChoice};
+use crate::image::platform::{self, Platform};
+use crate::image::reference::Reference;
+use crate::image::registry::{Session, Target};
+use crate::image::store::{self, Disk, Record, RecordedFile, Store};
 use crate::kill::{self, Point};
 
 /// When to ask the registry, spelled as GitLab spells it.

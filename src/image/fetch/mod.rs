@@ -1,0 +1,24 @@
+//! The pull engine: brings an image's bytes to the disk, verified, and forgets nothing that it has.
+//!
+//! ```text
+//!            ┌─ source ── stream ──▶ decompress ─▶ format ─▶ sparse ─┐
+//! provide ──▶┤                                                       ├─▶ work folder ─▶ store
+//!            └─ plan::Pieces ──▶ pieces (ranges, threads) ───────────┘
+//! ```
+//!
+//! | concern | modules |
+//! |---|---|
+//! | in which order | [`provide`] |
+//! | where bytes come from | [`source`] |
+//! | how a stream is unpacked | [`decompress`], [`sparse`] |
+//! | who else makes the same image, and what is there of it | [`partial`] |
+//! | whether there is room | [`room`] |
+//! | what is told meanwhile | [`progress`] |
+
+pub(super) mod decompress;
+pub(super) mod partial;
+pub(super) mod progress;
+pub(super) mod provide;
+pub(super) mod room;
+pub(super) mod source;
+pub(super) mod sparse;
