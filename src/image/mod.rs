@@ -33,6 +33,7 @@ mod helper;
 mod hints;
 mod inspect;
 mod layout;
+mod lz4;
 mod manifest;
 #[expect(dead_code, reason = "formats that come in pieces are not read yet")]
 mod plan;
