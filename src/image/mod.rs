@@ -29,6 +29,9 @@ mod digest;
 mod error;
 mod fetch;
 mod format;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 mod helper;
 mod hints;
 mod inspect;
