@@ -16,4 +16,4 @@ mod openssh;
 pub mod stages;
 
 pub use executor::Executor;
-pub use figure::{Figure, Goal, Peer, Row};
+pub use figure::{Figure, Goal, Peer, Row, Unit};
