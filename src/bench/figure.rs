@@ -126,6 +126,14 @@ impl Figure {
         }
     }
 
+    /// Takes in the numbers of another round of the same.
+    pub fn add(&mut self, round: Self) {
+        self.ours.extend(round.ours);
+        if let Peer::Numbers(numbers) = round.peer {
+            numbers.into_iter().for_each(|number| self.peer_number(number));
+        }
+    }
+
     /// The line of the answer; `None` where nothing was measured.
     pub fn row(&self) -> Option<Row> {
         let ours = median(&self.ours)?;
@@ -326,6 +334,23 @@ mod tests {
     }
 
     #[test]
+    fn bytes_are_judged_and_shown_as_bytes() {
+        let mut figure = Figure::of_bytes("x", Peer::None, Goal::Below(200 << 20));
+        figure.counted(150 << 20);
+        assert_eq!(
+            figure.row().unwrap().cells(),
+            ["x", "150.0 MiB", "-", "-", "< 200.0 MiB", "yes"]
+        );
+        figure.peer_counted(300 << 20);
+        let mut round = Figure::of_bytes("x", Peer::None, Goal::None);
+        round.counted(450 << 20);
+        round.peer_counted(300 << 20);
+        figure.add(round);
+        let row = figure.row().unwrap();
+        assert_eq!((row.ratio, row.ok), (Some(1.0), false));
+    }
+
+    #[test]
     fn nothing_measured_is_no_row() {
         assert_eq!(Figure::new("x", Peer::None, Goal::None).row(), None);
     }
@@ -333,10 +358,9 @@ mod tests {
     proptest! {
         #[test]
         fn half_of_the_times_lie_on_either_side_of_the_median(times in proptest::collection::vec(0..10_000_u64, 1..40)) {
-            let middle = median(&ms(&times)).unwrap();
-            let count = |side: fn(f64, f64) -> bool| {
-                ms(&times).iter().filter(|t| side(t.as_secs_f64(), middle)).count()
-            };
+            let times = ms(&times);
+            let middle = median(&times).unwrap();
+            let count = |side: fn(f64, f64) -> bool| times.iter().filter(|t| side(**t, middle)).count();
             prop_assert!(2 * count(|t, m| t < m) <= times.len());
             prop_assert!(2 * count(|t, m| t > m) <= times.len());
         }
