@@ -45,6 +45,8 @@ mod reference;
 mod registry;
 mod store;
 mod transport;
+#[allow(dead_code, reason = "what is written has no destination yet")]
+mod write;
 
 use fetch::{decompress, partial, progress, provide, room, source, sparse};
 
@@ -58,3 +60,4 @@ pub use provide::{PullPolicy, Request};
 pub use reference::{InvalidReference, Reference};
 pub use room::Limits;
 pub use store::{Boot, Disk, Store};
+pub use write::Packing;
