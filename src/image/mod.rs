@@ -13,7 +13,8 @@
 //! | concern | modules |
 //! |---|---|
 //! | what is asked for | [`Reference`], [`Request`], [`Credentials`] |
-//! | where it comes from | `registry` (with `transport`, `challenge`, `helper`), `layout`; both behind `source` |
+//! | where it comes from | `registry`, `layout`; both behind `source` |
+//! | where it goes | `destination` |
 //! | what it is | `manifest`, `platform`, `format`, `hints` |
 //! | how it is unpacked | `decompress`, `sparse`, `room` |
 //! | whether it is harmless | `inspect` |
@@ -23,13 +24,12 @@
 //! Everything in an image was written by a stranger. Memory is bounded whatever it claims; nothing is visible
 //! in the store before digests, sizes and headers are checked; no other program reads it before that.
 
-mod challenge;
-mod credentials;
 mod decompress;
+#[allow(dead_code, reason = "nothing writes images yet")]
+mod destination;
 mod digest;
 mod error;
 mod format;
-mod helper;
 mod hints;
 mod inspect;
 mod layout;
@@ -46,9 +46,7 @@ mod room;
 mod source;
 mod sparse;
 mod store;
-mod transport;
 
-pub use credentials::{Credentials, CredentialsError, Login, Origin};
 pub use digest::{Digest, NoDigest};
 pub use error::Error;
 pub use hints::{Firmware, Hints};
@@ -56,5 +54,7 @@ pub use inspect::{DiskFormat, Hostility};
 pub use progress::{Event, Progress, Silent};
 pub use provide::{PullPolicy, Request};
 pub use reference::{InvalidReference, Reference};
+pub use registry::credentials::{Credentials, CredentialsError, Login, Origin};
+pub use registry::{Private, Registries, RegistryOptions};
 pub use room::Limits;
 pub use store::{Boot, Disk, Store};

@@ -1,13 +1,12 @@
 //! From a request to a disk: the one choreography of this room.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::credentials::Credentials;
 use super::digest::Digest;
 use super::error::Error;
 use super::format::{self, Config, Contents, Layer, Workplace};
@@ -19,7 +18,8 @@ use super::partial::Work;
 use super::platform::{self, Platform};
 use super::progress::{Event, Meter, Progress};
 use super::reference::Reference;
-use super::registry::{Session, Target};
+use super::registry::credentials::Credentials;
+use super::registry::{Purpose, Registries, Session, Target};
 use super::room::Limits;
 use super::source::Source;
 use super::store::{self, Disk, Record, RecordedFile, Store};
@@ -49,10 +49,8 @@ pub struct Request {
     pub policies: Vec<PullPolicy>,
     /// Logins that this job may use.
     pub credentials: Credentials,
-    /// Speak HTTP without TLS to this image's registry.
-    pub plain_http: bool,
-    /// PEM files of further certificate authorities.
-    pub ca_files: Vec<PathBuf>,
+    /// How registries are spoken to.
+    pub registries: Registries,
     /// What the image may cost.
     pub limits: Limits,
 }
@@ -210,15 +208,16 @@ impl Pull<'_> {
                     (None, Some(tag)) => tag.clone(),
                     (None, None) => "latest".to_owned(),
                 };
-                let session = Session::new(Target {
+                let session = Session::open(Target {
                     image: &self.image,
                     registry,
                     repository,
                     name,
-                    login: self.request.credentials.find(registry, repository).await?,
-                    plain_http: self.request.plain_http,
-                    ca_files: &self.request.ca_files,
-                })?;
+                    credentials: &self.request.credentials,
+                    registries: &self.request.registries,
+                    purpose: Purpose::Read,
+                })
+                .await?;
                 Ok(Source::Registry(Box::new(session)))
             }
         }

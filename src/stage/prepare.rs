@@ -4,10 +4,10 @@ use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
 
-use super::order::Order;
+use super::order::{Order, registries};
 use crate::history::{self, Entry, Removal};
 use crate::host::{self, Capacity, Slots};
-use crate::image::{Disk, Event, Limits, Progress, Reference, Request, Store};
+use crate::image::{Disk, Event, Limits, Progress, Request, Store};
 use crate::job::{Bounds, Environment, Granted, Job, Masked, Wants};
 use crate::machine::{Libvirt, network};
 use crate::outcome::Failure;
@@ -131,8 +131,7 @@ async fn get_ready(
         architecture: arch.name().to_owned(),
         policies: order.policies.clone(),
         credentials,
-        plain_http: is_plain_http(&order.reference, settings),
-        ca_files: settings.images.ca_files.clone(),
+        registries: registries(&settings.images)?,
         limits: Limits {
             max_disk: settings.images.max_disk,
             ..Limits::default()
@@ -200,11 +199,6 @@ async fn get_ready(
     })?);
     log.line(format!("Ready: {}", phases.line()));
     Ok(())
-}
-
-/// Is the image's registry spoken to without TLS?
-fn is_plain_http(reference: &Reference, settings: &Settings) -> bool {
-    matches!(reference, Reference::Registry { registry, .. } if settings.images.plain_http.contains(registry))
 }
 
 /// The record of a job that begins; its attempt's number is given by the folder of jobs.
