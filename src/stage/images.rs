@@ -24,13 +24,11 @@ pub fn request(
     policies: Vec<PullPolicy>,
     credentials: Credentials,
 ) -> Result<Request, Failure> {
-    let plain_http = matches!(&reference, Reference::Registry { registry, .. } if settings.images.plain_http.contains(registry));
     Ok(Request {
         architecture: start::host_arch()?.name().to_owned(),
         policies,
         credentials,
-        plain_http,
-        ca_files: settings.images.ca_files.clone(),
+        registries: order::registries(&settings.images)?,
         limits: Limits {
             max_disk: settings.images.max_disk,
             ..Limits::default()
