@@ -246,7 +246,8 @@ impl From<image::Error> for Failure {
             E::TooLarge { .. } => author.hint("Build a smaller image, or ask the runner's operator to raise images.max_disk"),
             E::Hostile { .. } => author.hint("Build the image anew, from a disk that you trust"),
             E::Label { .. } => author.hint("Mend the label where the image is built"),
-            E::NotCached { .. } => author.hint("Use the pull policy if-not-present or always"),
+            E::NotCached { .. } | E::NotGranted { .. } => author.hint("Use the pull policy if-not-present or always"),
+            E::NotHere { .. } => system.hint("`cannery image list` shows those that are"),
             E::Credentials(e) => match e.origin() {
                 Origin::JobGiven => author.hint("It must be a docker config.json with plain \"auths\""),
                 Origin::Host => system.hint("Mend the file in images.auth_files, or what its credential helper needs"),

@@ -44,6 +44,7 @@ impl Bench {
             credentials: Credentials::none(),
             registries: Registries::default(),
             limits: LIMITS,
+            asker: cannery::image::Asker::Operator,
         }
     }
 

@@ -38,6 +38,7 @@ fn request(reference: &str, policies: &[PullPolicy]) -> Request {
             max_disk: 1 << 30,
             keep_free: 0,
         },
+        asker: cannery::image::Asker::Operator,
     }
 }
 

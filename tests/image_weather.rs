@@ -222,6 +222,7 @@ impl Bench {
                 max_disk: 64 << 20,
                 keep_free: 0,
             },
+            asker: cannery::image::Asker::Operator,
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

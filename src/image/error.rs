@@ -3,6 +3,7 @@
 use std::io;
 use std::path::PathBuf;
 
+use super::digest::Digest;
 use super::inspect;
 use super::registry::credentials;
 
@@ -122,6 +123,20 @@ pub enum Error {
         /// The reference.
         image: String,
     },
+    /// It is here, and only its registry could say whether this job may have it. Author or operator.
+    #[error(
+        "{image} is private, and its pull policy forbids asking its registry whether this job may have it"
+    )]
+    NotGranted {
+        /// The reference.
+        image: String,
+    },
+    /// It was asked for by its digest, and is not in the store. Operator.
+    #[error("the image {digest} is not on this host")]
+    NotHere {
+        /// The digest.
+        digest: Digest,
+    },
     /// Another process fetches the same image and does not come to an end. Weather.
     #[error("{image} is being fetched by another process, which was not done after {seconds} s")]
     WaitedTooLong {
@@ -208,7 +223,10 @@ impl Error {
     /// Only when the registry was out of reach or this policy does not fetch: after a *denial* a cached copy
     /// would hand a private image to somebody whom its registry refuses.
     pub(super) fn lets_the_next_policy_try(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::NotCached { .. })
+        matches!(
+            self,
+            Self::Unreachable { .. } | Self::NotCached { .. } | Self::NotGranted { .. }
+        )
     }
 
     /// May another registry be asked, that has the same images?

@@ -47,7 +47,7 @@ mod store;
 #[allow(dead_code, reason = "what is written has no destination yet")]
 mod write;
 
-use fetch::{decompress, partial, progress, provide, room, source, sparse};
+use fetch::{decompress, progress, provide, room, source, sparse};
 
 pub use digest::{Digest, NoDigest};
 pub use error::Error;
@@ -59,5 +59,8 @@ pub use reference::{InvalidReference, Reference};
 pub use registry::credentials::{Credentials, CredentialsError, Login, Origin};
 pub use registry::{Private, Registries, RegistryOptions};
 pub use room::Limits;
-pub use store::{Boot, Disk, Store};
+pub use store::{
+    Asker, Boot, Candidate, Disk, Going, Held, InvalidPinName, Lease, Name, PinName, Policy, Reason, Store,
+    Verdict, plan,
+};
 pub use write::Packing;

@@ -208,7 +208,7 @@ impl Credentials {
     }
 
     /// The login for a repository: the first file that knows one, in it the longest path that fits.
-    pub(super) async fn find(
+    pub(in crate::image) async fn find(
         &self,
         registry: &str,
         repository: &str,

@@ -157,6 +157,12 @@ impl Session {
         Ok(Arc::clone(&self.endpoints[position + 1]))
     }
 
+    /// Has it given all that it was asked for without a login so far?
+    pub(super) async fn is_anonymous(&self) -> bool {
+        let endpoint = self.endpoint();
+        endpoint.login.is_none() || !endpoint.tokens().was_challenged().await
+    }
+
     /// The manifest or index that the reference names.
     pub(super) async fn root(&self) -> Result<(Digest, Vec<u8>), Error> {
         let bytes = self

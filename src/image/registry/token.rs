@@ -76,6 +76,11 @@ impl Tokens {
         }
     }
 
+    /// Did the registry want to know who we are?
+    pub(super) async fn was_challenged(&self) -> bool {
+        self.state.lock().await.challenge.is_some()
+    }
+
     /// The right that our token is for, as registries write it.
     pub(super) fn scope(&self) -> &str {
         &self.own_scope
