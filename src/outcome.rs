@@ -256,6 +256,9 @@ impl From<image::Error> for Failure {
             E::DiskFull { .. } => system.hint("Make room on the store's file system"),
             E::WaitedTooLong { .. } => system.hint("Look at the other job; the next try begins anew"),
             E::CaFile { .. } => system.hint("Mend images.ca_files in the settings"),
+            E::ClientCertificate { .. } => system.hint("Mend client_cert and client_key in the settings' table for this registry"),
+            E::ScopeMissing { .. } => author.hint("Log in with cannery login as somebody who may push there"),
+            E::Refused { .. } => author.hint("The registry's own log says more"),
             E::Storage { source, .. } => permission_hint(system, &source),
         }
     }

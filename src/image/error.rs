@@ -3,7 +3,8 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::{credentials, inspect};
+use super::inspect;
+use super::registry::credentials;
 
 /// Longest piece of a stranger's text that an error repeats, in characters.
 const QUOTE_MAX: usize = 120;
@@ -140,6 +141,36 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// The certificate that we should show a registry, or its key, cannot be used. Operator.
+    #[error("the client certificate in {} cannot be used: {reason}", path.display())]
+    ClientCertificate {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The registry does not let us write (401, 403). Whoever pushes: the account lacks a right.
+    #[error("{registry} does not let us write {image} {}: the right {scope} is missing", as_whom(.user))]
+    ScopeMissing {
+        /// The reference.
+        image: String,
+        /// Who said so.
+        registry: String,
+        /// The account that was refused; none when no credentials were known for this registry.
+        user: Option<String>,
+        /// The right, as registries write it: `repository:NAME:pull,push`.
+        scope: String,
+    },
+    /// The registry does not take what we send. Whoever pushes: the answer says what it does not like.
+    #[error("{registry} refuses {what}: {reason}")]
+    Refused {
+        /// `host[:port]`.
+        registry: String,
+        /// A blob, the manifest, …
+        what: &'static str,
+        /// What it answered.
+        reason: String,
+    },
     /// The store itself cannot be read or written. Operator.
     #[error("{} cannot be used: {source}", path.display())]
     Storage {
@@ -178,6 +209,16 @@ impl Error {
     /// would hand a private image to somebody whom its registry refuses.
     pub(super) fn lets_the_next_policy_try(&self) -> bool {
         matches!(self, Self::Unreachable { .. } | Self::NotCached { .. })
+    }
+
+    /// May another registry be asked, that has the same images?
+    ///
+    /// Whatever a mirror lacks, refuses or has spoilt, the registry itself may give: it decides with its own credentials.
+    pub(super) fn lets_the_next_endpoint_try(&self) -> bool {
+        matches!(
+            self,
+            Self::Unreachable { .. } | Self::NotFound { .. } | Self::Denied { .. } | Self::Corrupt { .. }
+        )
     }
 }
 

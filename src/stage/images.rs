@@ -1,7 +1,7 @@
 //! Images outside a job: what the operator asks for by hand goes the way that a job's image goes.
 
 use super::order;
-use crate::image::{Credentials, Limits, PullPolicy, Reference, Request, Store};
+use crate::image::{Credentials, Limits, PullPolicy, Reference, Registries, Request, Store};
 use crate::outcome::Failure;
 use crate::settings::Settings;
 use crate::start;
@@ -24,19 +24,26 @@ pub fn request(
     policies: Vec<PullPolicy>,
     credentials: Credentials,
 ) -> Result<Request, Failure> {
-    let plain_http = matches!(&reference, Reference::Registry { registry, .. } if settings.images.plain_http.contains(registry));
     Ok(Request {
         architecture: start::host_arch()?.name().to_owned(),
         policies,
         credentials,
-        plain_http,
-        ca_files: settings.images.ca_files.clone(),
+        registries: registries(settings),
         limits: Limits {
             max_disk: settings.images.max_disk,
             ..Limits::default()
         },
         reference,
     })
+}
+
+/// How registries are spoken to under these settings.
+pub fn registries(settings: &Settings) -> Registries {
+    Registries {
+        plain_http: settings.images.plain_http.clone(),
+        ca_files: settings.images.ca_files.clone(),
+        ..Registries::default()
+    }
 }
 
 /// The host's own logins: the operator who asks for an image by its name may use them for it.

@@ -1,7 +1,7 @@
 //! From a request to a disk: the one choreography of this room.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -11,7 +11,6 @@ use super::partial::Work;
 use super::progress::{Event, Meter, Progress};
 use super::room::Limits;
 use super::source::Source;
-use crate::image::credentials::Credentials;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::format::{self, Config, Contents, Layer, Workplace};
@@ -21,7 +20,8 @@ use crate::image::layout::Layout;
 use crate::image::manifest::{self, Document, Manifest, NoChoice};
 use crate::image::platform::{self, Platform};
 use crate::image::reference::Reference;
-use crate::image::registry::{Session, Target};
+use crate::image::registry::credentials::Credentials;
+use crate::image::registry::{Purpose, Registries, Session, Target};
 use crate::image::store::{self, Disk, Record, RecordedFile, Store};
 use crate::kill::{self, Point};
 
@@ -49,10 +49,8 @@ pub struct Request {
     pub policies: Vec<PullPolicy>,
     /// Logins that this job may use.
     pub credentials: Credentials,
-    /// Speak HTTP without TLS to this image's registry.
-    pub plain_http: bool,
-    /// PEM files of further certificate authorities.
-    pub ca_files: Vec<PathBuf>,
+    /// How registries are spoken to.
+    pub registries: Registries,
     /// What the image may cost.
     pub limits: Limits,
 }
@@ -210,15 +208,16 @@ impl Pull<'_> {
                     (None, Some(tag)) => tag.clone(),
                     (None, None) => "latest".to_owned(),
                 };
-                let session = Session::new(Target {
+                let session = Session::open(Target {
                     image: &self.image,
                     registry,
                     repository,
                     name,
-                    login: self.request.credentials.find(registry, repository).await?,
-                    plain_http: self.request.plain_http,
-                    ca_files: &self.request.ca_files,
-                })?;
+                    credentials: &self.request.credentials,
+                    registries: &self.request.registries,
+                    purpose: Purpose::Read,
+                })
+                .await?;
                 Ok(Source::Registry(Box::new(session)))
             }
         }
