@@ -6,7 +6,7 @@ use crate::image::error::Error;
 
 /// Largest window of a zstd frame, as a power of two: 32 MiB. It bounds the decoder's memory. `zstd -19` and
 /// all builders of images stay below; `--ultra` and `--long` do not.
-const ZSTD_WINDOW_LOG_MAX: u32 = 25;
+pub(super) const ZSTD_WINDOW_LOG_MAX: u32 = 25;
 
 /// Bytes that decide: the longest magic number of a compression.
 const MAGIC: usize = 6;
