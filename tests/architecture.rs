@@ -75,8 +75,8 @@ fn rooms_import_only_what_the_plan_allows() {
         (
             "cli",
             &[
-                "bench", "settings", "job", "host", "machine", "stage", "history", "reap", "outcome",
-                "report",
+                "bench", "settings", "job", "image", "host", "machine", "stage", "history", "reap",
+                "outcome", "report",
             ],
         ),
     ];

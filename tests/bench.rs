@@ -58,7 +58,7 @@ fn the_stages_are_measured_and_nothing_is_left_also_when_that_is_interrupted() {
     let mut wanted = FIGURES.iter().peekable();
     for row in &rows {
         let keys: Vec<&String> = row.as_object().unwrap().keys().collect();
-        assert_eq!(keys, ["figure", "ours", "peer", "ratio", "goal", "ok"]);
+        assert_eq!(keys, ["figure", "unit", "ours", "peer", "ratio", "goal", "ok"]);
         assert!(row["ours"].as_f64().unwrap() > 0.0, "{row}");
         let name = row["figure"].as_str().unwrap();
         let _ = wanted.next_if(|figure| name.starts_with(**figure));

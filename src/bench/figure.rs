@@ -4,17 +4,31 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+use crate::report::bytes;
+
 /// One thing that was measured several times.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Figure {
     /// What it is, and against whom.
     pub name: String,
-    /// cannery's times.
-    pub ours: Vec<Duration>,
+    /// What the numbers count.
+    pub unit: Unit,
+    /// cannery's numbers.
+    pub ours: Vec<f64>,
     /// The other's.
     pub peer: Peer,
     /// What ours should be.
     pub goal: Goal,
+}
+
+/// What is counted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Unit {
+    /// Time.
+    Seconds,
+    /// Room, on the wire, on a disk or in memory.
+    Bytes,
 }
 
 /// Whom a figure is held against.
@@ -24,8 +38,8 @@ pub enum Peer {
     None,
     /// Somebody who could not be asked, and why.
     Missing(&'static str),
-    /// Somebody with these times.
-    Times(Vec<Duration>),
+    /// Somebody with these numbers.
+    Numbers(Vec<f64>),
 }
 
 /// What the median should be.
@@ -33,19 +47,23 @@ pub enum Peer {
 pub enum Goal {
     /// Nothing: it is only to be seen.
     None,
-    /// Less than this.
+    /// Less than this time.
     Under(Duration),
+    /// Less than so many bytes.
+    Below(u64),
     /// At most so many times the peer's.
     Times(f64),
     /// At most so much more than the peer's.
     Beyond(Duration),
 }
 
-/// One line of a bench's answer; the JSON's keys are these names. Times are medians, in seconds.
+/// One line of a bench's answer; the JSON's keys are these names. Numbers are medians.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Row {
     /// What was measured.
     pub figure: String,
+    /// What the numbers count.
+    pub unit: Unit,
     /// cannery's median.
     pub ours: f64,
     /// The peer's median, where there is a peer.
@@ -62,21 +80,57 @@ pub struct Row {
 }
 
 impl Figure {
-    /// A figure that nothing was measured for yet.
+    /// A figure of times, none of which was taken yet.
     pub fn new(name: impl Into<String>, peer: Peer, goal: Goal) -> Self {
         Figure {
             name: name.into(),
+            unit: Unit::Seconds,
             ours: Vec::new(),
             peer,
             goal,
         }
     }
 
+    /// A figure of bytes, nothing of which was counted yet.
+    pub fn of_bytes(name: impl Into<String>, peer: Peer, goal: Goal) -> Self {
+        Figure {
+            unit: Unit::Bytes,
+            ..Self::new(name, peer, goal)
+        }
+    }
+
+    /// Adds a time of cannery's.
+    pub fn took(&mut self, time: Duration) {
+        self.ours.push(time.as_secs_f64());
+    }
+
     /// Adds a time of the peer's.
     pub fn peer_took(&mut self, time: Duration) {
+        self.peer_number(time.as_secs_f64());
+    }
+
+    /// Adds bytes of cannery's.
+    pub fn counted(&mut self, bytes: u64) {
+        self.ours.push(number(bytes));
+    }
+
+    /// Adds bytes of the peer's.
+    pub fn peer_counted(&mut self, bytes: u64) {
+        self.peer_number(number(bytes));
+    }
+
+    fn peer_number(&mut self, number: f64) {
         match &mut self.peer {
-            Peer::Times(times) => times.push(time),
-            other => *other = Peer::Times(vec![time]),
+            Peer::Numbers(numbers) => numbers.push(number),
+            other => *other = Peer::Numbers(vec![number]),
+        }
+    }
+
+    /// Takes in the numbers of another round of the same.
+    pub fn add(&mut self, round: Self) {
+        self.ours.extend(round.ours);
+        if let Peer::Numbers(numbers) = round.peer {
+            numbers.into_iter().for_each(|number| self.peer_number(number));
         }
     }
 
@@ -86,11 +140,12 @@ impl Figure {
         let (peer, missing) = match &self.peer {
             Peer::None => (None, None),
             Peer::Missing(why) => (None, Some(*why)),
-            Peer::Times(times) => (median(times), None),
+            Peer::Numbers(numbers) => (median(numbers), None),
         };
         let words = self.goal.words();
         Some(Row {
             figure: self.name.clone(),
+            unit: self.unit,
             ours: rounded(ours),
             peer: peer.map(rounded),
             ratio: peer.filter(|p| *p > 0.0).map(|p| rounded(ours / p)),
@@ -109,15 +164,17 @@ impl Goal {
         match self {
             Goal::None => None,
             Goal::Under(most) => Some(format!("< {}", time(most.as_secs_f64()))),
+            Goal::Below(most) => Some(format!("< {}", bytes(most))),
             Goal::Times(most) => Some(format!("≤ {most:.2} × peer")),
             Goal::Beyond(most) => Some(format!("≤ peer + {}", time(most.as_secs_f64()))),
         }
     }
 
-    /// Seconds are compared; without a peer there is nothing to miss.
+    /// Seconds, or bytes, are compared; without a peer there is nothing to miss.
     fn is_met(self, ours: f64, peer: Option<f64>) -> bool {
         match (self, peer) {
             (Goal::Under(most), _) => ours < most.as_secs_f64(),
+            (Goal::Below(most), _) => ours < number(most),
             (Goal::Times(most), Some(peer)) => ours <= peer * most,
             (Goal::Beyond(most), Some(peer)) => ours <= peer + most.as_secs_f64(),
             (Goal::None, _) | (Goal::Times(_) | Goal::Beyond(_), None) => true,
@@ -138,8 +195,8 @@ impl Row {
                 // A part of something that has one.
                 None => format!("  {}", self.figure),
             },
-            time(self.ours),
-            or_dash(self.peer.map(time)),
+            self.unit.written(self.ours),
+            or_dash(self.peer.map(|peer| self.unit.written(peer))),
             or_dash(self.ratio.map(|r| format!("{r:.2}"))),
             or_dash(self.goal.clone()),
             match (self.judged, self.ok) {
@@ -152,9 +209,34 @@ impl Row {
     }
 }
 
-/// The middle one, or the mean of the two in the middle, in seconds.
-fn median(times: &[Duration]) -> Option<f64> {
-    let mut sorted: Vec<f64> = times.iter().map(Duration::as_secs_f64).collect();
+impl Unit {
+    fn written(self, value: f64) -> String {
+        match self {
+            Unit::Seconds => time(value),
+            Unit::Bytes => bytes(whole(value)),
+        }
+    }
+}
+
+/// No file is so long that its bytes are counted less than exactly.
+#[expect(clippy::cast_precision_loss, reason = "exact below 8 PiB")]
+fn number(bytes: u64) -> f64 {
+    bytes as f64
+}
+
+/// What [`number`] made of bytes, and means of such.
+#[expect(
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a count of bytes is neither negative nor beyond u64"
+)]
+fn whole(value: f64) -> u64 {
+    value as u64
+}
+
+/// The middle one, or the mean of the two in the middle.
+fn median(numbers: &[f64]) -> Option<f64> {
+    let mut sorted = numbers.to_vec();
     sorted.sort_by(f64::total_cmp);
     let middle = sorted.len() / 2;
     let upper = *sorted.get(middle)?;
@@ -184,8 +266,9 @@ mod tests {
 
     use super::*;
 
-    fn ms(times: &[u64]) -> Vec<Duration> {
-        times.iter().map(|ms| Duration::from_millis(*ms)).collect()
+    fn ms(times: &[u64]) -> Vec<f64> {
+        let seconds = |ms: &u64| Duration::from_millis(*ms).as_secs_f64();
+        times.iter().map(seconds).collect()
     }
 
     fn row(ours: &[u64], peer: Peer, goal: Goal) -> Row {
@@ -198,7 +281,7 @@ mod tests {
     fn medians_are_compared_and_not_means() {
         let row = row(
             &[100, 900, 110],
-            Peer::Times(ms(&[100, 104, 90, 106])),
+            Peer::Numbers(ms(&[100, 104, 90, 106])),
             Goal::Times(1.1),
         );
         assert_eq!((row.ours, row.peer), (0.11, Some(0.102)));
@@ -208,7 +291,7 @@ mod tests {
 
     #[test]
     fn each_goal_has_its_edge() {
-        let peer = || Peer::Times(ms(&[1000]));
+        let peer = || Peer::Numbers(ms(&[1000]));
         let beyond = Goal::Beyond(Duration::from_millis(300));
         let under = Goal::Under(Duration::from_millis(15));
         for (ours, peer, goal, ok) in [
@@ -232,14 +315,14 @@ mod tests {
         assert_eq!((row.peer, row.ratio), (None, None));
         let json = serde_json::to_value(&row).unwrap();
         let keys: Vec<&str> = json.as_object().unwrap().keys().map(String::as_str).collect();
-        assert_eq!(keys, ["figure", "ours", "peer", "ratio", "goal", "ok"]);
+        assert_eq!(keys, ["figure", "unit", "ours", "peer", "ratio", "goal", "ok"]);
         assert!(json["peer"].is_null());
     }
 
     #[test]
     fn the_table_tells_what_is_missed_and_what_was_not_judged() {
         let judged = |row: Row| row.cells()[5].clone();
-        let two = || Peer::Times(ms(&[2000]));
+        let two = || Peer::Numbers(ms(&[2000]));
         assert_eq!(judged(row(&[3000], two(), Goal::Times(1.0))), "MISSED");
         assert_eq!(judged(row(&[1000], two(), Goal::Times(1.0))), "yes");
         assert_eq!(judged(row(&[1000], two(), Goal::None)), "-");
@@ -251,6 +334,23 @@ mod tests {
     }
 
     #[test]
+    fn bytes_are_judged_and_shown_as_bytes() {
+        let mut figure = Figure::of_bytes("x", Peer::None, Goal::Below(200 << 20));
+        figure.counted(150 << 20);
+        assert_eq!(
+            figure.row().unwrap().cells(),
+            ["x", "150.0 MiB", "-", "-", "< 200.0 MiB", "yes"]
+        );
+        figure.peer_counted(300 << 20);
+        let mut round = Figure::of_bytes("x", Peer::None, Goal::None);
+        round.counted(450 << 20);
+        round.peer_counted(300 << 20);
+        figure.add(round);
+        let row = figure.row().unwrap();
+        assert_eq!((row.ratio, row.ok), (Some(1.0), false));
+    }
+
+    #[test]
     fn nothing_measured_is_no_row() {
         assert_eq!(Figure::new("x", Peer::None, Goal::None).row(), None);
     }
@@ -258,10 +358,9 @@ mod tests {
     proptest! {
         #[test]
         fn half_of_the_times_lie_on_either_side_of_the_median(times in proptest::collection::vec(0..10_000_u64, 1..40)) {
-            let middle = median(&ms(&times)).unwrap();
-            let count = |side: fn(f64, f64) -> bool| {
-                ms(&times).iter().filter(|t| side(t.as_secs_f64(), middle)).count()
-            };
+            let times = ms(&times);
+            let middle = median(&times).unwrap();
+            let count = |side: fn(f64, f64) -> bool| times.iter().filter(|t| side(**t, middle)).count();
             prop_assert!(2 * count(|t, m| t < m) <= times.len());
             prop_assert!(2 * count(|t, m| t > m) <= times.len());
         }

@@ -5,6 +5,8 @@
 //!   │   ├─▶ openssh  (the same script through the OpenSSH client)
 //!   │   └─▶ boot     (the same machine without us)
 //!   └─▶ figure       (medians, ratios, goals: what is printed)
+//! images ─▶ a registry on loopback, a disk of real files, other tools, the bare machine
+//!   └─▶ figure
 //! ```
 //!
 //! What is compared is measured in turns within one run, since hosts are slower and faster by the minute.
@@ -12,8 +14,9 @@
 mod boot;
 mod executor;
 mod figure;
+pub mod images;
 mod openssh;
 pub mod stages;
 
 pub use executor::Executor;
-pub use figure::{Figure, Goal, Peer, Row};
+pub use figure::{Figure, Goal, Peer, Row, Unit};

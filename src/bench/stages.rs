@@ -137,8 +137,8 @@ impl Bench<'_> {
     async fn our_round(&mut self, log: &JobLog) -> Result<(), Failure> {
         let mut job = Try::new(&self.plan.ours, &self.plan.scratch, self.plan.number)?;
         let config = job.config().await?;
-        self.figures.config.ours.push(config);
-        self.figures.config_peer.ours.push(config);
+        self.figures.config.took(config);
+        self.figures.config_peer.took(config);
 
         self.begun.push(job);
         let Some(job) = self.begun.last() else {
@@ -146,8 +146,8 @@ impl Bench<'_> {
         };
         let prepare = job.prepare().await?;
         log.line(format!("  prepare {}", crate::report::seconds(prepare)));
-        self.figures.prepare.ours.push(prepare);
-        self.figures.prepare_peer.ours.push(prepare);
+        self.figures.prepare.took(prepare);
+        self.figures.prepare_peer.took(prepare);
         let prepared = self.prepared(job)?;
         self.figures.phases_took(&prepared.record);
 
@@ -160,20 +160,20 @@ impl Bench<'_> {
             crate::report::seconds(login)
         ));
         self.figures.cleanup.peer_took(destroyed);
-        self.figures.own_boot.ours.push(boot);
-        self.figures.first_login.ours.push(login);
+        self.figures.own_boot.took(boot);
+        self.figures.first_login.took(login);
         self.figures.prepare.peer_took(boot + login);
         // Whoever ends a machine ends one that has booted and run as many scripts.
         scripts.extend(self::scripts(job, &ssh).await?);
         for (run, other) in scripts {
-            self.figures.run.ours.push(run);
+            self.figures.run.took(run);
             self.figures.run.peer_took(other);
-            self.figures.run_peer.ours.push(run);
+            self.figures.run_peer.took(run);
         }
 
         let cleanup = self.clean_up_last().await?;
-        self.figures.cleanup.ours.push(cleanup);
-        self.figures.cleanup_peer.ours.push(cleanup);
+        self.figures.cleanup.took(cleanup);
+        self.figures.cleanup_peer.took(cleanup);
         Ok(())
     }
 
@@ -339,7 +339,7 @@ impl Figures {
         let none = || Figure::new("", Peer::None, Goal::None);
         let against_peer = |stage: &str| {
             let peer = match executor {
-                Some(_) => Peer::Times(Vec::new()),
+                Some(_) => Peer::Numbers(Vec::new()),
                 None => Peer::Missing(NOT_INSTALLED),
             };
             Figure::new(format!("{stage}, against {name}"), peer, PEER_GOAL)
@@ -379,10 +379,10 @@ impl Figures {
             let name = format!("prepare: {}", phase.name);
             let time = Duration::try_from_secs_f64(phase.seconds).unwrap_or_default();
             match self.phases.iter_mut().find(|f| f.name == name) {
-                Some(figure) => figure.ours.push(time),
+                Some(figure) => figure.took(time),
                 None => {
                     let mut figure = Figure::new(name, Peer::None, Goal::None);
-                    figure.ours.push(time);
+                    figure.took(time);
                     self.phases.push(figure);
                 }
             }

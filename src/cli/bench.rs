@@ -3,8 +3,9 @@ use std::path::{Path, PathBuf};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Context, Format, print, print_json};
-use crate::bench::{Executor, Figure, Row, stages};
+use crate::bench::{Executor, Figure, Row, images, stages};
 use crate::outcome::Failure;
+use crate::quantity::Size;
 use crate::report;
 
 /// Measure how fast cannery is on this host
@@ -13,6 +14,7 @@ use crate::report;
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
     Stages(Stages),
+    Images(Images),
 }
 
 /// config, prepare, run and cleanup, against the same guest and login without cannery, and against another executor
@@ -37,6 +39,53 @@ pub(super) struct Stages {
     format: Format,
 }
 
+/// Pull, push and cache of images, against skopeo, sardinecake and what this machine can do at all
+///
+/// Makes a disk of real files, a registry on loopback (docker-registry) and a store of its own in a folder that is removed
+/// afterwards; some ten times the disk's data must be free there. The settings and images of this host are left alone.
+#[derive(Debug, clap::Args)]
+pub(super) struct Images {
+    /// How much data the disk has
+    #[arg(long, value_name = "SIZE", default_value = "2G")]
+    size: Size,
+    /// The folder whose files it is made of
+    #[arg(long, value_name = "DIR", default_value = "/usr")]
+    data: PathBuf,
+    /// How many rounds count; one more comes before them
+    #[arg(long, value_name = "N", default_value_t = 3, value_parser = clap::value_parser!(u16).range(1..))]
+    runs: u16,
+    /// sardinecake's `sarde`; needs root, libvirt and port 80 of loopback
+    #[arg(long, value_name = "PROGRAM")]
+    sarde: Option<PathBuf>,
+    /// Two versions of a disk, and how much of the first, in percent, the second may add to a registry
+    #[arg(long = "pair", value_name = "NAME=OLD,NEW,PERCENT", value_parser = pair)]
+    pairs: Vec<images::Pair>,
+    /// Where the folder is made [default: $TMPDIR, /tmp]
+    #[arg(long, value_name = "DIR")]
+    scratch: Option<PathBuf>,
+    /// How to print the figures
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+}
+
+fn pair(text: &str) -> Result<images::Pair, String> {
+    let parse = || {
+        let (name, rest) = text.split_once('=')?;
+        let [old, new, percent] = rest.split(',').collect::<Vec<_>>().try_into().ok()?;
+        let percent: f64 = percent
+            .parse()
+            .ok()
+            .filter(|percent| (0.0..=100.0).contains(percent))?;
+        (!name.is_empty()).then(|| images::Pair {
+            name: name.to_owned(),
+            old: old.into(),
+            new: new.into(),
+            goal: percent / 100.0,
+        })
+    };
+    parse().ok_or_else(|| "write a name, two files and a number: upgrade=old.raw,new.raw,8".to_owned())
+}
+
 /// The executor that is named where none is installed.
 const USUAL_PEER: &str = "sardinecake";
 /// Whoever runs, whatever was installed over it meanwhile.
@@ -57,18 +106,53 @@ fn peer(text: &str) -> Result<(String, PathBuf), String> {
 }
 
 pub(super) async fn run(context: &Context, command: &Command) -> Result<(), Failure> {
-    let Command::Stages(arguments) = command;
-    let figures = stages(context, arguments).await?;
-    answer(&figures, arguments.format)
+    let (figures, format) = match command {
+        Command::Stages(arguments) => (stages(context, arguments).await?, arguments.format),
+        Command::Images(arguments) => (images(context, arguments).await?, arguments.format),
+    };
+    answer(&figures, format)
 }
 
-async fn stages(context: &Context, arguments: &Stages) -> Result<Vec<Figure>, Failure> {
-    let settings = context.settings()?;
+async fn images(context: &Context, arguments: &Images) -> Result<Vec<Figure>, Failure> {
+    warn_of_debug_build(context);
+    let absolute = |path: &Path| {
+        std::path::absolute(path).map_err(|e| Failure::system(format!("cannot find {}: {e}", path.display())))
+    };
+    let mut pairs = arguments.pairs.clone();
+    for pair in &mut pairs {
+        (pair.old, pair.new) = (absolute(&pair.old)?, absolute(&pair.new)?);
+    }
+    let plan = images::Plan {
+        cannery: THIS_PROGRAM.into(),
+        sarde: arguments.sarde.as_deref().map(absolute).transpose()?,
+        runs: arguments.runs.into(),
+        size: arguments.size.bytes(),
+        data: absolute(&arguments.data)?,
+        pairs,
+        scratch: scratch(context, arguments.scratch.as_deref()),
+    };
+    images::measure(&plan, &context.log, interruption()?).await
+}
+
+/// A folder for one bench.
+fn scratch(context: &Context, within: Option<&Path>) -> PathBuf {
+    let temporary = context.environment.get("TMPDIR").filter(|d| !d.is_empty());
+    within
+        .unwrap_or(Path::new(temporary.unwrap_or("/tmp".as_ref())))
+        .join(format!("cannery-bench-{}", std::process::id()))
+}
+
+fn warn_of_debug_build(context: &Context) {
     if cfg!(debug_assertions) {
         context
             .log
             .line("This is a debug build, which is slower: judge a release build by these goals.");
     }
+}
+
+async fn stages(context: &Context, arguments: &Stages) -> Result<Vec<Figure>, Failure> {
+    let settings = context.settings()?;
+    warn_of_debug_build(context);
     let mut ours = Executor {
         name: "cannery".to_owned(),
         program: THIS_PROGRAM.into(),
@@ -96,15 +180,13 @@ async fn stages(context: &Context, arguments: &Stages) -> Result<Vec<Figure>, Fa
         ),
         None => (USUAL_PEER.to_owned(), None),
     };
-    let process = std::process::id();
-    let temporary = context.environment.get("TMPDIR").filter(|d| !d.is_empty());
     let plan = stages::Plan {
         settings: &settings,
         ours,
         peer,
         runs: arguments.runs.into(),
-        number: FIRST_NUMBER + u64::from(process),
-        scratch: Path::new(temporary.unwrap_or("/tmp".as_ref())).join(format!("cannery-bench-{process}")),
+        number: FIRST_NUMBER + u64::from(std::process::id()),
+        scratch: scratch(context, None),
     };
     stages::measure(&plan, &context.log, interruption()?).await
 }
@@ -148,6 +230,27 @@ fn answer(figures: &[Figure], format: Format) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pair_is_two_files_and_a_goal() {
+        let upgrade = pair("in-place upgrade=/a,/b,8").unwrap();
+        assert_eq!((upgrade.name.as_str(), upgrade.goal), ("in-place upgrade", 0.08));
+        assert_eq!(
+            (upgrade.old, upgrade.new),
+            (PathBuf::from("/a"), PathBuf::from("/b"))
+        );
+        for wrong in [
+            "",
+            "=/a,/b,8",
+            "x=/a,/b",
+            "x=/a,/b,8,9",
+            "x=/a,/b,many",
+            "x=/a,/b,101",
+            "x=/a,/b,NaN",
+        ] {
+            assert!(pair(wrong).is_err(), "{wrong}");
+        }
+    }
 
     #[test]
     fn a_peer_has_a_name_and_a_full_path() {

@@ -22,6 +22,7 @@ use crate::threads;
 mod bench;
 mod cleanup;
 mod config;
+mod image;
 mod job;
 mod network;
 mod prepare;
@@ -62,6 +63,8 @@ enum Command {
     Vm(vm::Command),
     #[command(subcommand, display_order = 20)]
     Job(job::Command),
+    #[command(subcommand, display_order = 20)]
+    Image(image::Command),
     #[command(display_order = 21)]
     Reap(reap::Arguments),
     #[command(subcommand, display_order = 22)]
@@ -222,6 +225,7 @@ fn dispatch(command: Command, context: &Context) -> Result<(), Failure> {
             Command::Cleanup(arguments) => unless_terminated(cleanup::run(context, &arguments)).await,
             Command::Vm(command) => vm::run(context, &command).await,
             Command::Job(command) => job::run(context, &command),
+            Command::Image(command) => image::run(context, command).await,
             Command::Reap(arguments) => reap::run(context, &arguments).await,
             Command::Network(command) => network::run(context, &command).await,
             Command::Bench(command) => bench::run(context, &command).await,

@@ -29,10 +29,14 @@ mod digest;
 mod error;
 mod fetch;
 mod format;
+#[cfg(any(test, fuzzing))]
+#[doc(hidden)]
+pub mod fuzz;
 mod helper;
 mod hints;
 mod inspect;
 mod layout;
+mod lz4;
 mod manifest;
 #[expect(dead_code, reason = "formats that come in pieces are not read yet")]
 mod plan;
@@ -41,6 +45,8 @@ mod reference;
 mod registry;
 mod store;
 mod transport;
+#[allow(dead_code, reason = "what is written has no destination yet")]
+mod write;
 
 use fetch::{decompress, partial, progress, provide, room, source, sparse};
 
@@ -54,3 +60,4 @@ pub use provide::{PullPolicy, Request};
 pub use reference::{InvalidReference, Reference};
 pub use room::Limits;
 pub use store::{Boot, Disk, Store};
+pub use write::Packing;

@@ -14,11 +14,13 @@
 //!   next call gets a new one, so that one hung machine does not hold up the others.
 //! * Nothing is registered for events; callers poll.
 
+mod kept;
 mod link;
 mod machines;
 mod networks;
 mod offer;
 
+pub use kept::Kept;
 pub use machines::Known;
 pub use networks::NetworkState;
 pub use offer::{Offer, Versions};

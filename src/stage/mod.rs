@@ -9,6 +9,7 @@ use crate::settings::OwnNetwork;
 
 mod cleanup;
 mod config;
+pub mod images;
 mod order;
 mod prepare;
 mod run;

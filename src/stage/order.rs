@@ -71,18 +71,25 @@ impl Order {
             .iter()
             .any(|pattern| pattern.fits(&self.image))
         {
-            for file in settings.auth_files.iter().filter(|f| f.exists()) {
-                let cannot = |e: &dyn std::fmt::Display| {
-                    Failure::system(format!("the auth file {} cannot be used: {e}", file.display()))
-                        .hint("Mend it, or name another in images.auth_files")
-                };
-                let text = std::fs::read_to_string(file).map_err(|e| cannot(&e))?;
-                let of_host = Credentials::from_docker_config(&text, Origin::Host).map_err(|e| cannot(&e))?;
-                credentials = credentials.or(of_host);
-            }
+            credentials = credentials.or(host_credentials(settings)?);
         }
         Ok(credentials)
     }
+}
+
+/// The logins in the host's own auth files; files that do not exist are passed over.
+pub(super) fn host_credentials(settings: &ImageSettings) -> Result<Credentials, Failure> {
+    let mut credentials = Credentials::none();
+    for file in settings.auth_files.iter().filter(|f| f.exists()) {
+        let cannot = |e: &dyn std::fmt::Display| {
+            Failure::system(format!("the auth file {} cannot be used: {e}", file.display()))
+                .hint("Mend it, or name another in images.auth_files")
+        };
+        let text = std::fs::read_to_string(file).map_err(|e| cannot(&e))?;
+        let of_host = Credentials::from_docker_config(&text, Origin::Host).map_err(|e| cannot(&e))?;
+        credentials = credentials.or(of_host);
+    }
+    Ok(credentials)
 }
 
 /// The image that the job names, else the operator's default.

@@ -7,7 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 use super::order::Order;
 use crate::history::{self, Entry, Removal};
 use crate::host::{self, Capacity, Slots};
-use crate::image::{Disk, Event, Limits, Progress, Reference, Request, Store};
+use crate::image::{Disk, Event, Progress};
 use crate::job::{Bounds, Environment, Granted, Job, Masked, Wants};
 use crate::machine::{Libvirt, network};
 use crate::outcome::Failure;
@@ -109,7 +109,6 @@ async fn get_ready(
     wants.within(&bounds(&order.machine, None))?;
     let credentials = order.credentials(job, &settings.images)?;
     let libvirt = Libvirt::open(&settings.libvirt_uri)?;
-    let arch = start::host_arch()?;
 
     let reaper = Reaper::open(settings)?;
     if let Err(e) = reaper.sweep().await {
@@ -126,19 +125,13 @@ async fn get_ready(
     let index = admit(settings, &folder, log).await?;
     let slot = place(settings, &libvirt, index).await?;
     drop(folder.enter(State::Fetching, |r| r.slot = Some(slot.clone()))?);
-    let request = Request {
-        reference: order.reference.clone(),
-        architecture: arch.name().to_owned(),
-        policies: order.policies.clone(),
+    let request = super::images::request(
+        settings,
+        order.reference.clone(),
+        order.policies.clone(),
         credentials,
-        plain_http: is_plain_http(&order.reference, settings),
-        ca_files: settings.images.ca_files.clone(),
-        limits: Limits {
-            max_disk: settings.images.max_disk,
-            ..Limits::default()
-        },
-    };
-    let store = Store::open(&settings.state_dir.join("store"))?;
+    )?;
+    let store = super::images::store(settings)?;
     let disk = store
         .provide(
             &request,
@@ -200,11 +193,6 @@ async fn get_ready(
     })?);
     log.line(format!("Ready: {}", phases.line()));
     Ok(())
-}
-
-/// Is the image's registry spoken to without TLS?
-fn is_plain_http(reference: &Reference, settings: &Settings) -> bool {
-    matches!(reference, Reference::Registry { registry, .. } if settings.images.plain_http.contains(registry))
 }
 
 /// The record of a job that begins; its attempt's number is given by the folder of jobs.

@@ -339,6 +339,24 @@ impl Contents {
     }
 }
 
+/// Reads an archive to its end; for fuzzers.
+#[cfg(any(test, fuzzing))]
+pub(super) fn fuzz_archive(bytes: &[u8]) {
+    let mut archive = archive::Archive::new(bytes, "vm");
+    let mut total = 0;
+    loop {
+        match archive.next() {
+            Ok(Some(entry)) => {
+                super::fuzz::inside(&entry.path);
+                total += io::copy(&mut archive.body(), &mut io::sink()).unwrap_or_default();
+                assert!(total <= bytes.len() as u64, "more content than bytes");
+            }
+            Ok(None) => return,
+            Err(error) => return super::fuzz::one_line(&error.to_string()),
+        }
+    }
+}
+
 /// Counts and hashes unpacked bytes and stops at the limit, so that a bomb costs no more than the largest
 /// honest image.
 struct Counted<'a, R> {

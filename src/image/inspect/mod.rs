@@ -170,14 +170,21 @@ fn check(disk: &impl ReadAt, limit: u64) -> Result<Inspected, Finding> {
     }
 }
 
-#[cfg(test)]
+/// Checks a file that is in memory.
+#[cfg(any(test, fuzzing))]
+pub(super) fn bytes(disk: &[u8], limit: u64) -> Result<Inspected, Finding> {
+    check(&disk, limit)
+}
+
+#[cfg(any(test, fuzzing))]
 impl ReadAt for &[u8] {
     fn length(&self) -> io::Result<u64> {
         Ok(self.len() as u64)
     }
 
     fn fill(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        let start = usize::try_from(offset).unwrap();
+        // Panics where the caller has not checked: that is the promise.
+        let start = usize::try_from(offset).unwrap_or(usize::MAX);
         buffer.copy_from_slice(&self[start..start + buffer.len()]);
         Ok(())
     }

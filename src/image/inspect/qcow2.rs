@@ -369,4 +369,6 @@ fn snapshots(disk: &impl ReadAt, header: &Header, tables: &mut Tables) -> Result
 }
 
 #[cfg(test)]
+mod differential;
+#[cfg(test)]
 mod tests;

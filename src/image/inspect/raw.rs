@@ -10,7 +10,7 @@ const SECTOR: u64 = 512;
 
 /// Formats by their first bytes: all that QEMU would recognise by itself, and packed files that somebody
 /// forgot to unpack.
-const FOREIGN: [(&[u8], &str); 19] = [
+const FOREIGN: [(&[u8], &str); 23] = [
     (b"KDMV", "vmdk"),
     (b"COWD", "vmdk"),
     (b"# Disk DescriptorFile", "vmdk"),
@@ -23,7 +23,11 @@ const FOREIGN: [(&[u8], &str); 19] = [
     (b"Bochs Virtual HD Image", "bochs"),
     (b"#!/bin/sh\n#V2.0 Format", "cloop"),
     (b"OOOM", "cow"),
+    (b"shdw", "asif"),
     (b"json:", "a QEMU file description"),
+    (b"bv41", "Apple's lz4"),
+    (b"bv4-", "Apple's lz4"),
+    (b"\x04\x22\x4d\x18", "lz4"),
     (b"\x1f\x8b", "gzip"),
     (b"\x28\xb5\x2f\xfd", "zstd"),
     (b"\xfd7zXZ\0", "xz"),
@@ -44,6 +48,9 @@ pub(super) fn check(disk: &impl ReadAt, limit: u64) -> Result<u64, Finding> {
         if head.starts_with(magic) {
             return Err(Hostility::ForeignFormat(name).into());
         }
+    }
+    if is_vmdk_text(&head) {
+        return Err(Hostility::ForeignFormat("vmdk").into());
     }
     if head.starts_with(b"LUKS\xba\xbe") {
         return Err(Hostility::Encrypted.into());
@@ -75,6 +82,16 @@ pub(super) fn check(disk: &impl ReadAt, limit: u64) -> Result<u64, Finding> {
         return Err(Finding::TooLarge(length));
     }
     Ok(length)
+}
+
+/// Would QEMU take this for the text of a vmdk, which names other files? Comments and empty lines, and then a version.
+fn is_vmdk_text(head: &[u8]) -> bool {
+    if !head.starts_with(b"#") && !head.starts_with(b"version=") {
+        return false;
+    }
+    head.split(|&byte| byte == b'\n')
+        .find(|line| !line.starts_with(b"#") && line.iter().any(|&byte| !matches!(byte, b' ' | b'\r')))
+        .is_some_and(|line| line.starts_with(b"version="))
 }
 
 #[cfg(test)]
@@ -131,6 +148,20 @@ mod tests {
                 "{magic:?}"
             );
         }
+        for text in [
+            "# Disk DescriptorFile\nversion=1\n",
+            "# x\n \r\n\nversion=2\r\n",
+            "version=1\n",
+        ] {
+            let disk = with(0, text.as_bytes());
+            let found = check(&disk.as_slice(), 1 << 20);
+            assert!(
+                matches!(found, Err(Finding::Hostile(Hostility::ForeignFormat("vmdk")))),
+                "{text}"
+            );
+        }
+        // A script that is written on a disk as it is stays a raw disk.
+        assert!(check(&with(0, b"#!/bin/sh\necho version=1\n").as_slice(), 1 << 20).is_ok());
         assert!(matches!(
             check(&with(0, b"LUKS\xba\xbe").as_slice(), 1 << 20),
             Err(Finding::Hostile(Hostility::Encrypted))

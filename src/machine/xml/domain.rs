@@ -47,8 +47,7 @@ pub enum Error {
 pub fn render(description: &Description, placement: &Placement) -> Result<String, Error> {
     description.check()?;
     let memory = || description.memory_mib.to_string();
-    let domain = node("domain")
-        .with("type", description.accelerator.domain_type())
+    let domain = node_of(description)
         .child(node("name").text(&placement.name))
         .child(node("uuid").text(placement.uuid.to_string()))
         // A generation of its own for each machine: a resumed guest sees it change and reseeds its random numbers.
@@ -73,6 +72,11 @@ pub fn render(description: &Description, placement: &Placement) -> Result<String
         .children(sleep(description))
         .child(devices::all(description, placement)?);
     Ok(domain.render()?)
+}
+
+/// The root, still empty.
+pub(super) fn node_of(description: &Description) -> Node {
+    node("domain").with("type", description.accelerator.domain_type())
 }
 
 /// Reads the owner back from what [`render`] put into `<metadata>`; `None` where the element is not ours or not whole.
@@ -158,7 +162,7 @@ fn operating_system(description: &Description, placement: &Placement) -> Result<
     Ok(os)
 }
 
-fn features(description: &Description) -> Node {
+pub(super) fn features(description: &Description) -> Node {
     // `<acpi/>` always: without it libvirt passes an option that newer QEMUs no longer know.
     let mut features = node("features").child(node("acpi"));
     if description.arch == Arch::X86_64 {
@@ -175,7 +179,7 @@ fn features(description: &Description) -> Node {
     features
 }
 
-fn cpu(description: &Description) -> Node {
+pub(super) fn cpu(description: &Description) -> Node {
     let topology = node("topology")
         .with("sockets", "1")
         .with("dies", "1")
@@ -215,7 +219,7 @@ fn cpu(description: &Description) -> Node {
 }
 
 /// Clock in UTC; the timers are the ones that lose the fewest ticks on a busy host.
-fn clock(description: &Description) -> Node {
+pub(super) fn clock(description: &Description) -> Node {
     let clock = node("clock").with("offset", "utc");
     match description.arch {
         Arch::Aarch64 => clock,

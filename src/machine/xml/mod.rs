@@ -6,6 +6,7 @@
 
 pub mod devices;
 pub mod domain;
+pub mod kept;
 pub mod network;
 pub mod pci;
 

@@ -1,0 +1,566 @@
+//! `cannery bench images`: how fast images are pulled and pushed, and what they take, against skopeo, sardinecake and what
+//! this machine can do at all.
+//!
+//! ```text
+//! data ─▶ a disk of real files ─▶ registry, in each format ─▶ rounds: ours, skopeo's and sardinecake's pull, in turns
+//! floor ─▶ hashing, unpacking and writing as many bytes, each alone
+//! pairs ─▶ what a new version of a disk adds to the registry
+//! ```
+//!
+//! All of it happens in one folder and on loopback; both are gone afterwards.
+
+mod data;
+mod floor;
+mod registry;
+mod tool;
+
+use std::ffi::OsString;
+use std::fmt::Display;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+pub use tool::Tool;
+
+use super::figure::{Figure, Goal, Peer};
+use crate::outcome::Failure;
+use crate::report::{JobLog, bytes, seconds};
+use floor::Floor;
+use registry::Registry;
+use tool::Cost;
+
+/// skopeo and an unpacker need at least so many times as long as we for the same blob.
+const SKOPEO_GOAL: Goal = Goal::Times(1.0 / 1.5);
+/// The native format against gzip.
+const NATIVE_GOAL: Goal = Goal::Times(1.0 / 4.0);
+/// The native format against what this machine can do.
+const FLOOR_GOAL: Goal = Goal::Times(1.25);
+/// sardinecake against us.
+const SARDE_PULL_GOAL: Goal = Goal::Times(1.0 / 4.0);
+const SARDE_PUSH_GOAL: Goal = Goal::Times(1.0 / 5.0);
+/// However large an image is.
+const MEMORY_GOAL: Goal = Goal::Below(200 << 20);
+/// An image that is here, and that a job may use.
+const CACHED_GOAL: Goal = Goal::Under(Duration::from_millis(30));
+/// How often a cached image is asked for in each round: it is cheap.
+const CACHED_CALLS: usize = 10;
+/// Why nothing is known about another tool.
+const NOT_INSTALLED: &str = "not installed";
+
+/// Two versions of a disk.
+#[derive(Debug, Clone)]
+pub struct Pair {
+    /// What was done to the first.
+    pub name: String,
+    /// The first, as a raw or qcow2 file.
+    pub old: PathBuf,
+    /// The second.
+    pub new: PathBuf,
+    /// How much of a whole image the second may add to the registry.
+    pub goal: f64,
+}
+
+/// What is to be measured.
+#[derive(Debug)]
+pub struct Plan {
+    /// cannery itself.
+    pub cannery: PathBuf,
+    /// sardinecake's `sarde`, where it is installed.
+    pub sarde: Option<PathBuf>,
+    /// How many rounds count.
+    pub runs: usize,
+    /// Bytes of data on the disk.
+    pub size: u64,
+    /// Where they are taken from.
+    pub data: PathBuf,
+    /// Versions of disks.
+    pub pairs: Vec<Pair>,
+    /// A folder for all that is made; it must not be there yet.
+    pub scratch: PathBuf,
+}
+
+/// Measures, and says on `log` how far it is. Whatever comes between, such as the end of `interrupted`, nothing is left behind.
+///
+/// # Errors
+/// What failed, or that it was interrupted.
+pub async fn measure(
+    plan: &Plan,
+    log: &JobLog,
+    interrupted: impl Future<Output = ()>,
+) -> Result<Vec<Figure>, Failure> {
+    std::fs::create_dir(&plan.scratch).map_err(|e| cannot("make", &plan.scratch, &e))?;
+    let result = tokio::select! {
+        result = Bench::run(plan, log) => result,
+        () = interrupted => Err(Failure::system("the bench was interrupted; nothing of it is left")),
+    };
+    if plan.sarde.is_some() {
+        // What it imported last; there is nothing where it imported nothing.
+        let _ = Tool::new("virsh")
+            .call(&plan.scratch, ["-q", "undefine", IMPORTED])
+            .await;
+    }
+    let removed = remove(&plan.scratch);
+    let figures = result?;
+    removed?;
+    Ok(figures)
+}
+
+/// The domain as which sardinecake imports the image.
+const IMPORTED: &str = "cannery-bench-imported";
+/// sardinecake reads no port in a reference.
+const SARDE_PORT: u16 = 80;
+const SARDE_IMAGE: &str = "localhost/bench/disk:sardinecake";
+
+/// The formats in which the disk is pushed, by the names that `image push --format` has for them, which are its tags, too.
+const CONTAINER_DISK: &str = "containerdisk";
+const NATIVE: &str = "native";
+const SARDINECAKE: &str = "sardinecake";
+
+struct Bench<'a> {
+    plan: &'a Plan,
+    log: &'a JobLog,
+    cannery: Tool,
+    skopeo: Tool,
+    registry: Registry,
+    /// With sardinecake's image, where it is installed.
+    second: Option<(Tool, Registry)>,
+    disk: PathBuf,
+}
+
+impl<'a> Bench<'a> {
+    async fn run(plan: &'a Plan, log: &'a JobLog) -> Result<Vec<Figure>, Failure> {
+        log.line(format!("Making a disk with {} of data.", bytes(plan.size)));
+        let bench = Self::prepare(plan, log).await?;
+        let mut figures = Figures::new(plan, bench.skopeo.is_there());
+        bench.push(&mut figures).await?;
+        log.line("Measuring what this machine can do.");
+        let (raw, size, scratch) = (bench.raw(), plan.size, plan.scratch.join("written"));
+        let floor = tokio::task::spawn_blocking(move || floor::measure(&raw, size, &scratch)).await;
+        let floor = floor.map_err(|e| Failure::system(format!("a measurement did not end: {e}")))??;
+        figures.floor(floor);
+        for round in 0..=plan.runs {
+            match round {
+                0 => log.line("The first round fills caches and does not count."),
+                n => log.line(format!("Round {n} of {}.", plan.runs)),
+            }
+            let mut counting = Figures::new(plan, bench.skopeo.is_there());
+            bench.pull(&mut counting).await?;
+            if round > 0 {
+                figures.add(counting);
+            }
+        }
+        for pair in &plan.pairs {
+            figures.pairs.push(bench.pair(pair).await?);
+        }
+        Ok(figures.list())
+    }
+
+    async fn prepare(plan: &'a Plan, log: &'a JobLog) -> Result<Self, Failure> {
+        let scratch = &plan.scratch;
+        let registry = Registry::start(&scratch.join("registry"), 0).await?;
+        let second = match &plan.sarde {
+            None => None,
+            Some(program) => Some((
+                sarde(program, scratch)?,
+                Registry::start(&scratch.join("registry-80"), SARDE_PORT).await?,
+            )),
+        };
+        let config = scratch.join("cannery.toml");
+        let text = format!(
+            "state_dir = {:?}\n[images]\nplain_http = [{:?}, \"localhost\"]\n",
+            scratch.join("state"),
+            registry.host
+        );
+        std::fs::write(&config, text).map_err(|e| cannot("write", &config, &e))?;
+        let mut cannery = Tool::new(&plan.cannery);
+        cannery.arguments = vec!["--config".into(), config.into()];
+        let bench = Self {
+            plan,
+            log,
+            cannery,
+            skopeo: Tool::new("skopeo"),
+            registry,
+            second,
+            disk: scratch.join("disk.qcow2"),
+        };
+        let (from, size, raw) = (plan.data.clone(), plan.size, bench.raw());
+        let written = tokio::task::spawn_blocking(move || data::write(&from, size, &raw)).await;
+        written.map_err(|e| Failure::system(format!("the disk was not made: {e}")))??;
+        let convert: [OsString; 7] = [
+            "convert".into(),
+            "-f".into(),
+            "raw".into(),
+            "-O".into(),
+            "qcow2".into(),
+            bench.raw().into(),
+            bench.disk.clone().into(),
+        ];
+        Tool::new("qemu-img").call(scratch, convert).await?;
+        Ok(bench)
+    }
+
+    fn raw(&self) -> PathBuf {
+        self.plan.scratch.join("disk.raw")
+    }
+
+    fn image(&self, format: &str) -> String {
+        format!("{}/bench/disk:{format}", self.registry.host)
+    }
+
+    /// Pushes the disk in each format, and by sardinecake.
+    async fn push(&self, figures: &mut Figures) -> Result<(), Failure> {
+        for format in [CONTAINER_DISK, NATIVE] {
+            let before = self.registry.holds();
+            let cost = self.push_as(&self.disk, &self.image(format), format).await?;
+            let added = self.registry.holds() - before;
+            self.log.line(format!(
+                "Pushed as {format}: {} in {}.",
+                bytes(added),
+                seconds(cost.time)
+            ));
+            match format {
+                NATIVE => {
+                    figures.push_native.took(cost.time);
+                    figures.push_memory.counted(cost.memory);
+                    figures.size.counted(added);
+                }
+                _ => {
+                    figures.push_native.peer_took(cost.time);
+                    figures.size.peer_counted(added);
+                }
+            }
+        }
+        let Some((sarde, _)) = &self.second else {
+            return Ok(());
+        };
+        let cost = self
+            .push_as(&self.disk, "localhost/bench/ours:sardinecake", SARDINECAKE)
+            .await?;
+        figures.push_sarde.took(cost.time);
+        let scratch = &self.plan.scratch;
+        let machine = scratch.join("machine.xml");
+        std::fs::write(&machine, domain(&self.disk)).map_err(|e| cannot("write", &machine, &e))?;
+        let layout = scratch.join("sarde/exported");
+        let words = |text: &str| OsString::from(text);
+        let export = [
+            words("export"),
+            words("-q"),
+            words("--libvirtconfig"),
+            machine.into(),
+            words("-d"),
+            layout.clone().into(),
+            words("cannery-bench"),
+            words(SARDE_IMAGE),
+        ];
+        let exported = sarde.call(scratch, export).await?;
+        let push = [
+            words("push"),
+            words("-q"),
+            words("-d"),
+            layout.clone().into(),
+            words(SARDE_IMAGE),
+        ];
+        let pushed = sarde.call(scratch, push).await?;
+        let both = exported.time + pushed.time;
+        self.log.line(format!(
+            "sardinecake's export and push: {}, ours: {}.",
+            seconds(both),
+            seconds(cost.time)
+        ));
+        figures.push_sarde.peer_took(both);
+        remove(&layout)
+    }
+
+    async fn push_as(&self, disk: &Path, image: &str, format: &str) -> Result<Cost, Failure> {
+        let arguments: [OsString; 6] = [
+            "image".into(),
+            "push".into(),
+            "--format".into(),
+            format.into(),
+            disk.into(),
+            image.into(),
+        ];
+        self.cannery.call(&self.plan.scratch, arguments).await
+    }
+
+    /// One round: each image into an empty store, ours and the others' in turns.
+    async fn pull(&self, figures: &mut Figures) -> Result<(), Failure> {
+        let gzip = self.fetch(&self.image(CONTAINER_DISK)).await?;
+        figures.pull_skopeo.took(gzip.time);
+        figures.pull_native.peer_took(gzip.time);
+        figures.gzip_memory.counted(gzip.memory);
+        self.log.line(format!("  containerDisk {}", seconds(gzip.time)));
+        if self.skopeo.is_there() {
+            let other = self.skopeo_and_tar().await?;
+            figures.pull_skopeo.peer_took(other);
+            self.log.line(format!("  by skopeo and tar {}", seconds(other)));
+        }
+        let native = self.fetch(&self.image(NATIVE)).await?;
+        figures.pull_native.took(native.time);
+        figures.pull_floor.took(native.time);
+        figures.native_memory.counted(native.memory);
+        self.log.line(format!("  native {}", seconds(native.time)));
+        for _ in 0..CACHED_CALLS {
+            figures.cached.took(self.ask(&self.image(NATIVE)).await?.time);
+        }
+        if let Some((sarde, _)) = &self.second {
+            let ours = self.fetch(SARDE_IMAGE).await?;
+            figures.pull_sarde.took(ours.time);
+            let other = self.sarde_pull(sarde).await?;
+            figures.pull_sarde.peer_took(other);
+            self.log.line(format!(
+                "  sardinecake's image {}, by sarde {}",
+                seconds(ours.time),
+                seconds(other)
+            ));
+        }
+        Ok(())
+    }
+
+    /// Pulls into an empty store.
+    async fn fetch(&self, image: &str) -> Result<Cost, Failure> {
+        remove(&self.plan.scratch.join("state/store"))?;
+        self.cannery
+            .call(&self.plan.scratch, ["image", "pull", "--quiet", image])
+            .await
+    }
+
+    /// Asks for what is here.
+    async fn ask(&self, image: &str) -> Result<Cost, Failure> {
+        let arguments = ["image", "pull", "--quiet", "--policy", "if-not-present", image];
+        self.cannery.call(&self.plan.scratch, arguments).await
+    }
+
+    /// What one does without us: a copy into a layout, and its layer unpacked.
+    async fn skopeo_and_tar(&self) -> Result<Duration, Failure> {
+        let scratch = self.plan.scratch.join("skopeo");
+        std::fs::create_dir(&scratch).map_err(|e| cannot("make", &scratch, &e))?;
+        let from = format!("docker://{}", self.image(CONTAINER_DISK));
+        let copy = [
+            "copy",
+            "-q",
+            "--src-tls-verify=false",
+            from.as_str(),
+            "oci:layout:disk",
+        ];
+        let copied = self.skopeo.call(&scratch, copy).await?;
+        // The layer is the largest blob by far.
+        let unpack = "tar -xzf layout/blobs/sha256/$(ls -S layout/blobs/sha256 | head -n 1)";
+        let unpacked = Tool::new("sh").call(&scratch, ["-c", unpack]).await?;
+        remove(&scratch)?;
+        Ok(copied.time + unpacked.time)
+    }
+
+    async fn sarde_pull(&self, sarde: &Tool) -> Result<Duration, Failure> {
+        let scratch = &self.plan.scratch;
+        let (layout, machines) = (scratch.join("sarde/pulled"), scratch.join("sarde/machines"));
+        let words = |text: &str| OsString::from(text);
+        let pull = [
+            words("pull"),
+            words("-q"),
+            words("-d"),
+            layout.clone().into(),
+            words("-o"),
+            machines.clone().into(),
+            words("-n"),
+            words(IMPORTED),
+            words(SARDE_IMAGE),
+        ];
+        let cost = sarde.call(scratch, pull).await?;
+        Tool::new("virsh")
+            .call(scratch, ["-q", "undefine", IMPORTED])
+            .await?;
+        remove(&layout)?;
+        remove(&machines)?;
+        Ok(cost.time)
+    }
+
+    /// What the second of two disks adds to the registry that has the first.
+    async fn pair(&self, pair: &Pair) -> Result<Figure, Failure> {
+        let image = |tag| format!("{}/bench/pair-{}:{tag}", self.registry.host, tag_of(&pair.name));
+        let mut held = vec![self.registry.holds()];
+        for (disk, tag) in [(&pair.old, "old"), (&pair.new, "new")] {
+            let mut arguments: Vec<OsString> = ["image", "push", "--format", NATIVE]
+                .into_iter()
+                .map(Into::into)
+                .collect();
+            if tag == "new" {
+                arguments.extend(["--base".into(), image("old").into()]);
+            }
+            arguments.extend([disk.into(), image(tag).into()]);
+            self.cannery.call(&self.plan.scratch, arguments).await?;
+            held.push(self.registry.holds());
+        }
+        let name = format!("{}: what it adds to the registry, against the whole", pair.name);
+        let mut figure = Figure::of_bytes(name, Peer::None, Goal::Times(pair.goal));
+        if let [before, old, new] = held[..] {
+            figure.peer_counted(old - before);
+            figure.counted(new - old);
+        }
+        Ok(figure)
+    }
+}
+
+/// sardinecake's tool, which finds a registry without TLS on port 80 of loopback.
+fn sarde(program: &Path, scratch: &Path) -> Result<Tool, Failure> {
+    let home = scratch.join("sarde");
+    let folder = home.join(".config/containers");
+    std::fs::create_dir_all(&folder).map_err(|e| cannot("make", &folder, &e))?;
+    let file = folder.join("registries.conf");
+    std::fs::write(&file, "[[registry]]\nlocation = \"localhost\"\ninsecure = true\n")
+        .map_err(|e| cannot("write", &file, &e))?;
+    let mut tool = Tool::new(program);
+    tool.variables = vec![("HOME", home.into())];
+    Ok(tool)
+}
+
+/// A machine with one disk, as sardinecake reads it; it is never started.
+fn domain(disk: &Path) -> String {
+    format!(
+        "<domain type='qemu'><name>cannery-bench</name><memory unit='MiB'>256</memory><os><type arch='x86_64'>hvm</type></os>\
+         <devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{}'/><target dev='vda' bus='virtio'/></disk></devices></domain>\n",
+        disk.display()
+    )
+}
+
+/// A name as part of a repository's.
+fn tag_of(name: &str) -> String {
+    name.chars()
+        .map(|c| {
+            if c.is_ascii_alphanumeric() {
+                c.to_ascii_lowercase()
+            } else {
+                '-'
+            }
+        })
+        .collect()
+}
+
+/// A file or folder that something could not be done to.
+fn cannot(what: &str, path: &Path, error: &dyn Display) -> Failure {
+    Failure::system(format!("cannot {what} {}: {error}", path.display()))
+}
+
+/// Removes a folder with all that is in it, if it is there.
+fn remove(folder: &Path) -> Result<(), Failure> {
+    match std::fs::remove_dir_all(folder) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(cannot("remove", folder, &e)),
+        _ => Ok(()),
+    }
+}
+
+/// All figures of the bench.
+#[derive(Debug)]
+struct Figures {
+    pull_skopeo: Figure,
+    pull_native: Figure,
+    pull_floor: Figure,
+    floors: Vec<Figure>,
+    pull_sarde: Figure,
+    push_sarde: Figure,
+    push_native: Figure,
+    size: Figure,
+    cached: Figure,
+    gzip_memory: Figure,
+    native_memory: Figure,
+    push_memory: Figure,
+    pairs: Vec<Figure>,
+}
+
+impl Figures {
+    fn new(plan: &Plan, skopeo: bool) -> Self {
+        let peer = |there| {
+            if there {
+                Peer::None
+            } else {
+                Peer::Missing(NOT_INSTALLED)
+            }
+        };
+        let sarde = plan.sarde.is_some();
+        Self {
+            pull_skopeo: Figure::new(
+                "pull of a gzip containerDisk, against skopeo copy and tar",
+                peer(skopeo),
+                SKOPEO_GOAL,
+            ),
+            pull_native: Figure::new(
+                "pull of the same disk in the native format, against that",
+                Peer::None,
+                NATIVE_GOAL,
+            ),
+            pull_floor: Figure::new(
+                "pull in the native format, against the slowest of the next three",
+                Peer::None,
+                FLOOR_GOAL,
+            ),
+            floors: Vec::new(),
+            pull_sarde: Figure::new(
+                "pull of a sardinecake image, against sarde pull",
+                peer(sarde),
+                SARDE_PULL_GOAL,
+            ),
+            push_sarde: Figure::new(
+                "push as a sardinecake image, against sarde export and push",
+                peer(sarde),
+                SARDE_PUSH_GOAL,
+            ),
+            push_native: Figure::new(
+                "push in the native format, against containerDisk",
+                Peer::None,
+                Goal::None,
+            ),
+            size: Figure::of_bytes(
+                "the native image at the registry, against the containerDisk",
+                Peer::None,
+                Goal::None,
+            ),
+            cached: Figure::new("pull of an image that is in the cache", Peer::None, CACHED_GOAL),
+            gzip_memory: Figure::of_bytes("memory of a pull of the containerDisk", Peer::None, MEMORY_GOAL),
+            native_memory: Figure::of_bytes("memory of a pull in the native format", Peer::None, MEMORY_GOAL),
+            push_memory: Figure::of_bytes("memory of a push in the native format", Peer::None, MEMORY_GOAL),
+            pairs: Vec::new(),
+        }
+    }
+
+    fn floor(&mut self, floor: Floor) {
+        self.pull_floor.peer_took(floor.slowest());
+        for (name, time) in [
+            ("SHA-256 of the data, on all processors", floor.hash),
+            ("zstd decoding of the data, on all processors", floor.unpack),
+            ("writing of the data", floor.write),
+        ] {
+            let mut figure = Figure::new(name, Peer::None, Goal::None);
+            figure.took(time);
+            self.floors.push(figure);
+        }
+    }
+
+    /// Takes in what a round gave.
+    fn add(&mut self, round: Self) {
+        for (into, from) in [
+            (&mut self.pull_skopeo, round.pull_skopeo),
+            (&mut self.pull_native, round.pull_native),
+            (&mut self.pull_floor, round.pull_floor),
+            (&mut self.pull_sarde, round.pull_sarde),
+            (&mut self.cached, round.cached),
+            (&mut self.gzip_memory, round.gzip_memory),
+            (&mut self.native_memory, round.native_memory),
+        ] {
+            into.add(from);
+        }
+    }
+
+    fn list(self) -> Vec<Figure> {
+        let mut all = vec![self.pull_skopeo, self.pull_native, self.pull_floor];
+        all.extend(self.floors);
+        all.extend([self.pull_sarde, self.push_sarde, self.push_native, self.size]);
+        all.extend(self.pairs);
+        all.extend([
+            self.cached,
+            self.gzip_memory,
+            self.native_memory,
+            self.push_memory,
+        ]);
+        all
+    }
+}

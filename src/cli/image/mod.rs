@@ -1,0 +1,38 @@
+use super::Context;
+use crate::image::Reference;
+use crate::outcome::Failure;
+use crate::report::plain;
+
+mod list;
+mod progress;
+mod pull;
+
+/// Fetch, see and keep the images of this host
+#[derive(Debug, clap::Subcommand)]
+pub(super) enum Command {
+    Pull(pull::Arguments),
+    #[command(visible_alias = "ls")]
+    List(list::Arguments),
+}
+
+pub(super) async fn run(context: &Context, command: Command) -> Result<(), Failure> {
+    match command {
+        Command::Pull(arguments) => pull::run(context, &arguments).await,
+        Command::List(arguments) => list::run(context, &arguments),
+    }
+}
+
+/// A reference as it was written on the command line.
+fn reference(text: &str) -> Result<Reference, Failure> {
+    text.parse().map_err(|e| {
+        Failure::system(format!("{e}")).hint("Write registry.example.com/group/image:tag or oci:/FOLDER:TAG")
+    })
+}
+
+/// A reference as it may be shown on a terminal.
+fn shown(reference: &impl ToString) -> String {
+    plain(&reference.to_string(), SHOWN_LENGTH)
+}
+
+/// What is shown of a reference, in characters: a digest and a long name fit.
+const SHOWN_LENGTH: usize = 250;
