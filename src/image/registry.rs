@@ -4,16 +4,17 @@
 //! read, keeps time, sends credentials to nobody but the registry and its token service, and tells the
 //! weather (worth another try) from an answer.
 
-use std::cell::Cell;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use bytes::Bytes;
 use reqwest::header::{
     ACCEPT, AUTHORIZATION, CONTENT_RANGE, HeaderMap, HeaderValue, RANGE, RETRY_AFTER, WWW_AUTHENTICATE,
 };
 use reqwest::{Client, Response, StatusCode, Url};
 use serde::Deserialize;
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::Mutex;
 
 use super::challenge::{self, Challenge};
 use super::credentials::Login;
@@ -23,7 +24,7 @@ use super::manifest::{
     Descriptor, IMAGE_MANIFEST_LIST_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE, OCI_IMAGE_INDEX_MEDIA_TYPE,
     OCI_IMAGE_MEDIA_TYPE,
 };
-use super::source::{DOCUMENT_MAX, Piece};
+use super::source::DOCUMENT_MAX;
 use super::transport::{TooMuch, cause, client, read_bounded};
 
 /// Pauses before the second, third and fourth try. Long enough for a load balancer to notice a dead server,
@@ -169,7 +170,7 @@ impl Session {
         let mut tries = PAUSES.iter();
         loop {
             let result = async {
-                let response = self.get(path, accept, 0).await?;
+                let response = self.get(path, accept, 0..u64::MAX).await?;
                 read_bounded(response, DOCUMENT_MAX)
                     .await
                     .map_err(|failure| match failure {
@@ -189,62 +190,17 @@ impl Session {
         }
     }
 
-    /// Sends a layer's bytes to `sink`, from the first to the last, however often the connection is cut.
-    ///
-    /// Ends early and well when nobody listens any more: then the listener knows why.
-    pub(super) async fn blob(&self, descriptor: &Descriptor, sink: mpsc::Sender<Piece>) -> Result<(), Error> {
-        let sent = Cell::new(0);
-        let mut counted = 0;
-        let mut tries = PAUSES.iter();
-        loop {
-            let Err(failure) = self.blob_from(descriptor, &sent, &sink).await else {
-                return Ok(());
-            };
-            if sent.get() - counted >= PROGRESS_THAT_COUNTS {
-                tries = PAUSES.iter();
-                counted = sent.get();
-            }
-            self.pause(failure, tries.next()).await?;
+    /// A part of a blob. Many parts may be on their way at once; what comes is not verified.
+    pub(super) fn range(&self, descriptor: &Descriptor, range: Range<u64>) -> Ranged<'_> {
+        Ranged {
+            session: self,
+            descriptor: descriptor.clone(),
+            begin: range.start,
+            left: range,
+            open: None,
+            counted: 0,
+            tries: PAUSES.iter(),
         }
-    }
-
-    /// Sends what is missing; `sent` says from where, and grows.
-    async fn blob_from(
-        &self,
-        descriptor: &Descriptor,
-        sent: &Cell<u64>,
-        sink: &mpsc::Sender<Piece>,
-    ) -> Result<(), Failure> {
-        let start = sent.get();
-        let mut response = self
-            .get(&format!("blobs/{}", descriptor.digest), "*/*", start)
-            .await?;
-        // A registry may answer with the whole again; then its beginning is known already.
-        let mut known = match response.status() {
-            StatusCode::PARTIAL_CONTENT if start == range_start(response.headers()) => 0,
-            StatusCode::PARTIAL_CONTENT => {
-                return Err(weather("it sent another part of a layer than asked for"));
-            }
-            _ => start,
-        };
-        while sent.get() < descriptor.size || descriptor.size == 0 {
-            let Some(mut bytes) = response.chunk().await.map_err(|error| weather(cause(&error)))? else {
-                break;
-            };
-            let skipped = usize::try_from(known).unwrap_or(usize::MAX).min(bytes.len());
-            drop(bytes.split_to(skipped));
-            known -= skipped as u64;
-            sent.set(sent.get() + bytes.len() as u64);
-            if sink.send(Piece::Bytes(bytes)).await.is_err() {
-                return Ok(());
-            }
-        }
-        if sent.get() < descriptor.size {
-            return Err(weather("it ended a layer early"));
-        }
-        // A listener that is gone has what it wanted.
-        drop(sink.send(Piece::End).await);
-        Ok(())
     }
 
     /// Waits before the next try, or gives up.
@@ -260,16 +216,16 @@ impl Session {
         }
     }
 
-    /// One request under our repository; `from` skips the first bytes of the answer.
-    async fn get(&self, path: &str, accept: &str, from: u64) -> Result<Response, Failure> {
+    /// One request under our repository; `from` is the part that is asked for.
+    async fn get(&self, path: &str, accept: &str, from: Range<u64>) -> Result<Response, Failure> {
         let url = format!("{}/{path}", self.base);
         let known = self.authorization.lock().await.clone();
-        let mut response = self.send(&url, accept, from, known).await?;
+        let mut response = self.send(&url, accept, &from, known).await?;
         if response.status() == StatusCode::UNAUTHORIZED && self.is_registry(response.url()) {
             // Asked for the first time, or a token has expired.
             let header = self.authorize(response.headers()).await?;
             *self.authorization.lock().await = Some(header.clone());
-            response = self.send(&url, accept, from, Some(header)).await?;
+            response = self.send(&url, accept, &from, Some(header)).await?;
         }
         let status = response.status();
         match status {
@@ -295,12 +251,12 @@ impl Session {
         &self,
         url: &str,
         accept: &str,
-        from: u64,
+        from: &Range<u64>,
         authorization: Option<HeaderValue>,
     ) -> Result<Response, Failure> {
         let mut request = self.client.get(url).header(ACCEPT, accept);
-        if from > 0 {
-            request = request.header(RANGE, format!("bytes={from}-"));
+        if *from != (0..u64::MAX) {
+            request = request.header(RANGE, format!("bytes={}-{}", from.start, from.end - 1));
         }
         if let Some(authorization) = authorization {
             request = request.header(AUTHORIZATION, authorization);
@@ -420,6 +376,73 @@ impl Session {
                 self.unreachable("its token service sent no token".to_owned())
                     .into()
             })
+    }
+}
+
+/// A part of a blob on its way.
+#[derive(Debug)]
+pub(super) struct Ranged<'a> {
+    session: &'a Session,
+    descriptor: Descriptor,
+    begin: u64,
+    /// What is still to come.
+    left: Range<u64>,
+    /// The answer, and bytes that come in it before those that were asked for.
+    open: Option<(Response, u64)>,
+    counted: u64,
+    tries: std::slice::Iter<'static, Duration>,
+}
+
+impl Ranged<'_> {
+    /// The next bytes; none after the last. Exactly the bytes of the range come, or an error.
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, Error> {
+        while !self.left.is_empty() {
+            match self.step().await {
+                Ok(bytes) if bytes.is_empty() => {}
+                Ok(bytes) => {
+                    self.left.start += bytes.len() as u64;
+                    return Ok(Some(bytes));
+                }
+                Err(failure) => {
+                    self.open = None;
+                    let sent = self.left.start - self.begin;
+                    if sent - self.counted >= PROGRESS_THAT_COUNTS {
+                        self.tries = PAUSES.iter();
+                        self.counted = sent;
+                    }
+                    self.session.pause(failure, self.tries.next()).await?;
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    async fn step(&mut self) -> Result<Bytes, Failure> {
+        if self.open.is_none() {
+            let whole = self.left == (0..self.descriptor.size);
+            let part = if whole { 0..u64::MAX } else { self.left.clone() };
+            let path = format!("blobs/{}", self.descriptor.digest);
+            let response = self.session.get(&path, "*/*", part).await?;
+            // A registry may answer with the whole again; then its beginning is known already.
+            let known = match response.status() {
+                StatusCode::PARTIAL_CONTENT if self.left.start == range_start(response.headers()) => 0,
+                StatusCode::PARTIAL_CONTENT => {
+                    return Err(weather("it sent another part of a layer than asked for"));
+                }
+                _ => self.left.start,
+            };
+            self.open = Some((response, known));
+        }
+        let Some((response, known)) = &mut self.open else {
+            return Ok(Bytes::new());
+        };
+        let chunk = response.chunk().await.map_err(|error| weather(cause(&error)))?;
+        let mut bytes = chunk.ok_or_else(|| weather("it ended a layer early"))?;
+        let skipped = usize::try_from(*known).unwrap_or(usize::MAX).min(bytes.len());
+        drop(bytes.split_to(skipped));
+        *known -= skipped as u64;
+        bytes.truncate(usize::try_from(self.left.end - self.left.start).unwrap_or(usize::MAX));
+        Ok(bytes)
     }
 }
 

@@ -6,7 +6,7 @@ use crate::image::error::Error;
 
 /// Largest window of a zstd frame, as a power of two: 32 MiB. It bounds the decoder's memory. `zstd -19` and
 /// all builders of images stay below; `--ultra` and `--long` do not.
-const ZSTD_WINDOW_LOG_MAX: u32 = 25;
+pub(super) const ZSTD_WINDOW_LOG_MAX: u32 = 25;
 
 /// Most memory of an xz decoder, in bytes: `xz -8` wants 33 MiB, `xz -9` 65 MiB.
 const XZ_MEMORY_MAX: u64 = 48 << 20;

@@ -9,14 +9,14 @@
 //! The channel is short, so a slow disk slows the network, and memory stays bounded.
 
 use std::io::{self, Read};
-use std::path::Path;
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::sync::mpsc;
 
+use super::part::{CancelledOnDrop, Part, Piece, blocking, relay};
 use super::progress::{Event, Meter, Progress};
 use crate::image::digest::{Digest, Hasher};
 use crate::image::error::Error;
@@ -29,7 +29,10 @@ pub(in crate::image) const DOCUMENT_MAX: u64 = 4 << 20;
 
 /// Pieces on their way between network and disk. Each is what one read of the connection gave, at most some
 /// hundred KiB.
-const PIECES_IN_FLIGHT: usize = 16;
+pub(super) const PIECES_IN_FLIGHT: usize = 16;
+
+/// Connections to a registry at once.
+const CONNECTIONS: usize = 6;
 
 /// How often progress is told while bytes flow.
 const TELL_EVERY: Duration = Duration::from_millis(250);
@@ -102,8 +105,45 @@ impl Source {
         Ok(())
     }
 
-    /// Runs `work` on a thread of its own over a layer's bytes. What it returns is handed on only after all
-    /// bytes were seen to have the descriptor's size and digest.
+    /// How many parts may be on their way at once.
+    pub(super) fn width(&self) -> usize {
+        match self {
+            Self::Registry(_) => CONNECTIONS,
+            Self::Layout(_) => 2,
+        }
+    }
+
+    /// A part of a blob. What comes is not verified.
+    pub(super) fn range(&self, descriptor: &Descriptor, range: Range<u64>) -> Result<Part<'_>, Error> {
+        Ok(match self {
+            Self::Registry(session) => Part::Registry(Box::new(session.range(descriptor, range))),
+            Self::Layout(layout) => Part::File {
+                file: Arc::new(layout.open(descriptor)?),
+                left: range,
+                image: layout.image(),
+            },
+        })
+    }
+
+    /// Sends a part of a blob to a thread. Ends early and well when it does not listen any more: then it knows why.
+    pub(super) async fn feed(
+        &self,
+        descriptor: &Descriptor,
+        range: Range<u64>,
+        sink: mpsc::Sender<Piece>,
+    ) -> Result<(), Error> {
+        let mut part = self.range(descriptor, range)?;
+        while let Some(bytes) = part.next().await? {
+            if sink.send(Piece::Bytes(bytes)).await.is_err() {
+                return Ok(());
+            }
+        }
+        // A listener that is gone has what it wanted.
+        drop(sink.send(Piece::End).await);
+        Ok(())
+    }
+
+    /// Runs `work` on a thread of its own over a layer's bytes, and tells how far it is.
     pub(in crate::image) async fn layer<T, F>(
         &self,
         descriptor: &Descriptor,
@@ -116,50 +156,27 @@ impl Source {
         T: Send + 'static,
         F: FnOnce(&mut dyn Read) -> Result<T, Error> + Send + 'static,
     {
-        let tell = || {
-            progress.event(Event::Fetching {
-                done: meter.fetched(),
-                total,
-            });
-            progress.event(Event::Unpacking {
-                written: meter.unpacked(),
-            });
-        };
-        let flow = async {
-            match self {
-                Self::Registry(session) => {
-                    let (sender, receiver) = mpsc::channel(PIECES_IN_FLIGHT);
-                    let reader = ChannelReader {
-                        receiver,
-                        piece: None,
-                        given: 0,
-                        ended: false,
-                    };
-                    let worker = self.work(descriptor, meter, reader, work);
-                    let (fed, worked) = tokio::join!(session.blob(descriptor, sender), worker);
-                    // Without its bytes the worker could only fail; why they did not come is the reason.
-                    match fed {
-                        Err(error) => Err(error),
-                        Ok(()) => worked,
-                    }
-                }
-                Self::Layout(layout) => {
-                    let file = layout.open(descriptor)?;
-                    self.work(descriptor, meter, file, work).await
-                }
-            }
-        };
-        tokio::pin!(flow);
-        let mut tick = tokio::time::interval(TELL_EVERY);
-        loop {
-            tokio::select! {
-                result = &mut flow => {
-                    tell();
-                    return result;
-                }
-                _ = tick.tick() => tell(),
-            }
-        }
+        told(progress, meter, total, self.verified(descriptor, meter, work)).await
+    }
+
+    /// Runs `work` on a thread of its own over a layer's bytes. What it returns is handed on only after all
+    /// bytes were seen to have the descriptor's size and digest.
+    pub(super) async fn verified<T, F>(
+        &self,
+        descriptor: &Descriptor,
+        meter: &Arc<Meter>,
+        work: F,
+    ) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut dyn Read) -> Result<T, Error> + Send + 'static,
+    {
+        let (sender, reader) = relay(PIECES_IN_FLIGHT);
+        let worker = self.work(descriptor, meter, reader, work);
+        let fed = self.feed(descriptor, 0..descriptor.size, sender);
+        let (fed, worked) = tokio::join!(fed, worker);
+        // Without its bytes the worker could only fail; why they did not come is the reason.
+        fed.and(worked)
     }
 
     async fn work<T, F>(
@@ -178,7 +195,7 @@ impl Source {
         let meter = Arc::clone(meter);
         let cancelled = CancelledOnDrop::default();
         let flag = Arc::clone(&cancelled.0);
-        let joined = tokio::task::spawn_blocking(move || {
+        blocking(move || {
             let mut verified = Verified {
                 inner: reader,
                 meter: &meter,
@@ -198,20 +215,11 @@ impl Source {
                 Err(error) => Err(error),
                 Ok(value) => verified.finish(&descriptor, &image).map(|()| value),
             }
-        });
-        match joined.await {
-            Ok(result) => result,
-            Err(panic) => match panic.try_into_panic() {
-                Ok(panic) => std::panic::resume_unwind(panic),
-                Err(_) => Err(Error::Storage {
-                    path: Path::new("the unpacking thread").to_owned(),
-                    source: io::ErrorKind::Interrupted.into(),
-                }),
-            },
-        }
+        })
+        .await
     }
 
-    fn image(&self) -> &str {
+    pub(super) fn image(&self) -> &str {
         match self {
             Self::Registry(session) => session.image(),
             Self::Layout(layout) => layout.image(),
@@ -219,13 +227,29 @@ impl Source {
     }
 }
 
-/// Tells a thread that nobody waits for it any more: dropping a future does not end the thread it waited for.
-#[derive(Default)]
-struct CancelledOnDrop(Arc<AtomicBool>);
-
-impl Drop for CancelledOnDrop {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
+/// Tells how far a transfer is for as long as it lasts.
+pub(super) async fn told<T>(
+    progress: &dyn Progress,
+    meter: &Meter,
+    total: u64,
+    transfer: impl Future<Output = T>,
+) -> T {
+    let tell = || {
+        let done = meter.done();
+        progress.event(Event::Fetching { done, total });
+        let written = meter.unpacked();
+        progress.event(Event::Unpacking { written });
+    };
+    tokio::pin!(transfer);
+    let mut tick = tokio::time::interval(TELL_EVERY);
+    loop {
+        tokio::select! {
+            result = &mut transfer => {
+                tell();
+                return result;
+            }
+            _ = tick.tick() => tell(),
+        }
     }
 }
 
@@ -241,12 +265,7 @@ struct Verified<'a, R> {
 
 impl<R: Read> Read for Verified<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.cancelled.load(Ordering::Relaxed) {
-            return Err(io::Error::new(
-                io::ErrorKind::ConnectionAborted,
-                "the transfer was cancelled",
-            ));
-        }
+        CancelledOnDrop::check(self.cancelled)?;
         let count = self.inner.read(buffer)?;
         self.hasher.update(&buffer[..count]);
         self.count += count as u64;
@@ -290,89 +309,9 @@ impl<R: Read> Verified<'_, R> {
     }
 }
 
-/// One message on the way from the network to the unpacking thread.
-pub(in crate::image) enum Piece {
-    Bytes(Bytes),
-    /// All bytes have been sent. A channel that closes without it was cut, and must not look like an end.
-    End,
-}
-
-/// Reads what a task sends.
-struct ChannelReader {
-    receiver: mpsc::Receiver<Piece>,
-    piece: Option<Bytes>,
-    given: usize,
-    ended: bool,
-}
-
-impl Read for ChannelReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            if let Some(piece) = &self.piece {
-                let left = &piece[self.given..];
-                if !left.is_empty() {
-                    let count = left.len().min(buffer.len());
-                    buffer[..count].copy_from_slice(&left[..count]);
-                    self.given += count;
-                    return Ok(count);
-                }
-                self.piece = None;
-            }
-            if self.ended {
-                return Ok(0);
-            }
-            match self.receiver.blocking_recv() {
-                Some(Piece::Bytes(bytes)) => (self.piece, self.given) = (Some(bytes), 0),
-                Some(Piece::End) => self.ended = true,
-                None => {
-                    return Err(io::Error::new(
-                        io::ErrorKind::ConnectionAborted,
-                        "the transfer was cut",
-                    ));
-                }
-            }
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn reader(pieces: Vec<Piece>) -> ChannelReader {
-        let (sender, receiver) = mpsc::channel(pieces.len().max(1));
-        for piece in pieces {
-            sender.try_send(piece).ok().unwrap();
-        }
-        ChannelReader {
-            receiver,
-            piece: None,
-            given: 0,
-            ended: false,
-        }
-    }
-
-    #[test]
-    fn pieces_become_one_stream() {
-        let mut out = Vec::new();
-        let pieces = vec![
-            Piece::Bytes(Bytes::from_static(b"one")),
-            Piece::Bytes(Bytes::new()),
-            Piece::Bytes(Bytes::from_static(b"two")),
-            Piece::End,
-        ];
-        reader(pieces).read_to_end(&mut out).unwrap();
-        assert_eq!(out, b"onetwo");
-    }
-
-    #[test]
-    fn a_cut_is_not_an_end() {
-        let mut out = Vec::new();
-        let error = reader(vec![Piece::Bytes(Bytes::from_static(b"one"))])
-            .read_to_end(&mut out)
-            .unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
-    }
 
     #[test]
     fn size_and_digest_are_both_checked() {
