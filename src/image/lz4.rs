@@ -175,7 +175,15 @@ mod tests {
         stream.extend(u32::try_from(block.len()).unwrap().to_le_bytes());
         stream.extend(&block);
         // The second block is a match into the first: 19 back, 5 bytes, and five literals.
-        stream.extend([b"bv41", &[10, 0, 0, 0, 9, 0, 0, 0][..], &[0x01, 19, 0, 0x50], b" you."].concat());
+        stream.extend(
+            [
+                b"bv41",
+                &[10, 0, 0, 0, 9, 0, 0, 0][..],
+                &[0x01, 19, 0, 0x50],
+                b" you.",
+            ]
+            .concat(),
+        );
         stream.extend(b"bv4$");
         assert_eq!(
             String::from_utf8(unpack(&stream).unwrap()).unwrap(),
@@ -192,7 +200,13 @@ mod tests {
         let huge_packed = [b"bv41", &[1, 0, 0, 0][..], &u32::MAX.to_le_bytes()].concat();
         let huge_plain = [b"bv4-", &u32::MAX.to_le_bytes()[..]].concat();
         let longer = [b"bv41", &[9, 0, 0, 0, 2, 0, 0, 0][..], &[0x10, b'x'], b"bv4$"].concat();
-        let before_the_start = [b"bv41", &[9, 0, 0, 0, 4, 0, 0, 0][..], &[0x14, b'x', 9, 0], b"bv4$"].concat();
+        let before_the_start = [
+            b"bv41",
+            &[9, 0, 0, 0, 4, 0, 0, 0][..],
+            &[0x14, b'x', 9, 0],
+            b"bv4$",
+        ]
+        .concat();
         for (stream, part) in [
             (&b""[..], ""),
             (&good[..good.len() - 4], ""),
@@ -218,14 +232,21 @@ mod tests {
             encoder.finish().unwrap()
         };
         let bytes: Vec<u8> = (0..100_000_u32).flat_map(u32::to_le_bytes).collect();
-        for packed in [frame(&bytes), [frame(&bytes[..1000]), frame(b""), frame(&bytes[1000..])].concat()] {
+        for packed in [
+            frame(&bytes),
+            [frame(&bytes[..1000]), frame(b""), frame(&bytes[1000..])].concat(),
+        ] {
             let mut out = Vec::new();
             Frames::new(&packed[..]).read_to_end(&mut out).unwrap();
             assert!(out == bytes);
         }
         let cut = &frame(&bytes)[..1000];
         assert!(Frames::new(cut).read_to_end(&mut Vec::new()).is_err());
-        assert!(Frames::new(&b"no frame at all"[..]).read_to_end(&mut Vec::new()).is_err());
+        assert!(
+            Frames::new(&b"no frame at all"[..])
+                .read_to_end(&mut Vec::new())
+                .is_err()
+        );
     }
 
     proptest! {

@@ -36,6 +36,10 @@ mod helper;
 mod hints;
 mod inspect;
 mod layout;
+#[cfg_attr(
+    not(test),
+    expect(dead_code, reason = "the engine does not carry out plans yet")
+)]
 mod lz4;
 mod manifest;
 #[expect(dead_code, reason = "formats that come in pieces are not read yet")]
@@ -53,7 +57,8 @@ use fetch::{decompress, partial, progress, provide, room, source, sparse};
 pub use credentials::{Credentials, CredentialsError, Login, Origin};
 pub use digest::{Digest, NoDigest};
 pub use error::Error;
-pub use hints::{Firmware, Hints};
+pub use format::Format;
+pub use hints::{DiskBus, Firmware, Hints, Nic};
 pub use inspect::{DiskFormat, Hostility};
 pub use progress::{Event, Progress, Silent};
 pub use provide::{PullPolicy, Request};

@@ -14,8 +14,8 @@ use super::source::Source;
 use crate::image::credentials::Credentials;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
-use crate::image::format::{self, Config, Contents, Layer, Workplace};
-use crate::image::hints;
+use crate::image::format::{self, Config, Contents, Facts, Format, Parts, Recipe, Workplace};
+use crate::image::hints::Hints;
 use crate::image::inspect;
 use crate::image::layout::Layout;
 use crate::image::manifest::{self, Document, Manifest, NoChoice};
@@ -241,8 +241,9 @@ impl Pull<'_> {
         self.store.keep_blob(&bytes)?;
         let bytes = source.manifest(&chosen).await?;
         match self.parsed(&bytes)? {
-            Document::Image(manifest) => {
+            Document::Image(mut manifest) => {
                 self.store.keep_blob(&bytes)?;
+                manifest.described_as(chosen.annotations);
                 Ok((chosen.digest, manifest))
             }
             Document::Index(_) => Err(self.malformed("its index holds another index".to_owned())),
@@ -259,7 +260,7 @@ impl Pull<'_> {
             image: self.image.clone(),
             reason,
         };
-        format::recognise(&manifest).map_err(unsupported)?;
+        let guess = format::recognise(&manifest).map_err(unsupported)?;
         let work = Work::lock(&self.store.partial(), digest, &self.image, self.progress).await?;
         // Shared with the threads that write there: a cancelled one must be gone before others take the lock.
         let work = Arc::new(work);
@@ -267,8 +268,7 @@ impl Pull<'_> {
             self.progress.event(Event::Cached { digest });
             return Ok(disk);
         }
-        let config = self.config(source, &manifest).await?;
-        let (hints, boot) = hints::read(&config.labels, &self.image)?;
+        let recipe = self.recipe(source, &manifest, guess).await?;
         let meter = Arc::new(Meter::default());
         let place = Workplace {
             image: self.image.clone(),
@@ -281,25 +281,34 @@ impl Pull<'_> {
             .iter()
             .map(|layer| layer.size)
             .fold(0, u64::saturating_add);
-        let mut contents = Contents::default();
-        for (number, descriptor) in manifest.layers.iter().enumerate() {
-            let layer = Layer {
-                number,
-                alone: manifest.layers.len() == 1,
-                descriptor: descriptor.clone(),
-                diff_id: config.diff_ids.get(number).copied(),
-            };
-            let (boot, place, work) = (boot.clone(), place.clone(), Arc::clone(&work));
-            let unpack = move |packed: &mut dyn std::io::Read| {
-                let _held_until_done = work;
-                format::unpack(packed, &layer, &boot, &place, contents)
-            };
-            contents = source
-                .layer(descriptor, total, &meter, self.progress, unpack)
-                .await?;
-            kill::point(Point::LayerUnpacked);
-        }
-        let selected = contents.select(&boot, &manifest, &config, &place)?;
+        let boot = recipe.boot;
+        let (format, selected) = match recipe.parts {
+            Parts::Streams(layers) => {
+                let mut contents = Contents::default();
+                for layer in layers {
+                    let (boot, place, work) = (boot.clone(), place.clone(), Arc::clone(&work));
+                    let [descriptor] = layer.blobs.as_slice() else {
+                        return Err(unsupported("its disk is split into several blobs".to_owned()));
+                    };
+                    let descriptor = descriptor.clone();
+                    let unpack = move |packed: &mut dyn std::io::Read| {
+                        let _held_until_done = work;
+                        format::unpack(packed, &layer, &boot, &place, contents)
+                    };
+                    contents = source
+                        .layer(&descriptor, total, &meter, self.progress, unpack)
+                        .await?;
+                    kill::point(Point::LayerUnpacked);
+                }
+                (
+                    contents.format(guess),
+                    contents.select(&boot, &manifest, recipe.bootc, &place)?,
+                )
+            }
+            Parts::Pieces(pieces) => {
+                return Err(unsupported(format!("it comes in {} pieces", pieces.blobs.len())));
+            }
+        };
         let finished = Finished {
             store: self.store.clone(),
             place,
@@ -307,7 +316,8 @@ impl Pull<'_> {
             reference: self.image.clone(),
             digest: *digest,
             cmdline: boot.cmdline,
-            hints,
+            hints: recipe.hints,
+            format,
             work,
         };
         let committed = tokio::task::spawn_blocking(move || finished.commit()).await;
@@ -328,15 +338,39 @@ impl Pull<'_> {
         Ok(disk)
     }
 
-    async fn config(&self, source: &Source, manifest: &Manifest) -> Result<Config, Error> {
+    /// Reads all that is said about the image, and decides how it becomes a disk.
+    async fn recipe(&self, source: &Source, manifest: &Manifest, format: Format) -> Result<Recipe, Error> {
+        let config = self.config(source, manifest, format).await?;
+        let mut documents = Vec::new();
+        for descriptor in format::documents(format, manifest) {
+            documents.push(source.config(descriptor).await?);
+        }
+        let facts = Facts {
+            image: &self.image,
+            manifest,
+            config: &config,
+            documents: &documents,
+            platform: &self.platform,
+            limits: self.request.limits,
+        };
+        format::recipe(format, &facts)
+    }
+
+    async fn config(&self, source: &Source, manifest: &Manifest, format: Format) -> Result<Config, Error> {
         if !format::has_image_config(manifest) {
             return Ok(Config::default());
         }
         let bytes = source.config(&manifest.config).await?;
-        let config =
-            format::parse_config(&bytes, manifest.layers.len()).map_err(|reason| self.malformed(reason))?;
-        if !self.platform.matches(&config.os, &config.architecture) {
-            return Err(self.wrong_platform(platform::written(&config.os, &config.architecture)));
+        let described = format::described(format, manifest);
+        let config = format::parse_config(&bytes, described).map_err(|reason| self.malformed(reason))?;
+        // What runs in a sardinecake's machine, its config guesses from another file; that it is a machine is what counts.
+        let os = if format == Format::Sardinecake {
+            ""
+        } else {
+            &config.os
+        };
+        if !self.platform.matches(os, &config.architecture) {
+            return Err(self.wrong_platform(platform::written(os, &config.architecture)));
         }
         self.store.keep_blob(&bytes)?;
         Ok(config)
@@ -366,7 +400,8 @@ struct Finished {
     reference: String,
     digest: Digest,
     cmdline: Option<String>,
-    hints: hints::Hints,
+    hints: Hints,
+    format: Format,
     /// Held to the end: its lock covers the rename.
     work: Arc<Work>,
 }
@@ -389,6 +424,7 @@ impl Finished {
             reference: self.reference.clone(),
             digest: self.digest,
             format: inspected.format,
+            image_format: Some(self.format),
             virtual_size: inspected.virtual_size,
             files,
             cmdline: self.cmdline.clone(),
