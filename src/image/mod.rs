@@ -36,13 +36,8 @@ mod helper;
 mod hints;
 mod inspect;
 mod layout;
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "the engine does not carry out plans yet")
-)]
 mod lz4;
 mod manifest;
-#[expect(dead_code, reason = "formats that come in pieces are not read yet")]
 mod plan;
 mod platform;
 mod reference;

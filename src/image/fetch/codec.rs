@@ -3,6 +3,7 @@
 use std::io::{self, Read};
 
 use super::decompress::ZSTD_WINDOW_LOG_MAX;
+use crate::image::lz4;
 use crate::image::plan::Codec;
 
 /// Unpacks pieces in memory, one after the other.
@@ -56,11 +57,7 @@ pub(super) fn reader<'a>(codec: Codec, packed: impl Read + 'a) -> io::Result<Box
             decoder.window_log_max(ZSTD_WINDOW_LOG_MAX)?;
             Box::new(decoder)
         }
-        Codec::AppleLz4 | Codec::Lz4Frame => {
-            return Err(io::Error::new(
-                io::ErrorKind::Unsupported,
-                "LZ4 cannot be unpacked",
-            ));
-        }
+        Codec::AppleLz4 => Box::new(lz4::Apple::new(packed)),
+        Codec::Lz4Frame => Box::new(lz4::Frames::new(packed)),
     })
 }

@@ -22,10 +22,6 @@ pub(super) mod decompress;
 mod done;
 mod part;
 pub(super) mod partial;
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "formats that come in pieces are not read yet")
-)]
 pub(super) mod pieces;
 mod placed;
 pub(super) mod progress;

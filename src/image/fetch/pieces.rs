@@ -284,7 +284,10 @@ impl Crew<'_> {
             }
             Ok(site)
         };
-        let site = self.source.verified(descriptor, &self.site.meter, work).await?;
+        let site = self
+            .source
+            .verified(std::slice::from_ref(descriptor), &self.site.meter, work)
+            .await?;
         let pieces: Vec<usize> = (0..site.plan.blobs[blob].pieces.len()).collect();
         let bytes = site.plan.blobs[blob]
             .pieces

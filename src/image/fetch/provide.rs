@@ -8,13 +8,14 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::partial::Work;
+use super::pieces;
 use super::progress::{Event, Meter, Progress};
 use super::room::Limits;
 use super::source::Source;
 use crate::image::credentials::Credentials;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
-use crate::image::format::{self, Config, Contents, Facts, Format, Parts, Recipe, Workplace};
+use crate::image::format::{self, Config, Contents, Facts, Format, Parts, Recipe, Selected, Workplace};
 use crate::image::hints::Hints;
 use crate::image::inspect;
 use crate::image::layout::Layout;
@@ -287,16 +288,13 @@ impl Pull<'_> {
                 let mut contents = Contents::default();
                 for layer in layers {
                     let (boot, place, work) = (boot.clone(), place.clone(), Arc::clone(&work));
-                    let [descriptor] = layer.blobs.as_slice() else {
-                        return Err(unsupported("its disk is split into several blobs".to_owned()));
-                    };
-                    let descriptor = descriptor.clone();
+                    let blobs = layer.blobs.clone();
                     let unpack = move |packed: &mut dyn std::io::Read| {
                         let _held_until_done = work;
                         format::unpack(packed, &layer, &boot, &place, contents)
                     };
                     contents = source
-                        .layer(&descriptor, total, &meter, self.progress, unpack)
+                        .stream(&blobs, total, &meter, self.progress, unpack)
                         .await?;
                     kill::point(Point::LayerUnpacked);
                 }
@@ -305,8 +303,11 @@ impl Pull<'_> {
                     contents.select(&boot, &manifest, recipe.bootc, &place)?,
                 )
             }
-            Parts::Pieces(pieces) => {
-                return Err(unsupported(format!("it comes in {} pieces", pieces.blobs.len())));
+            Parts::Pieces(plan) => {
+                let (plan, held) = (Arc::new(plan), Arc::clone(&work));
+                let selected = Selected::planned(&plan, &place.dir);
+                pieces::fetch(source, plan, &place, None, held, total, self.progress).await?;
+                (guess, selected)
             }
         };
         let finished = Finished {

@@ -132,21 +132,32 @@ impl Source {
         range: Range<u64>,
         sink: mpsc::Sender<Piece>,
     ) -> Result<(), Error> {
-        let mut part = self.range(descriptor, range)?;
-        while let Some(bytes) = part.next().await? {
-            if sink.send(Piece::Bytes(bytes)).await.is_err() {
-                return Ok(());
-            }
-        }
+        self.send(descriptor, range, &sink).await?;
         // A listener that is gone has what it wanted.
         drop(sink.send(Piece::End).await);
         Ok(())
     }
 
-    /// Runs `work` on a thread of its own over a layer's bytes, and tells how far it is.
-    pub(in crate::image) async fn layer<T, F>(
+    /// Sends a part of a blob; false when nobody listens any more.
+    async fn send(
         &self,
         descriptor: &Descriptor,
+        range: Range<u64>,
+        sink: &mpsc::Sender<Piece>,
+    ) -> Result<bool, Error> {
+        let mut part = self.range(descriptor, range)?;
+        while let Some(bytes) = part.next().await? {
+            if sink.send(Piece::Bytes(bytes)).await.is_err() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Runs `work` on a thread of its own over the bytes of blobs that follow each other, and tells how far it is.
+    pub(in crate::image) async fn stream<T, F>(
+        &self,
+        blobs: &[Descriptor],
         total: u64,
         meter: &Arc<Meter>,
         progress: &dyn Progress,
@@ -156,14 +167,14 @@ impl Source {
         T: Send + 'static,
         F: FnOnce(&mut dyn Read) -> Result<T, Error> + Send + 'static,
     {
-        told(progress, meter, total, self.verified(descriptor, meter, work)).await
+        told(progress, meter, total, self.verified(blobs, meter, work)).await
     }
 
-    /// Runs `work` on a thread of its own over a layer's bytes. What it returns is handed on only after all
-    /// bytes were seen to have the descriptor's size and digest.
+    /// Runs `work` on a thread of its own over the bytes of blobs that follow each other. What it returns is handed on only after
+    /// all bytes were seen to have the descriptors' sizes and digests.
     pub(super) async fn verified<T, F>(
         &self,
-        descriptor: &Descriptor,
+        blobs: &[Descriptor],
         meter: &Arc<Meter>,
         work: F,
     ) -> Result<T, Error>
@@ -172,16 +183,25 @@ impl Source {
         F: FnOnce(&mut dyn Read) -> Result<T, Error> + Send + 'static,
     {
         let (sender, reader) = relay(PIECES_IN_FLIGHT);
-        let worker = self.work(descriptor, meter, reader, work);
-        let fed = self.feed(descriptor, 0..descriptor.size, sender);
-        let (fed, worked) = tokio::join!(fed, worker);
+        let worker = self.work(blobs, meter, reader, work);
+        // The sender goes with this future: without an end, the thread sees that it was cut.
+        let feed = async move {
+            for descriptor in blobs {
+                if !self.send(descriptor, 0..descriptor.size, &sender).await? {
+                    break;
+                }
+            }
+            drop(sender.send(Piece::End).await);
+            Ok(())
+        };
+        let (fed, worked) = tokio::join!(feed, worker);
         // Without its bytes the worker could only fail; why they did not come is the reason.
         fed.and(worked)
     }
 
     async fn work<T, F>(
         &self,
-        descriptor: &Descriptor,
+        blobs: &[Descriptor],
         meter: &Arc<Meter>,
         reader: impl Read + Send + 'static,
         work: F,
@@ -191,29 +211,22 @@ impl Source {
         F: FnOnce(&mut dyn Read) -> Result<T, Error> + Send + 'static,
     {
         let image = self.image().to_owned();
-        let descriptor = descriptor.clone();
+        let blobs = blobs.to_vec();
         let meter = Arc::clone(meter);
         let cancelled = CancelledOnDrop::default();
         let flag = Arc::clone(&cancelled.0);
         blocking(move || {
-            let mut verified = Verified {
-                inner: reader,
-                meter: &meter,
-                cancelled: &flag,
-                hasher: Hasher::default(),
-                count: 0,
-                size: descriptor.size,
-            };
+            let mut verified = Verified::new(reader, blobs, &meter, &flag, &image);
             let result = work(&mut verified);
             match result {
                 // Bytes that make no sense may simply have been damaged on their way: that is for the digest
                 // to say, and it is another person's fault.
                 Err(error @ Error::Malformed { .. }) => {
-                    verified.finish(&descriptor, &image)?;
+                    verified.finish()?;
                     Err(error)
                 }
                 Err(error) => Err(error),
-                Ok(value) => verified.finish(&descriptor, &image).map(|()| value),
+                Ok(value) => verified.finish().map(|()| value),
             }
         })
         .await
@@ -253,59 +266,102 @@ pub(super) async fn told<T>(
     }
 }
 
-/// Counts and hashes packed bytes.
+/// Counts and hashes packed bytes, blob by blob.
 struct Verified<'a, R> {
     inner: R,
+    blobs: std::vec::IntoIter<Descriptor>,
+    /// The blob that is being read; none after the last.
+    blob: Option<Descriptor>,
+    hasher: Hasher,
+    /// Bytes of it that were read.
+    count: u64,
     meter: &'a Meter,
     cancelled: &'a AtomicBool,
-    hasher: Hasher,
-    count: u64,
-    size: u64,
+    image: &'a str,
 }
 
 impl<R: Read> Read for Verified<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         CancelledOnDrop::check(self.cancelled)?;
-        let count = self.inner.read(buffer)?;
+        self.pass().map_err(io::Error::other)?;
+        let left = match &self.blob {
+            Some(blob) => blob.size - self.count,
+            None if self.inner.read(&mut [0])? > 0 => {
+                return Err(io::Error::other(
+                    self.corrupt("there are more bytes than announced".to_owned()),
+                ));
+            }
+            None => return Ok(0),
+        };
+        let most = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
+        let count = self.inner.read(&mut buffer[..most])?;
         self.hasher.update(&buffer[..count]);
         self.count += count as u64;
         self.meter.add_fetched(count);
-        if self.count > self.size {
-            return Err(io::Error::other("there are more bytes than announced"));
+        if let Some(blob) = self.blob.as_ref().filter(|_| count == 0 && most > 0) {
+            let reason = format!(
+                "the layer {} has {} bytes instead of {}",
+                blob.digest, self.count, blob.size
+            );
+            return Err(io::Error::other(self.corrupt(reason)));
         }
         Ok(count)
     }
 }
 
-impl<R: Read> Verified<'_, R> {
-    /// Reads what is left and compares.
-    fn finish(mut self, descriptor: &Descriptor, image: &str) -> Result<(), Error> {
-        let corrupt = |reason| Error::Corrupt {
-            image: image.to_owned(),
-            reason,
-        };
-        // Never more than a byte beyond what was announced.
-        if let Err(error) = io::copy(&mut self, &mut io::sink()) {
-            return Err(corrupt(format!(
-                "the layer {} cannot be read to its end ({error})",
-                descriptor.digest
-            )));
+impl<'a, R: Read> Verified<'a, R> {
+    fn new(
+        inner: R,
+        blobs: Vec<Descriptor>,
+        meter: &'a Meter,
+        cancelled: &'a AtomicBool,
+        image: &'a str,
+    ) -> Self {
+        let mut blobs = blobs.into_iter();
+        Self {
+            inner,
+            blob: blobs.next(),
+            blobs,
+            hasher: Hasher::default(),
+            count: 0,
+            meter,
+            cancelled,
+            image,
         }
-        if self.count != self.size {
-            let reason = format!(
-                "the layer {} has {} bytes instead of {}",
-                descriptor.digest, self.count, self.size
-            );
-            return Err(corrupt(reason));
-        }
-        let found = self.hasher.finish();
-        if found != descriptor.digest {
-            return Err(corrupt(format!(
-                "the layer {} has the digest {found}",
-                descriptor.digest
-            )));
+    }
+
+    /// Goes on to the blob that is to be read next, and checks those that it passes.
+    fn pass(&mut self) -> Result<(), Error> {
+        while let Some(blob) = self.blob.as_ref().filter(|blob| blob.size == self.count) {
+            let found = std::mem::take(&mut self.hasher).finish();
+            if found != blob.digest {
+                let reason = format!("the layer {} has the digest {found}", blob.digest);
+                return Err(self.corrupt(reason));
+            }
+            (self.blob, self.count) = (self.blobs.next(), 0);
         }
         Ok(())
+    }
+
+    /// Reads what is left and compares.
+    fn finish(mut self) -> Result<(), Error> {
+        let Err(error) = io::copy(&mut self, &mut io::sink()) else {
+            return Ok(());
+        };
+        Err(error.downcast::<Error>().unwrap_or_else(|error| {
+            let which = self
+                .blob
+                .as_ref()
+                .map_or_else(String::new, |blob| format!(" {}", blob.digest));
+            self.corrupt(format!("the layer{which} cannot be read to its end ({error})"))
+        }))
+    }
+
+    fn corrupt(&self, reason: String) -> Error {
+        Error::Corrupt {
+            image: self.image.to_owned(),
+            reason,
+        }
     }
 }
 
@@ -313,34 +369,52 @@ impl<R: Read> Verified<'_, R> {
 mod tests {
     use super::*;
 
+    fn blob(size: u64, digest: Digest) -> Descriptor {
+        Descriptor {
+            media_type: String::new(),
+            digest,
+            size,
+            annotations: std::collections::BTreeMap::new(),
+        }
+    }
+
+    /// Reads bytes that are announced as these blobs.
+    fn verify(bytes: &[u8], blobs: &[(u64, Digest)]) -> Result<String, Error> {
+        let blobs = blobs.iter().map(|&(size, digest)| blob(size, digest)).collect();
+        let (meter, cancelled) = (Meter::default(), AtomicBool::new(false));
+        let mut verified = Verified::new(bytes, blobs, &meter, &cancelled, "vm");
+        let mut out = String::new();
+        drop(verified.read_to_string(&mut out));
+        verified.finish().map(|()| out)
+    }
+
     #[test]
     fn size_and_digest_are_both_checked() {
-        let (meter, cancelled) = (Meter::default(), AtomicBool::new(false));
-        let finish = |bytes: &'static [u8], size: u64, digest: Digest| {
-            let descriptor = Descriptor {
-                media_type: String::new(),
-                digest,
-                size,
-                annotations: std::collections::BTreeMap::new(),
-            };
-            let hasher = Hasher::default();
-            Verified {
-                inner: bytes,
-                meter: &meter,
-                cancelled: &cancelled,
-                hasher,
-                count: 0,
-                size,
-            }
-            .finish(&descriptor, "vm")
-        };
         let digest = Digest::of(b"bytes");
-        assert!(finish(b"bytes", 5, digest).is_ok());
+        assert_eq!(verify(b"bytes", &[(5, digest)]).unwrap(), "bytes");
         for (bytes, size) in [(&b"bytes"[..], 4), (b"bytes", 6), (b"bytez", 5), (b"", 5)] {
             assert!(
-                matches!(finish(bytes, size, digest), Err(Error::Corrupt { .. })),
+                matches!(verify(bytes, &[(size, digest)]), Err(Error::Corrupt { .. })),
                 "{bytes:?} {size}"
             );
+        }
+    }
+
+    #[test]
+    fn each_blob_of_a_stream_is_checked_by_itself() {
+        let (one, none, two) = (Digest::of(b"one"), Digest::of(b""), Digest::of(b"three"));
+        assert_eq!(
+            verify(b"onethree", &[(3, one), (0, none), (5, two)]).unwrap(),
+            "onethree"
+        );
+        for (bytes, blobs) in [
+            (&b"onethree"[..], [(4, one), (4, two)]),
+            (b"onethre", [(3, one), (5, two)]),
+            (b"onethreee", [(3, one), (5, two)]),
+            (b"onethree", [(3, two), (5, one)]),
+        ] {
+            let error = verify(bytes, &blobs).unwrap_err();
+            assert!(matches!(error, Error::Corrupt { .. }), "{error}");
         }
     }
 }

@@ -164,7 +164,6 @@ pub(in crate::image) fn unpack(
 
 impl Selected {
     /// The files that a plan made in `dir`.
-    #[expect(dead_code, reason = "the engine does not carry out plans yet")]
     pub(in crate::image) fn planned(pieces: &plan::Pieces, dir: &Path) -> Self {
         let made = |name: &str| {
             let planned = pieces.files.iter().any(|file| file.name == name);
