@@ -38,7 +38,7 @@ mod inspect;
 mod layout;
 mod lz4;
 mod manifest;
-#[expect(dead_code, reason = "images in chunks are not read yet")]
+#[allow(dead_code, unused_imports, reason = "images in chunks are not read yet")]
 mod native;
 #[expect(dead_code, reason = "formats that come in pieces are not read yet")]
 mod plan;
