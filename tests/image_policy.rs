@@ -19,7 +19,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use base64::Engine as _;
-use cannery::image::{Credentials, Disk, Error, Limits, Policy, PullPolicy, Request, Silent, Store};
+use cannery::image::{
+    Credentials, Disk, Error, Limits, Policy, PullPolicy, Registries, Request, Silent, Store,
+};
 use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar, raw_disk};
 use openssl::ec::{EcGroup, EcKey};
 use openssl::hash::MessageDigest;
@@ -105,8 +107,7 @@ impl Bench {
             architecture: "x86_64".to_owned(),
             policies: vec![pull],
             credentials: Credentials::none(),
-            plain_http: true,
-            ca_files: Vec::new(),
+            registries: Registries::without_tls([reference.split('/').next().unwrap()]),
             policy: policy.clone(),
             limits: Limits {
                 max_disk: 64 << 20,
@@ -143,7 +144,7 @@ fn signed_by(signatories: &[&Signatory]) -> Policy {
 #[track_caller]
 fn refused(result: Result<Disk, Error>) -> (&'static str, String) {
     match result {
-        Err(Error::Refused { rule, reason, .. }) => (rule, reason),
+        Err(Error::AgainstRule { rule, reason, .. }) => (rule, reason),
         other => panic!("{other:?}"),
     }
 }
