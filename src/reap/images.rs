@@ -180,6 +180,12 @@ pub fn standing_policy(settings: &Settings) -> Option<Policy> {
     })
 }
 
+/// Those of an image's keepers that read its files now.
+pub fn in_use(keepers: &[Keeper]) -> Vec<String> {
+    let reads = |keeper: &&Keeper| !matches!(keeper, Keeper::Pin(_));
+    keepers.iter().filter(reads).map(ToString::to_string).collect()
+}
+
 fn candidate(held: &Held, users: &Users) -> Candidate {
     let mut repositories: Vec<String> = held
         .names

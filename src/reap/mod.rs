@@ -13,7 +13,7 @@ use jiff::Timestamp;
 mod images;
 mod plan;
 
-pub use images::{Images, Keeper, Users, standing_policy};
+pub use images::{Images, Keeper, Users, in_use, standing_policy};
 use plan::judge;
 pub use plan::{Action, Found, Why, World, plan};
 

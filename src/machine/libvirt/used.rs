@@ -95,7 +95,9 @@ fn backing(file: &Path) -> Option<PathBuf> {
     opened.read_exact(&mut header).ok()?;
     let offset = u64::from_be_bytes(header[8..16].try_into().ok()?);
     let length = u32::from_be_bytes(header[16..20].try_into().ok()?);
-    let length = usize::try_from(length).ok().filter(|length| *length <= NAME_MAX)?;
+    let length = usize::try_from(length)
+        .ok()
+        .filter(|length| *length <= NAME_MAX)?;
     if &header[..4] != b"QFI\xfb" || offset == 0 || length == 0 {
         return None;
     }
@@ -148,7 +150,11 @@ mod tests {
         libvirt.define("kept", xml).await.unwrap();
         let used = libvirt.files_in_use().await.unwrap();
         for file in [at("disk"), at("base.raw"), "/srv/kernel".into()] {
-            assert_eq!(used.get(&file), Some(&BTreeSet::from(["kept".to_owned()])), "{file:?}: {used:?}");
+            assert_eq!(
+                used.get(&file),
+                Some(&BTreeSet::from(["kept".to_owned()])),
+                "{file:?}: {used:?}"
+            );
         }
         assert!(!used.contains_key(&at("other")));
     }
