@@ -74,3 +74,115 @@ fn hash(block: &[u8]) -> u64 {
         (hash.rotate_left(5) ^ word).wrapping_mul(FACTOR)
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes that look random and end no chunk by a tail of zeros.
+    fn noise(length: usize, seed: u64) -> Vec<u8> {
+        let mut state = seed;
+        (0..length)
+            .map(|_| {
+                state = state
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
+                (state >> 56).to_le_bytes()[0] | 1
+            })
+            .collect()
+    }
+
+    fn lengths(mut bytes: &[u8]) -> Vec<usize> {
+        let mut all = Vec::new();
+        loop {
+            bytes = &bytes[hole(bytes)..];
+            if bytes.is_empty() {
+                return all;
+            }
+            all.push(length(bytes));
+            bytes = &bytes[all[all.len() - 1]..];
+        }
+    }
+
+    /// So that nobody changes by accident where chunks end: all that was pushed before would have to be pushed again.
+    #[test]
+    fn chunks_end_where_they_always_did() {
+        let lengths = lengths(&noise(4 << 20, 1));
+        assert_eq!(lengths.iter().sum::<usize>(), 4 << 20);
+        assert_eq!(&lengths[..6], &[24_576, 81_920, 40_960, 28_672, 45_056, 20_480]);
+    }
+
+    #[test]
+    fn chunks_keep_within_their_bounds() {
+        let lengths = lengths(&noise(4 << 20, 2));
+        let (_, but_last) = lengths.split_last().unwrap();
+        assert!(
+            but_last
+                .iter()
+                .all(|length| (LEAST..=MOST).contains(length) && length.is_multiple_of(BLOCK))
+        );
+        let same = vec![1; 1 << 20];
+        assert_eq!(
+            super::length(&same),
+            MOST,
+            "a block that ends no chunk never does"
+        );
+    }
+
+    #[test]
+    fn the_last_block_of_a_file_ends_a_chunk() {
+        let mut bytes = vec![1; 1 << 20];
+        bytes[40_960 - TAIL..40_960].fill(0);
+        assert_eq!(length(&bytes), 40_960);
+        bytes[40_960 - TAIL] = 1;
+        assert_eq!(length(&bytes), MOST);
+        // Too early.
+        bytes[LEAST - BLOCK - TAIL..LEAST - BLOCK].fill(0);
+        assert_eq!(length(&bytes), MOST);
+    }
+
+    #[test]
+    fn zeros_end_a_chunk_and_belong_to_none() {
+        let mut bytes = vec![1; 1 << 20];
+        bytes[20_480..24_576].fill(0);
+        assert_eq!(length(&bytes), 20_480);
+        // Few data and many zeros.
+        let mut bytes = vec![0; 1 << 20];
+        bytes[..10].fill(1);
+        assert_eq!(length(&bytes), BLOCK);
+        bytes[2 * BLOCK] = 1;
+        assert_eq!(length(&bytes), 3 * BLOCK, "a short hole is not worth a chunk");
+        assert_eq!(hole(&bytes), 0);
+        assert_eq!(hole(&bytes[3 * BLOCK..]), (1 << 20) - 3 * BLOCK);
+        // A disk may end within a block.
+        assert_eq!(length(&bytes[..100]), 100);
+        assert_eq!(hole(&[0; 5000]), 5000);
+        let mut bytes = [0; 5000];
+        bytes[4500] = 1;
+        assert_eq!(hole(&bytes), BLOCK);
+    }
+
+    #[test]
+    fn what_moves_by_blocks_is_cut_alike() {
+        let body = noise(4 << 20, 3);
+        let moved = [noise(5 * BLOCK, 4), body.clone()].concat();
+        let digests = |bytes: &[u8]| {
+            let mut at = 0;
+            let chunks: std::collections::BTreeSet<_> = lengths(bytes)
+                .into_iter()
+                .map(|length| {
+                    at += length;
+                    crate::image::Digest::of(&bytes[at - length..at])
+                })
+                .collect();
+            chunks
+        };
+        let (before, after) = (digests(&body), digests(&moved));
+        let shared = before.intersection(&after).count();
+        assert!(
+            shared + 5 > before.len() && before.len() > 30,
+            "{shared} of {}",
+            before.len()
+        );
+    }
+}

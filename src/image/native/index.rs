@@ -79,7 +79,7 @@ fn plain(segment: &Segment) -> Vec<u8> {
     put(&mut out, segment.packs.len() as u64);
     put(&mut out, segment.chunks.len() as u64);
     for pack in &segment.packs {
-        out.extend_from_slice(&pack.bytes());
+        out.extend_from_slice(pack.as_bytes());
     }
     // Column by column: like stands beside like, which is what packs well.
     let mut end = 0;
@@ -104,7 +104,7 @@ fn plain(segment: &Segment) -> Vec<u8> {
         put(&mut out, u64::from(chunk.packed_length));
     }
     for chunk in &segment.chunks {
-        out.extend_from_slice(&chunk.digest.bytes());
+        out.extend_from_slice(chunk.digest.as_bytes());
     }
     out
 }
@@ -266,4 +266,169 @@ fn zigzag(to: u64, from: u64) -> u64 {
 fn unzigzag(distance: u64, from: u64) -> Option<u64> {
     let signed = (distance >> 1).cast_signed() ^ -((distance & 1).cast_signed());
     from.checked_add_signed(signed)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn segment() -> Segment {
+        let chunk = |at, length, pack, packed_at, packed_length| Chunk {
+            at,
+            length,
+            digest: Digest::of(&at.to_le_bytes()),
+            pack,
+            packed_at,
+            packed_length,
+        };
+        Segment {
+            file: 0,
+            file_length: 1 << 40,
+            packs: vec![Digest::of(b"one"), Digest::of(b"two")],
+            chunks: vec![
+                chunk(4096, 65_536, 1, 0, 20_000),
+                chunk(69_632, 4096, 0, 7, 300),
+                // The same frame once more, and one that lies before it.
+                chunk(1 << 30, 65_536, 1, 0, 20_000),
+                chunk(1 << 39, 512, 1, 20_000, 30),
+            ],
+        }
+    }
+
+    #[test]
+    fn a_segment_reads_what_it_writes() {
+        let segment = segment();
+        assert_eq!(decode(&encode(&segment).unwrap()), Ok(segment));
+    }
+
+    #[test]
+    fn a_segment_has_these_bytes() {
+        let small = Segment {
+            file: 1,
+            file_length: 300,
+            packs: vec![Digest::from_bytes([0xaa; 32])],
+            chunks: vec![Chunk {
+                at: 130,
+                length: 129,
+                digest: Digest::from_bytes([0xbb; 32]),
+                pack: 0,
+                packed_at: 3,
+                packed_length: 128,
+            }],
+        };
+        // As in docs/image-format.md.
+        let expected = [
+            b"CANINDX1".as_slice(),
+            &[1, 0xac, 2, 1, 1],
+            &[0xaa; 32],
+            &[0x82, 1, 0x81, 1, 0, 6, 0x80, 1],
+            &[0xbb; 32],
+        ]
+        .concat();
+        assert_eq!(plain(&small), expected);
+        assert_eq!(parse(&expected), Ok(small));
+    }
+
+    #[test]
+    fn a_dishonest_segment_is_refused() {
+        let change = |change: fn(&mut Segment)| {
+            let mut segment = segment();
+            change(&mut segment);
+            parse(&plain(&segment)).unwrap_err()
+        };
+        assert!(change(|s| s.file_length = 1 << 39).contains("outside of its file"));
+        assert!(change(|s| s.chunks[0].length = 0).contains("impossible length"));
+        assert!(change(|s| s.chunks[0].length = u32::MAX).contains("impossible length"));
+        assert!(change(|s| s.chunks[1].packed_length = 0).contains("frame of an impossible length"));
+        assert!(
+            change(|s| s.chunks[1].packed_length = 4096 + 32 + 1025)
+                .contains("frame of an impossible length")
+        );
+        assert!(change(|s| s.packs.push(Digest::of(b"three"))).contains("does not use"));
+        assert!(change(|s| s.chunks[3].at = u64::MAX).contains("outside of its file"));
+
+        let plain = plain(&segment());
+        for cut in 0..plain.len() {
+            assert!(parse(&plain[..cut]).is_err(), "{cut} bytes");
+        }
+        assert!(
+            parse(&[plain.as_slice(), &[0]].concat())
+                .unwrap_err()
+                .contains("behind its end")
+        );
+        let numbers = |numbers: &[u64]| {
+            let mut bytes = MAGIC.to_vec();
+            numbers.iter().for_each(|&number| put(&mut bytes, number));
+            bytes
+        };
+        assert!(
+            parse(&numbers(&[0, 1, u64::MAX, 0]))
+                .unwrap_err()
+                .contains("counts more")
+        );
+        assert!(
+            parse(&numbers(&[0, 1, 0, u64::MAX]))
+                .unwrap_err()
+                .contains("counts more")
+        );
+        let needless = [MAGIC.as_slice(), &[0x80, 0]].concat();
+        assert!(parse(&needless).unwrap_err().contains("needless"));
+        let long = [MAGIC.as_slice(), &[0xff; 9], &[2]].concat();
+        assert!(parse(&long).unwrap_err().contains("64 bits"));
+    }
+
+    #[test]
+    fn a_bomb_is_cut_off() {
+        let zeros = vec![0; 64 << 20];
+        let bomb = zstd::bulk::compress(&zeros, 19).unwrap();
+        assert!(bomb.len() < 16 << 10);
+        assert!(decode(&bomb).unwrap_err().contains("more than"));
+        assert!(decode(b"no zstd").is_err());
+        assert!(decode(b"").is_err());
+    }
+
+    proptest! {
+        #[test]
+        fn every_number_reads_what_it_writes(number: u64, other: u64) {
+            let mut bytes = Vec::new();
+            put(&mut bytes, number);
+            let mut rest = bytes.as_slice();
+            prop_assert_eq!(take(&mut rest), Ok(number));
+            prop_assert!(rest.is_empty());
+            let (low, high) = (number >> 1, other >> 1);
+            prop_assert_eq!(unzigzag(zigzag(low, high), high), Some(low));
+        }
+
+        #[test]
+        fn every_segment_reads_what_it_writes(
+            shape in prop::collection::vec((0_u64..1 << 20, 1_u32..1 << 20, 0_u32..3, 0_u64..1 << 40, 1_u32..1000, any::<[u8; 32]>()), 0..50),
+        ) {
+            let mut end = 0;
+            let mut chunks: Vec<Chunk> = Vec::new();
+            for (gap, length, pack, packed_at, packed_length, digest) in shape {
+                let at = end + gap;
+                end = at + u64::from(length);
+                let digest = Digest::from_bytes(digest);
+                chunks.push(Chunk { at, length, digest, pack, packed_at, packed_length });
+            }
+            let used = chunks.iter().map(|chunk| chunk.pack as usize + 1).max().unwrap_or(0);
+            let honest = (0..used).all(|pack| chunks.iter().any(|chunk| chunk.pack as usize == pack));
+            prop_assume!(honest);
+            let packs = (0..used).map(|pack| Digest::of(&[u8::try_from(pack).unwrap()])).collect();
+            let segment = Segment { file: 2, file_length: end, packs, chunks };
+            prop_assert_eq!(decode(&encode(&segment).unwrap()), Ok(segment));
+        }
+
+        #[test]
+        fn changed_bytes_are_read_or_refused_and_have_one_spelling(at in 0_usize..300, to: u8) {
+            let mut bytes = plain(&segment());
+            let at = at % bytes.len();
+            bytes[at] = to;
+            if let Ok(segment) = parse(&bytes) {
+                prop_assert_eq!(plain(&segment), bytes);
+            }
+        }
+    }
 }

@@ -8,11 +8,17 @@
 //! `docs/image-format.md` says how the bytes look, so that somebody else could read and write them. [`Reader`] makes plans
 //! for the engine, one segment at a time, so that memory does not grow with the image.
 
+mod base;
 mod chunk;
+mod cutter;
 mod index;
+mod ledger;
 mod reader;
+mod writer;
 
+pub(super) use base::{Base, Known};
 pub(super) use reader::{Reader, is_native};
+pub(super) use writer::{Content, LEVEL, Options, Outlet, Written, write};
 
 /// The artifact type of an image.
 pub(super) const ARTIFACT_TYPE: &str = "application/vnd.cannery.image.v1";
@@ -28,3 +34,6 @@ pub(super) const CONTENT: &str = "io.cannery.content";
 
 /// The files of an image, by their numbers in the index, with their names in the store.
 pub(super) const FILES: [&str; 3] = ["disk.raw", "kernel", "initrd"];
+
+/// Most layers of an image. With them, its manifest stays below the 4 MiB that registries take.
+pub(super) const LAYERS_MAX: usize = 16_384;

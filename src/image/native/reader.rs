@@ -213,7 +213,7 @@ impl ContentDigest {
     /// The next chunk of the file.
     pub(super) fn chunk(&mut self, at: u64, length: u32, digest: &Digest) {
         self.entry(b"data", at, u64::from(length));
-        self.0.update(&digest.bytes());
+        self.0.update(digest.as_bytes());
     }
 
     fn entry(&mut self, kind: &[u8; 4], first: u64, second: u64) {
