@@ -10,11 +10,11 @@ use crate::image::digest::Digest;
 /// What a segment begins with; the last letter is the version.
 const MAGIC: [u8; 8] = *b"CANINDX1";
 
-/// Largest segment, unpacked, in bytes: four times what the smallest chunks of a whole region need.
-pub(super) const UNPACKED_MAX: u64 = 16 << 20;
+/// Most chunks of a segment that we write: their segment has about 2.5 MiB.
+pub(super) const CHUNKS_MAX: usize = 1 << 16;
 
-/// Largest segment as it is fetched, in bytes: digests hardly get smaller by packing.
-pub(super) const PACKED_MAX: u64 = UNPACKED_MAX;
+/// Largest segment, packed or not, in bytes: as large as a manifest may be, so that it is fetched like one.
+pub(super) const SIZE_MAX: u64 = 4 << 20;
 
 /// Longest chunk that a reader must take, in bytes. Ours end far earlier.
 pub(super) const CHUNK_MAX: u64 = 1 << 20;
@@ -23,7 +23,7 @@ pub(super) const CHUNK_MAX: u64 = 1 << 20;
 const FRAME_SLACK: u64 = 1024;
 
 /// Window of a segment's zstd frame, as a power of two: no decoder needs more memory than for the segment itself.
-const WINDOW_LOG_MAX: u32 = 24;
+const WINDOW_LOG_MAX: u32 = 22;
 
 /// How hard a segment is packed; most of it are digests, for which nothing helps.
 const LEVEL: i32 = 9;
@@ -116,13 +116,11 @@ pub(super) fn decode(packed: &[u8]) -> Result<Segment, String> {
     decoder.window_log_max(WINDOW_LOG_MAX).map_err(unreadable)?;
     let mut bytes = Vec::new();
     decoder
-        .take(UNPACKED_MAX + 1)
+        .take(SIZE_MAX + 1)
         .read_to_end(&mut bytes)
         .map_err(unreadable)?;
-    if bytes.len() as u64 > UNPACKED_MAX {
-        return Err(format!(
-            "a segment of its index has more than {UNPACKED_MAX} bytes"
-        ));
+    if bytes.len() as u64 > SIZE_MAX {
+        return Err(format!("a segment of its index has more than {SIZE_MAX} bytes"));
     }
     parse(&bytes).map_err(|reason| format!("a segment of its index {reason}"))
 }

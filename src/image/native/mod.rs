@@ -13,12 +13,14 @@ mod chunk;
 mod cutter;
 mod index;
 mod ledger;
+mod push;
 mod reader;
 mod writer;
 
-pub(super) use base::{Base, Known};
+pub(super) use base::Known;
+pub(super) use push::{Order, push, read_base};
 pub(super) use reader::{Reader, is_native};
-pub(super) use writer::{Content, LEVEL, Options, Outlet, Written, write};
+pub(super) use writer::{LEVEL, Written};
 
 /// The artifact type of an image.
 pub(super) const ARTIFACT_TYPE: &str = "application/vnd.cannery.image.v1";

@@ -34,11 +34,11 @@ impl Reader {
         let (mut segments, mut packs) = (Vec::new(), HashMap::new());
         for layer in &manifest.layers {
             match layer.media_type.as_str() {
-                INDEX_TYPE if layer.size > index::PACKED_MAX => {
+                INDEX_TYPE if layer.size > index::SIZE_MAX => {
                     return Err(format!(
                         "a segment of its index has {} bytes, more than {}",
                         layer.size,
-                        index::PACKED_MAX
+                        index::SIZE_MAX
                     ));
                 }
                 INDEX_TYPE => segments.push(layer.clone()),

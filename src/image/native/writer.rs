@@ -20,13 +20,13 @@ use super::index::{self, Chunk, Segment};
 use super::ledger::{Entry, Ledger};
 use super::reader::ContentDigest;
 use super::{FILES, INDEX_TYPE, LAYERS_MAX, PACK_TYPE};
-use crate::image::write::Guest;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::fetch::progress::Meter;
 use crate::image::manifest::Descriptor;
+use crate::image::write::Guest;
 
-/// Least bytes of a file that a segment covers. In the smallest chunks its segment has 2.5 MiB.
+/// Least bytes of a file whose chunks have segments of their own: what did not change in a region costs no new segment.
 const REGION: u64 = 1 << 30;
 
 /// Most regions of a file; larger files have larger regions.
@@ -51,11 +51,8 @@ const OWN_MAX: usize = 7 << 16;
 /// Threads that pack. More would need more memory than they are worth.
 const THREADS_MAX: usize = 16;
 
-/// What is written.
-pub(in crate::image) struct Content<'a> {
-    /// The disk, and where they are the kernel and the initial RAM disk: [`FILES`].
-    pub(in crate::image) files: [Option<&'a mut (dyn Guest + Send)>; FILES.len()],
-}
+/// What is written: the disk, and where they are the kernel and the initial RAM disk.
+pub(in crate::image) type Files = [Option<Box<dyn Guest + Send>>; FILES.len()];
 
 /// How it is written.
 #[derive(Debug, Clone)]
@@ -100,12 +97,12 @@ pub(in crate::image) struct Written {
 /// # Errors
 /// What the outlet says, and [`Error::Storage`] for files that cannot be read.
 pub(in crate::image) fn write(
-    content: &mut Content<'_>,
+    files: &mut Files,
     base: &Known,
     outlet: &mut dyn Outlet,
     options: &Options<'_>,
 ) -> Result<Written, Error> {
-    let size: u64 = content.files.iter().flatten().map(|file| file.size()).sum();
+    let size: u64 = files.iter().flatten().map(|file| file.size()).sum();
     let ledger = Ledger::create(options.scratch).map_err(Error::storage(options.scratch))?;
     let mut packer = Packer {
         base,
@@ -120,7 +117,7 @@ pub(in crate::image) fn write(
         data: 0,
         packed: 0,
     };
-    for (number, file) in content.files.iter_mut().enumerate() {
+    for (number, file) in files.iter_mut().enumerate() {
         let Some(file) = file else { continue };
         let region = region(file.size());
         let mut start = 0;
@@ -131,12 +128,12 @@ pub(in crate::image) fn write(
         }
     }
     let kept = packer.keep_packs()?;
-    packer.pack_again(content, &kept, options.level)?;
+    packer.pack_again(files, &kept, options.level)?;
     packer.close_pack()?;
-    packer.index(content, &kept)
+    packer.index(files, &kept)
 }
 
-/// How much of a file one segment covers, in bytes.
+/// How much of a file is cut, and has its segments, by itself, in bytes.
 fn region(size: u64) -> u64 {
     size.div_ceil(REGIONS_MAX).next_power_of_two().max(REGION)
 }
@@ -308,7 +305,7 @@ impl Packer<'_> {
     }
 
     /// Packs again what lies in packs of the base that do not stay.
-    fn pack_again(&mut self, content: &mut Content<'_>, kept: &[bool], level: i32) -> Result<(), Error> {
+    fn pack_again(&mut self, files: &mut Files, kept: &[bool], level: i32) -> Result<(), Error> {
         let gone = |place: &Place| kept.get(place.pack as usize) == Some(&false);
         if !self.used.iter().zip(kept).any(|(&used, &kept)| used > 0 && !kept) {
             return Ok(());
@@ -325,7 +322,7 @@ impl Packer<'_> {
                 Some(place) => *place,
                 None => {
                     let mut bytes = vec![0; entry.length as usize];
-                    let file = content.files[entry.file]
+                    let file = files[entry.file]
                         .as_ref()
                         .map(|file| file.read(&mut bytes, entry.at));
                     file.transpose().map_err(Error::storage(FILES[entry.file]))?;
@@ -344,7 +341,7 @@ impl Packer<'_> {
     }
 
     /// Writes the index.
-    fn index(mut self, content: &Content<'_>, kept: &[bool]) -> Result<Written, Error> {
+    fn index(mut self, files: &Files, kept: &[bool]) -> Result<Written, Error> {
         let kept_packs = self.base.packs.iter().zip(kept).filter(|(_, kept)| **kept);
         let mut layers: Vec<Descriptor> = kept_packs.map(|(pack, _)| pack.clone()).collect();
         layers.extend(self.packs.iter().cloned());
@@ -357,7 +354,7 @@ impl Packer<'_> {
             .sum();
         let mut digest = ContentDigest::default();
         let mut next = 0;
-        for (number, file) in content.files.iter().enumerate() {
+        for (number, file) in files.iter().enumerate() {
             let Some(file) = file else { continue };
             digest.file(number, file.size());
             let region = region(file.size());
@@ -394,7 +391,7 @@ impl Packer<'_> {
         })
     }
 
-    /// The chunks of the next region that has any.
+    /// The chunks of the next segment, all of one region.
     fn entries(&mut self, file: usize, region: u64, next: &mut u64) -> Result<Vec<Entry>, Error> {
         let mut entries: Vec<Entry> = Vec::new();
         while *next < self.ledger.len() {
@@ -402,7 +399,7 @@ impl Packer<'_> {
             let same = entries
                 .first()
                 .is_none_or(|first| first.at / region == entry.at / region);
-            if entry.file != file || !same {
+            if entry.file != file || !same || entries.len() == index::CHUNKS_MAX {
                 break;
             }
             entries.push(entry);

@@ -2,7 +2,8 @@
 
 use super::*;
 use crate::image::manifest::Manifest;
-use crate::image::native::{ARTIFACT_TYPE, Base, CONTENT, Reader};
+use crate::image::native::base::Base;
+use crate::image::native::{ARTIFACT_TYPE, CONTENT, Reader};
 
 /// A disk in memory.
 struct Memory(Vec<u8>);
@@ -63,21 +64,13 @@ fn noise(length: usize, seed: u64) -> Vec<u8> {
 
 fn push(files: [Option<Vec<u8>>; 3], base: &Known, blobs: &mut Blobs) -> (Manifest, Written) {
     let scratch = tempfile::tempdir().unwrap();
-    let mut files = files.map(|file| file.map(Memory));
-    let [disk, kernel, initrd] = &mut files;
-    let mut content = Content {
-        files: [
-            disk.as_mut().map(|file| file as &mut (dyn Guest + Send)),
-            kernel.as_mut().map(|file| file as &mut (dyn Guest + Send)),
-            initrd.as_mut().map(|file| file as &mut (dyn Guest + Send)),
-        ],
-    };
+    let mut files: Files = files.map(|file| file.map(|file| Box::new(Memory(file)) as _));
     let options = Options {
         level: 1,
         scratch: scratch.path(),
         meter: Arc::default(),
     };
-    let written = write(&mut content, base, blobs, &options).unwrap();
+    let written = write(&mut files, base, blobs, &options).unwrap();
     assert_eq!(options.meter.unpacked() > 0, written.data > 0);
     let manifest = Manifest {
         config: written.layers[0].clone(),
@@ -240,16 +233,13 @@ fn what_the_outlet_refuses_ends_the_writing() {
         }
     }
     let scratch = tempfile::tempdir().unwrap();
-    let mut disk = Memory(noise(80 << 20, 6));
-    let mut content = Content {
-        files: [Some(&mut disk), None, None],
-    };
+    let mut files: Files = [Some(Box::new(Memory(noise(80 << 20, 6)))), None, None];
     let options = Options {
         level: 1,
         scratch: scratch.path(),
         meter: Arc::default(),
     };
-    let error = write(&mut content, &Known::default(), &mut Broken, &options).unwrap_err();
+    let error = write(&mut files, &Known::default(), &mut Broken, &options).unwrap_err();
     assert!(matches!(error, Error::NotCached { .. }), "{error}");
     assert_eq!(std::fs::read_dir(scratch.path()).unwrap().count(), 0);
 }
