@@ -1,7 +1,7 @@
 //! From a request to a disk: the one choreography of this room.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -16,9 +16,10 @@ use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::format::{self, Config, Contents, Facts, Format, Parts, Recipe, Selected, Workplace};
 use crate::image::hints::Hints;
-use crate::image::inspect;
+use crate::image::inspect::{self, DiskFormat};
 use crate::image::layout::Layout;
 use crate::image::manifest::{self, Document, Manifest, NoChoice};
+use crate::image::native;
 use crate::image::platform::{self, Platform};
 use crate::image::reference::Reference;
 use crate::image::registry::credentials::{Credentials, Origin};
@@ -357,6 +358,19 @@ impl Pull<'_> {
         self.note_origin(source, digest).await
     }
 
+    /// The folders of images whose bytes this image's author may have: an index that names a stranger's chunks by their digests
+    /// must not get them.
+    fn others(&self) -> Result<Vec<PathBuf>, Error> {
+        let place = self.request.reference.place();
+        let mut dirs = Vec::new();
+        for disk in self.store.list()? {
+            if self.store.standing(&disk.digest, &place)? != Standing::Elsewhere {
+                dirs.push(self.store.disk_dir(&disk.digest));
+            }
+        }
+        Ok(dirs)
+    }
+
     /// Remembers that all bytes of an image came from this source.
     async fn note_origin(&self, source: &Source, digest: &Digest) -> Result<(), Error> {
         if let Source::Registry(session) = source {
@@ -446,6 +460,18 @@ impl Pull<'_> {
                 let selected = Selected::planned(&plan, &place.dir);
                 pieces::fetch(source, plan, &place, None, held, total, self.progress).await?;
                 (guess, selected)
+            }
+            Parts::Indexed(reader) => {
+                let pull = native::Pull {
+                    source,
+                    place: &place,
+                    others: self.others()?,
+                    held: Arc::clone(&work) as _,
+                    total,
+                    progress: self.progress,
+                };
+                let files = native::pull(pull, reader).await?;
+                (guess, Selected::made(files, &place.dir))
             }
         };
         // Before the image can be seen: whoever waits for it must not think that it came from nowhere.
@@ -563,6 +589,10 @@ impl Finished {
         }
         if let Some(initrd) = &self.selected.initrd {
             files.push(self.name(initrd, store::INITRD)?);
+        }
+        let chunks = self.place.dir.join(native::CHUNKS);
+        if inspected.format == DiskFormat::Raw && chunks.exists() {
+            files.push(self.name(&chunks, native::CHUNKS)?);
         }
         self.remove_others(&files)?;
         kill::point(Point::DiskNamed);

@@ -14,12 +14,14 @@ mod chunk;
 mod cutter;
 mod index;
 mod ledger;
+mod pull;
 mod push;
 mod reader;
 mod writer;
 
 pub(super) use base::Known;
-pub(super) use catalogue::{Catalogue, Maker, NAME as CHUNKS};
+pub(super) use catalogue::NAME as CHUNKS;
+pub(super) use pull::{Pull, pull};
 pub(super) use push::{Order, push, read_base};
 pub(super) use reader::{Reader, is_native};
 pub(super) use writer::{LEVEL, Written};
