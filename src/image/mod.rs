@@ -44,7 +44,6 @@ mod platform;
 mod reference;
 mod registry;
 mod store;
-#[allow(dead_code, reason = "what is written has no destination yet")]
 mod write;
 
 use fetch::{decompress, progress, provide, room, source, sparse};
@@ -63,4 +62,4 @@ pub use store::{
     Asker, Boot, Candidate, Disk, Going, Held, InvalidPinName, Lease, Name, PinName, Policy, Reason, Store,
     Verdict, plan,
 };
-pub use write::Packing;
+pub use write::{Addressee, Draft, Format as WriteFormat, Packing, Written, save, write};
