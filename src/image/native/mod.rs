@@ -9,6 +9,7 @@
 //! for the engine, one segment at a time, so that memory does not grow with the image.
 
 mod base;
+mod catalogue;
 mod chunk;
 mod cutter;
 mod index;
@@ -18,6 +19,7 @@ mod reader;
 mod writer;
 
 pub(super) use base::Known;
+pub(super) use catalogue::{Catalogue, Maker, NAME as CHUNKS};
 pub(super) use push::{Order, push, read_base};
 pub(super) use reader::{Reader, is_native};
 pub(super) use writer::{LEVEL, Written};
