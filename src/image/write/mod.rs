@@ -36,10 +36,11 @@ use super::progress::Progress;
 use super::reference::Reference;
 use super::registry::Registries;
 use super::registry::credentials::Credentials;
-use disk::{Body, Guest as _, Raw};
+use disk::{Body, Raw};
 use documents::{Document, Unpacked};
 use feed::Read;
 
+pub(super) use disk::Guest;
 pub use draft::Draft;
 pub use pack::Packing;
 
