@@ -85,6 +85,7 @@ fn what_cannot_be_written_is_refused_in_a_sentence() {
             push(&disk, &pinned, "qcow2", &[]),
             "a digest is what an image turns out to have",
         ),
+        (push(&disk, &target, "qcow2", &["--base", "a:1"]), "only a native image"),
         (push(&vmdk, &target, "qcow2", &[]), "vmdk"),
         (push("/nowhere/disk", &target, "qcow2", &[]), "/nowhere/disk"),
         (
@@ -132,7 +133,7 @@ fn a_kernel_goes_with_the_disk_and_comes_back() {
     assert!(fs::read(folder.join("disk.raw")).unwrap() == fs::read(&disk).unwrap());
     // What an image wishes stays with it from format to format.
     let again = desk.layout("again");
-    desk.cannery(&["image", "convert", "--quiet", &target, &again]);
+    desk.cannery(&["image", "convert", "--quiet", "--format", "containerdisk", &target, &again]);
     assert_eq!(
         desk.cannery(&["image", "pull", "--quiet", &again]),
         digest,

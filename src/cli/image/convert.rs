@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use super::progress::Lines;
-use super::source::{Kind, Pack, Place, Wishes, draft, place};
+use super::source::{Kind, More, Place, Wishes, draft, place};
 use super::{interruptible, push};
 use crate::cli::{Context, print};
 use crate::image::{DiskFormat, Progress, Silent};
@@ -17,12 +17,11 @@ pub(in crate::cli) struct Arguments {
     source: String,
     /// An image, or a new file (a path that begins with / or ./)
     destination: String,
-    /// The format to write [default: containerdisk; for a file, what its name ends with]
+    /// The format to write [default: native; for a file, what its name ends with]
     #[arg(long, value_enum)]
     format: Option<Kind>,
-    /// How a containerDisk's layer is packed
-    #[arg(long, value_enum, default_value = "gzip")]
-    compression: Pack,
+    #[command(flatten)]
+    more: More,
     #[command(flatten)]
     wishes: Wishes,
     /// Print nothing but the digest
@@ -39,11 +38,10 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     interruptible("conversion", async {
         match target {
             Place::Image(target) => {
-                let kind = arguments.format.unwrap_or(Kind::Containerdisk);
-                let format = kind.of_image(arguments.compression)?;
+                let manner = arguments.more.check(arguments.format.unwrap_or(Kind::Native))?;
                 let draft = draft(context, &settings, &store, &source, &arguments.wishes, quiet).await?;
-                let written = push::send(context, &settings, &draft, format, &target, quiet).await?;
-                print(&format!("{}\n", written.digest));
+                let digest = push::send(context, &settings, &draft, &manner, &target, quiet).await?;
+                print(&format!("{digest}\n"));
             }
             Place::File(path) => {
                 let format = of_file(arguments.format, &path)?;

@@ -1,4 +1,4 @@
-use super::source::{Kind, Pack, Wishes};
+use super::source::{Manner, Wishes};
 use super::{interruptible, push, reference};
 use crate::cli::{Context, print};
 use crate::outcome::Failure;
@@ -16,12 +16,8 @@ pub(in crate::cli) struct Arguments {
     /// Which disk, as libvirt's target names it, where there are several
     #[arg(long, value_name = "TARGET")]
     disk: Option<String>,
-    /// The format to write
-    #[arg(long, value_enum, default_value = "containerdisk")]
-    format: Kind,
-    /// How a containerDisk's layer is packed
-    #[arg(long, value_enum, default_value = "gzip")]
-    compression: Pack,
+    #[command(flatten)]
+    manner: Manner,
     #[command(flatten)]
     wishes: Wishes,
     /// Print nothing but the digest
@@ -31,13 +27,13 @@ pub(in crate::cli) struct Arguments {
 
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
     let target = reference(&arguments.reference)?;
-    let format = arguments.format.of_image(arguments.compression)?;
+    let manner = arguments.manner.check()?;
     let settings = context.settings()?;
     interruptible("export", async {
         let mut draft = kept::draft(&settings, &arguments.domain, arguments.disk.as_deref()).await?;
         arguments.wishes.add_to(&mut draft)?;
-        let written = push::send(context, &settings, &draft, format, &target, arguments.quiet).await?;
-        print(&format!("{}\n", written.digest));
+        let digest = push::send(context, &settings, &draft, &manner, &target, arguments.quiet).await?;
+        print(&format!("{digest}\n"));
         Ok(())
     })
     .await

@@ -1,8 +1,8 @@
 use super::progress::Lines;
-use super::source::{Kind, Pack, Wishes, draft, place};
+use super::source::{Manner, Wishes, Written, draft, place};
 use super::{interruptible, reference, shown};
 use crate::cli::{Context, print};
-use crate::image::{Addressee, Draft, Progress, Reference, Silent, WriteFormat, Written};
+use crate::image::{Addressee, Digest, Draft, Progress, Reference, Silent};
 use crate::outcome::Failure;
 use crate::settings::Settings;
 use crate::stage::images;
@@ -14,12 +14,8 @@ pub(in crate::cli) struct Arguments {
     source: String,
     /// The name that it gets
     reference: String,
-    /// The format to write
-    #[arg(long, value_enum, default_value = "containerdisk")]
-    format: Kind,
-    /// How a containerDisk's layer is packed
-    #[arg(long, value_enum, default_value = "gzip")]
-    compression: Pack,
+    #[command(flatten)]
+    manner: Manner,
     #[command(flatten)]
     wishes: Wishes,
     /// Print nothing but the digest
@@ -31,7 +27,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     // What cannot be is said before anything is fetched.
     let source = place(&arguments.source)?;
     let target = reference(&arguments.reference)?;
-    let format = arguments.format.of_image(arguments.compression)?;
+    let manner = arguments.manner.check()?;
     let settings = context.settings()?;
     let store = images::store(&settings)?;
     interruptible("push", async {
@@ -44,8 +40,8 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             arguments.quiet,
         )
         .await?;
-        let written = send(context, &settings, &draft, format, &target, arguments.quiet).await?;
-        print(&format!("{}\n", written.digest));
+        let digest = send(context, &settings, &draft, &manner, &target, arguments.quiet).await?;
+        print(&format!("{digest}\n"));
         Ok(())
     })
     .await
@@ -56,10 +52,10 @@ pub(super) async fn send(
     context: &Context,
     settings: &Settings,
     draft: &Draft,
-    format: WriteFormat,
+    manner: &Written,
     target: &Reference,
     quiet: bool,
-) -> Result<Written, Failure> {
+) -> Result<Digest, Failure> {
     let name = shown(target);
     let lines = Lines::new(&name, &context.log);
     let progress: &dyn Progress = if quiet { &Silent } else { &lines };
@@ -70,5 +66,7 @@ pub(super) async fn send(
         credentials: &credentials,
         registries: &registries,
     };
-    Ok(crate::image::write(draft, format, to, progress).await?)
+    let format = manner.format(&settings.state_dir);
+    let written = crate::image::write(draft, format, to, progress).await?;
+    Ok(written.digest)
 }

@@ -38,6 +38,8 @@ pub(super) fn place(text: &str) -> Result<Place, Failure> {
 /// How an image is written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub(super) enum Kind {
+    /// cannery's own: only what changed is sent, and fetched.
+    Native,
     /// KubeVirt's, which many tools read.
     Containerdisk,
     /// sardinecake's.
@@ -48,17 +50,73 @@ pub(super) enum Kind {
     Raw,
 }
 
-impl Kind {
-    /// The format of an image in a registry or a layout folder.
-    pub(super) fn of_image(self, packing: Pack) -> Result<WriteFormat, Failure> {
-        match self {
-            Self::Containerdisk => Ok(WriteFormat::ContainerDisk(packing.into())),
-            Self::Sardinecake => Ok(WriteFormat::Sardinecake),
-            Self::Qcow2 => Ok(WriteFormat::Qcow2),
-            Self::Raw => Err(
+/// How an image is to be written.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct Manner {
+    /// The format to write
+    #[arg(long, value_enum, default_value = "native")]
+    format: Kind,
+    #[command(flatten)]
+    more: More,
+}
+
+/// What only some formats ask for.
+#[derive(Debug, Clone, clap::Args)]
+pub(super) struct More {
+    /// The image that a native one builds upon [default: what its name means now]
+    #[arg(long, value_name = "REF")]
+    base: Option<String>,
+    /// How a containerDisk's layer is packed
+    #[arg(long, value_enum, default_value = "gzip")]
+    compression: Pack,
+}
+
+/// The same, in values.
+#[derive(Debug, Clone)]
+pub(super) struct Written {
+    kind: Kind,
+    base: Option<Reference>,
+    compression: Pack,
+}
+
+impl Manner {
+    /// What cannot be is said before anything is done.
+    pub(super) fn check(&self) -> Result<Written, Failure> {
+        self.more.check(self.format)
+    }
+}
+
+impl More {
+    pub(super) fn check(&self, kind: Kind) -> Result<Written, Failure> {
+        if kind == Kind::Raw {
+            return Err(
                 Failure::system("an image is not written as raw: its holes would be sent")
                     .hint("Choose qcow2, or a file as the destination"),
-            ),
+            );
+        }
+        if self.base.is_some() && kind != Kind::Native {
+            return Err(Failure::system("only a native image builds upon another")
+                .hint("Leave out --base, or choose --format native"));
+        }
+        Ok(Written {
+            kind,
+            base: self.base.as_deref().map(reference).transpose()?,
+            compression: self.compression,
+        })
+    }
+}
+
+impl Written {
+    /// `scratch` is a folder for what is removed again.
+    pub(super) fn format<'a>(&'a self, scratch: &'a Path) -> WriteFormat<'a> {
+        match self.kind {
+            Kind::Containerdisk => WriteFormat::ContainerDisk(self.compression.into()),
+            Kind::Sardinecake => WriteFormat::Sardinecake,
+            Kind::Qcow2 => WriteFormat::Qcow2,
+            Kind::Native | Kind::Raw => WriteFormat::Native(Native {
+                base: self.base.as_ref(),
+                scratch,
+            }),
         }
     }
 }
@@ -96,7 +154,7 @@ pub(super) struct Wishes {
     /// The account that jobs run as
     #[arg(long, value_name = "NAME")]
     user: Option<String>,
-    /// A kernel to start without a boot loader (containerDisk only)
+    /// A kernel to start without a boot loader (native and containerDisk only)
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
     /// Its initial RAM disk

@@ -136,7 +136,7 @@ where
             }
         }
     };
-    told(read, total, progress, work).await
+    told(&|| read.so_far(), total, progress, work).await
 }
 
 /// Lets a panic of a thread go on; else the thread was never run.
@@ -147,16 +147,16 @@ pub(super) fn unwound<T>(ended: JoinError, path: &Path) -> Result<T, Error> {
     }
 }
 
-/// Tells about `work` for as long as it takes.
+/// Tells about `work` for as long as it takes; `read` are the bytes that it has read so far.
 pub(super) async fn told<T>(
-    read: &Read,
+    read: &dyn Fn() -> u64,
     total: u64,
     progress: &dyn Progress,
     work: impl Future<Output = T>,
 ) -> T {
     let tell = || {
         progress.event(Event::Writing {
-            done: read.so_far().min(total),
+            done: read().min(total),
             total,
         });
     };

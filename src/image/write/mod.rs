@@ -6,6 +6,7 @@
 //!
 //! | format | modules |
 //! |---|---|
+//! | our own | `native` |
 //! | containerDisk | `container_disk` |
 //! | sardinecake | `sardinecake` |
 //! | plain qcow2 artifact | `qcow2` |
@@ -19,6 +20,7 @@ mod disk;
 mod documents;
 mod draft;
 mod feed;
+mod native;
 mod pack;
 mod qcow2;
 mod sardinecake;
@@ -42,6 +44,7 @@ use feed::Read;
 
 pub(super) use disk::Guest;
 pub use draft::Draft;
+pub use native::Native;
 pub use pack::Packing;
 
 /// The media type of a plain disk, which is that of its artifact, too.
@@ -51,8 +54,10 @@ const QCOW2_TYPE: &str = "application/vnd.qemu.qcow2";
 const NO_ENTRYPOINT: &str = "no-entrypoint";
 
 /// A format that images are written in.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Format {
+#[derive(Debug, Clone, Copy)]
+pub enum Format<'a> {
+    /// Our own: chunks, of which only those are sent that no earlier image has.
+    Native(Native<'a>),
     /// KubeVirt's containerDisk: the disk as it is, in a packed tar.
     ContainerDisk(Packing),
     /// sardinecake's: a qcow2 in gzip, in parts.
@@ -88,7 +93,7 @@ pub struct Addressee<'a> {
 /// is a digest.
 pub async fn write(
     draft: &Draft,
-    format: Format,
+    format: Format<'_>,
     to: Addressee<'_>,
     progress: &dyn Progress,
 ) -> Result<Written, Error> {
@@ -108,10 +113,12 @@ pub async fn write(
     let destination = Destination::open(to.reference, to.credentials, to.registries).await?;
     let work = Work {
         draft,
+        to,
         destination: &destination,
         progress,
     };
     let (manifest, size) = match format {
+        Format::Native(how) => work.native(how).await?,
         Format::ContainerDisk(packing) => work.container_disk(packing).await?,
         Format::Sardinecake => work.sardinecake().await?,
         Format::Qcow2 => work.plain().await?,
@@ -126,6 +133,7 @@ pub async fn write(
 /// One image on its way out.
 struct Work<'a> {
     draft: &'a Draft,
+    to: Addressee<'a>,
     destination: &'a Destination,
     progress: &'a dyn Progress,
 }
@@ -279,7 +287,7 @@ pub async fn save(
     let meter = Arc::clone(&read);
     let (source, target) = (draft.clone(), path.to_owned());
     let work = tokio::task::spawn_blocking(move || disk::save(&source, format, &target, &meter));
-    let saved = feed::told(&read, draft.virtual_size, progress, work).await;
+    let saved = feed::told(&|| read.so_far(), draft.virtual_size, progress, work).await;
     saved.unwrap_or_else(|ended| feed::unwound(ended, path))
 }
 
