@@ -21,6 +21,9 @@ const CMDLINE_MAX: usize = 2048;
 /// no host has.
 const MEMORY_RANGE: std::ops::RangeInclusive<u64> = (16 << 20)..=(16 << 40);
 
+/// Least and most virtual processors: what QEMU's machines can have.
+const CPUS_RANGE: std::ops::RangeInclusive<u32> = 1..=1024;
+
 /// What the firmware of a machine should be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -31,15 +34,68 @@ pub enum Firmware {
     Uefi,
 }
 
+/// What the disk should be attached to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskBus {
+    /// virtio-blk.
+    Virtio,
+    /// virtio-scsi.
+    Scsi,
+    /// AHCI.
+    Sata,
+}
+
+/// What the network card should be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Nic {
+    /// virtio-net.
+    Virtio,
+    /// Intel's 82574L.
+    E1000e,
+}
+
 /// Wishes of the image for its machine.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Hints {
     /// `io.cannery.memory`: bytes.
     pub memory: Option<u64>,
+    /// Virtual processors, where the image's own format names them.
+    #[serde(default)]
+    pub cpus: Option<u32>,
     /// `io.cannery.firmware`.
     pub firmware: Option<Firmware>,
+    /// What the disk was attached to, where the image's own format says so.
+    #[serde(default)]
+    pub disk_bus: Option<DiskBus>,
+    /// Which network card the guest had, where the image's own format says so.
+    #[serde(default)]
+    pub nic: Option<Nic>,
     /// `io.cannery.user`: the account that jobs run as.
     pub user: Option<String>,
+}
+
+impl Hints {
+    /// These, and the other's where these are silent.
+    pub(super) fn or(self, other: Self) -> Self {
+        Self {
+            memory: self.memory.or(other.memory),
+            cpus: self.cpus.or(other.cpus),
+            firmware: self.firmware.or(other.firmware),
+            disk_bus: self.disk_bus.or(other.disk_bus),
+            nic: self.nic.or(other.nic),
+            user: self.user.or(other.user),
+        }
+    }
+
+    /// Without numbers that no machine has. Another program's description of a machine is not refused for them, as a label of ours
+    /// would be: it was not written for us.
+    pub(super) fn bounded(mut self) -> Self {
+        self.memory = self.memory.filter(|bytes| MEMORY_RANGE.contains(bytes));
+        self.cpus = self.cpus.filter(|count| CPUS_RANGE.contains(count));
+        self
+    }
 }
 
 /// Files of the image that the host boots from, by their paths in its layers.
@@ -92,7 +148,7 @@ pub(super) fn read(labels: &BTreeMap<String, String>, image: &str) -> Result<(Hi
     let initrd = label(INITRD, boot_path, "is not the path of a file under boot/")?;
     let cmdline = label(
         CMDLINE,
-        printable,
+        cmdline,
         "is longer than 2048 bytes or not printable ASCII",
     )?;
     if kernel.is_none() {
@@ -111,6 +167,7 @@ pub(super) fn read(labels: &BTreeMap<String, String>, image: &str) -> Result<(Hi
             memory,
             firmware,
             user,
+            ..Hints::default()
         },
         BootFiles {
             kernel,
@@ -136,7 +193,7 @@ fn size(text: &str) -> Option<u64> {
         .filter(|bytes| MEMORY_RANGE.contains(bytes))
 }
 
-fn account(text: &str) -> Option<String> {
+pub(super) fn account(text: &str) -> Option<String> {
     let good = (1..=32).contains(&text.len())
         && !text.starts_with(['-', '.'])
         && text
@@ -145,7 +202,8 @@ fn account(text: &str) -> Option<String> {
     good.then(|| text.to_owned())
 }
 
-fn printable(text: &str) -> Option<String> {
+/// A kernel's command line: printable ASCII, not too long.
+pub(super) fn cmdline(text: &str) -> Option<String> {
     let good = text.len() <= CMDLINE_MAX && text.bytes().all(|b| (b' '..=b'~').contains(&b));
     good.then(|| text.to_owned())
 }

@@ -94,7 +94,22 @@ impl Layout {
 
     /// A layer's file.
     pub(super) fn open(&self, descriptor: &Descriptor) -> Result<File, Error> {
-        self.open_file(&self.blob_path(&descriptor.digest))
+        let path = self.blob_path(&descriptor.digest);
+        let file = self.open_file(&path)?;
+        let length = file
+            .metadata()
+            .map_err(|error| self.unreadable(&path, error))?
+            .len();
+        if length != descriptor.size {
+            return Err(Error::Corrupt {
+                image: self.image.clone(),
+                reason: format!(
+                    "the layer {} has {length} bytes instead of {}",
+                    descriptor.digest, descriptor.size
+                ),
+            });
+        }
+        Ok(file)
     }
 
     fn blob_path(&self, digest: &Digest) -> PathBuf {

@@ -39,6 +39,15 @@ pub(super) struct Manifest {
     pub(super) annotations: BTreeMap<String, String>,
 }
 
+impl Manifest {
+    /// Adds what the entry of an index says about this manifest; the manifest's own word counts more.
+    pub(super) fn described_as(&mut self, entry: BTreeMap<String, String>) {
+        for (name, value) in entry {
+            self.annotations.entry(name).or_insert(value);
+        }
+    }
+}
+
 /// What a reference leads to.
 #[derive(Debug, Clone)]
 pub(super) enum Document {
@@ -104,9 +113,19 @@ pub(super) enum NoChoice {
     Malformed(String),
 }
 
+/// By which podman's indexes tell disks for its hypervisors apart, and the one of ours.
+const DISK_TYPE: &str = "disktype";
+const QEMU: &str = "qemu";
+
 /// Picks the entry for `wanted` from an index.
+///
+/// podman-machine's index holds a disk for each hypervisor, and a bootable container beside them, all for one platform: there, only a
+/// disk for QEMU is ever picked.
 pub(super) fn choose(entries: &[ImageIndexEntry], wanted: &Platform) -> Result<Descriptor, NoChoice> {
+    let disk_type = |entry: &ImageIndexEntry| entry.annotations.as_ref()?.get(DISK_TYPE).cloned();
+    let disks = entries.iter().any(|entry| disk_type(entry).is_some());
     let fits = |entry: &&ImageIndexEntry| match &entry.platform {
+        _ if disks && disk_type(entry).as_deref() != Some(QEMU) => false,
         Some(p) => wanted.matches(&p.os.to_string(), &p.architecture.to_string()),
         // A lone entry without a platform can only be meant for everybody.
         None => entries.len() == 1,
@@ -230,5 +249,26 @@ mod tests {
             let error = parse(text.as_bytes()).unwrap_err();
             assert!(error.contains(reason), "{text}: {error}");
         }
+    }
+
+    #[test]
+    fn of_podmans_disks_the_one_for_qemu_is_picked() {
+        let mut entries = index(&[
+            ("a", "linux", "amd64"),
+            ("b", "linux", "x86_64"),
+            ("c", "linux", "x86_64"),
+            ("d", "linux", "aarch64"),
+        ]);
+        for (entry, kind) in entries[1..].iter_mut().zip(["hyperv", "qemu", "qemu"]) {
+            entry.annotations = Some([(DISK_TYPE.to_owned(), kind.to_owned())].into());
+        }
+        let x86 = Platform::of_machine("x86_64").unwrap();
+        let chosen = choose(&entries, &x86).unwrap();
+        assert_eq!(chosen.digest.to_string(), hex("c"));
+        // Without one for us, the bootable container beside them is none either.
+        assert!(matches!(
+            choose(&entries[..2], &x86),
+            Err(NoChoice::WrongPlatform(_))
+        ));
     }
 }

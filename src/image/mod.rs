@@ -39,7 +39,6 @@ mod lz4;
 mod manifest;
 #[allow(dead_code, unused_imports, reason = "images in chunks are not read yet")]
 mod native;
-#[expect(dead_code, reason = "formats that come in pieces are not read yet")]
 mod plan;
 mod platform;
 mod reference;
@@ -51,7 +50,8 @@ use fetch::{decompress, progress, provide, room, source, sparse};
 
 pub use digest::{Digest, NoDigest};
 pub use error::Error;
-pub use hints::{Firmware, Hints};
+pub use format::Format;
+pub use hints::{DiskBus, Firmware, Hints, Nic};
 pub use inspect::{DiskFormat, Hostility};
 pub use progress::{Event, Progress, Silent};
 pub use provide::{PullPolicy, Request};

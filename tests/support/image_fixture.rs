@@ -116,6 +116,8 @@ pub struct Image {
     pub diff_ids: Vec<String>,
     /// Instead of an image config: the media type of an artifact's empty one.
     pub artifact: Option<String>,
+    /// Annotations of layers, by their numbers.
+    pub annotations: Vec<(usize, String, String)>,
 }
 
 impl Image {
@@ -140,6 +142,17 @@ impl Image {
             artifact: Some("application/vnd.oci.empty.v1+json".to_owned()),
             ..Self::default()
         }
+    }
+
+    /// Adds a layer with annotations.
+    pub fn layer(mut self, bytes: Vec<u8>, media_type: &str, annotations: &[(&str, &str)]) -> Self {
+        let number = self.layers.len();
+        self.layers.push((bytes, media_type.to_owned()));
+        let annotations = annotations
+            .iter()
+            .map(|(name, value)| (number, (*name).to_owned(), (*value).to_owned()));
+        self.annotations.extend(annotations);
+        self
     }
 
     pub fn label(mut self, name: &str, value: &str) -> Self {
@@ -184,6 +197,11 @@ impl Layout {
                 descriptor
             })
             .collect();
+        self.add_entries(tag, manifests)
+    }
+
+    /// Adds an index of descriptors; its digest.
+    pub fn add_entries(&self, tag: &str, manifests: Vec<Value>) -> String {
         let index = json!({"schemaVersion": 2, "mediaType": OCI_INDEX, "manifests": manifests});
         let descriptor = self.blob(&serde_json::to_vec(&index).unwrap(), OCI_INDEX);
         self.tag(tag, descriptor)
@@ -199,7 +217,8 @@ impl Layout {
         digest
     }
 
-    fn manifest(&self, image: &Image) -> Value {
+    /// Writes an image; the descriptor of its manifest.
+    pub fn manifest(&self, image: &Image) -> Value {
         let config = match &image.artifact {
             Some(media_type) => self.blob(b"{}", media_type),
             None => {
@@ -217,11 +236,14 @@ impl Layout {
                 self.blob(&serde_json::to_vec(&config).unwrap(), OCI_CONFIG)
             }
         };
-        let layers: Vec<Value> = image
+        let mut layers: Vec<Value> = image
             .layers
             .iter()
             .map(|(bytes, media_type)| self.blob(bytes, media_type))
             .collect();
+        for (number, name, value) in &image.annotations {
+            layers[*number]["annotations"][name] = json!(value);
+        }
         let manifest = json!({
             "schemaVersion": 2, "mediaType": OCI_MANIFEST, "config": config, "layers": layers
         });

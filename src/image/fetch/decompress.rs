@@ -1,4 +1,4 @@
-//! Layers come plain, gzip or zstd; which of them their first bytes say, never their media type.
+//! Layers come plain, gzip, zstd or xz; which of them their first bytes say, never their media type.
 
 use std::io::{self, Read};
 
@@ -6,7 +6,10 @@ use crate::image::error::Error;
 
 /// Largest window of a zstd frame, as a power of two: 32 MiB. It bounds the decoder's memory. `zstd -19` and
 /// all builders of images stay below; `--ultra` and `--long` do not.
-const ZSTD_WINDOW_LOG_MAX: u32 = 25;
+pub(super) const ZSTD_WINDOW_LOG_MAX: u32 = 25;
+
+/// Most memory of an xz decoder, in bytes: `xz -8` wants 33 MiB, `xz -9` 65 MiB.
+const XZ_MEMORY_MAX: u64 = 48 << 20;
 
 /// Bytes that decide: the longest magic number of a compression.
 const MAGIC: usize = 6;
@@ -17,6 +20,7 @@ pub(in crate::image) enum Compression {
     None,
     Gzip,
     Zstd,
+    Xz,
     /// Known and not read; its name.
     Other(&'static str),
 }
@@ -29,7 +33,7 @@ pub(in crate::image) fn sniff(head: &[u8]) -> Compression {
         [0x1f, 0x8b, ..] => Compression::Gzip,
         [0x28, 0xb5, 0x2f, 0xfd, ..] => Compression::Zstd,
         _ if skippable => Compression::Zstd,
-        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Compression::Other("xz"),
+        [0xfd, b'7', b'z', b'X', b'Z', 0, ..] => Compression::Xz,
         [b'B', b'Z', b'h', b'1'..=b'9', ..] => Compression::Other("bzip2"),
         [b'7', b'z', 0xbc, 0xaf, ..] => Compression::Other("7z"),
         [b'P', b'K', 3, 4, ..] => Compression::Other("zip"),
@@ -88,10 +92,19 @@ pub(in crate::image) fn decompress<'a>(
                 .map_err(|error| unreadable(image, error))?;
             Box::new(decoder)
         }
+        Compression::Xz => {
+            // Concatenated: `pixz` and `xz -T` write several streams, some mirrors join files.
+            let stream =
+                liblzma::stream::Stream::new_stream_decoder(XZ_MEMORY_MAX, liblzma::stream::CONCATENATED)
+                    .map_err(|error| unreadable(image, error.into()))?;
+            Box::new(liblzma::read::XzDecoder::new_stream(peeked, stream))
+        }
         Compression::Other(name) => {
             return Err(Error::Unsupported {
                 image: image.to_owned(),
-                reason: format!("it is compressed with {name}; gzip, zstd and no compression can be read"),
+                reason: format!(
+                    "it is compressed with {name}; gzip, zstd, xz and no compression can be read"
+                ),
             });
         }
     };
@@ -110,11 +123,25 @@ pub(in crate::image) fn unreadable(image: &str, error: io::Error) -> Error {
                 (1_u64 << ZSTD_WINDOW_LOG_MAX) >> 20
             ),
         },
+        Err(error) if is_memory_limit(&error) => Error::Unsupported {
+            image: image.to_owned(),
+            reason: format!(
+                "its xz decoder wants more than {} MiB of memory; compress it with xz -8 or less",
+                XZ_MEMORY_MAX >> 20
+            ),
+        },
         Err(error) => Error::Malformed {
             image: image.to_owned(),
             reason: format!("a layer cannot be unpacked ({error})"),
         },
     }
+}
+
+fn is_memory_limit(error: &io::Error) -> bool {
+    let inner = error
+        .get_ref()
+        .and_then(|inner| inner.downcast_ref::<liblzma::stream::Error>());
+    inner == Some(&liblzma::stream::Error::MemLimit)
 }
 
 #[cfg(test)]
@@ -125,6 +152,12 @@ mod tests {
 
     fn gzip(bytes: &[u8]) -> Vec<u8> {
         let mut encoder = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    }
+
+    fn xz(bytes: &[u8], preset: u32) -> Vec<u8> {
+        let mut encoder = liblzma::write::XzEncoder::new(Vec::new(), preset);
         encoder.write_all(bytes).unwrap();
         encoder.finish().unwrap()
     }
@@ -152,6 +185,8 @@ mod tests {
             twice,
             zstd::encode_all(&bytes[..], 3).unwrap(),
             skippable.concat(),
+            xz(&bytes, 1),
+            [xz(&bytes[..1000], 8), xz(&bytes[1000..], 0)].concat(),
         ] {
             assert!(unpack(&packed).unwrap() == bytes);
         }
@@ -162,8 +197,10 @@ mod tests {
     fn broken_and_foreign_packing_is_told_apart() {
         let cut = &gzip(&[7; 5000])[..30];
         assert!(matches!(unpack(cut), Err(Error::Malformed { .. })));
-        let error = unpack(&[0xfd, b'7', b'z', b'X', b'Z', 0, 0, 4]).unwrap_err();
-        assert!(error.to_string().contains("xz"), "{error}");
+        let cut = &xz(&[7; 5000], 1)[..30];
+        assert!(matches!(unpack(cut), Err(Error::Malformed { .. })));
+        let error = unpack(b"BZh9").unwrap_err();
+        assert!(error.to_string().contains("bzip2"), "{error}");
     }
 
     #[test]
@@ -173,5 +210,11 @@ mod tests {
         encoder.write_all(&[1; 300_000]).unwrap();
         let error = unpack(&encoder.finish().unwrap()).unwrap_err();
         assert!(error.to_string().contains("window"), "{error}");
+    }
+
+    #[test]
+    fn an_xz_dictionary_beyond_the_limit_is_refused() {
+        let error = unpack(&xz(&[1; 300_000], 9)).unwrap_err();
+        assert!(error.to_string().contains("xz -8"), "{error}");
     }
 }

@@ -11,12 +11,19 @@
 //! | in which order | [`provide`] |
 //! | where bytes come from | [`source`] |
 //! | how a stream is unpacked | [`decompress`], [`sparse`] |
+//! | how pieces are fetched | [`pieces`]: `batch` divides them, `codec` unpacks, `placed` writes, `done` remembers |
 //! | who else makes the same image, and what is there of it | [`partial`] |
 //! | whether there is room | [`room`] |
 //! | what is told meanwhile | [`progress`] |
 
+mod batch;
+mod codec;
 pub(super) mod decompress;
+mod done;
+mod part;
 pub(super) mod partial;
+pub(super) mod pieces;
+mod placed;
 pub(super) mod progress;
 pub(super) mod provide;
 pub(super) mod room;

@@ -48,6 +48,16 @@ pub enum Event<'a> {
         /// Compressed bytes of the whole image.
         total: u64,
     },
+    /// An earlier pull of the same image was cut off; what it had brought is used.
+    Resumed {
+        /// Compressed bytes that are not fetched again.
+        kept: u64,
+    },
+    /// Another image of this host has a part of this one.
+    Reused {
+        /// Compressed bytes that are not fetched for that reason.
+        bytes: u64,
+    },
     /// Bytes have been unpacked.
     Unpacking {
         /// Bytes of disk so far, holes included.
@@ -84,6 +94,8 @@ pub enum Event<'a> {
 pub(in crate::image) struct Meter {
     fetched: AtomicU64,
     unpacked: AtomicU64,
+    /// Packed bytes that need not be fetched, since they are here in some way.
+    here: AtomicU64,
 }
 
 impl Meter {
@@ -93,6 +105,15 @@ impl Meter {
 
     pub(in crate::image) fn add_unpacked(&self, bytes: usize) {
         self.unpacked.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    pub(in crate::image) fn add_here(&self, bytes: u64) {
+        self.here.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Packed bytes that are here now, fetched or not.
+    pub(in crate::image) fn done(&self) -> u64 {
+        self.fetched() + self.here.load(Ordering::Relaxed)
     }
 
     pub(in crate::image) fn fetched(&self) -> u64 {

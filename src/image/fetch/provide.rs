@@ -8,13 +8,14 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::partial::Work;
+use super::pieces;
 use super::progress::{Event, Meter, Progress};
 use super::room::Limits;
 use super::source::Source;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
-use crate::image::format::{self, Config, Contents, Layer, Workplace};
-use crate::image::hints;
+use crate::image::format::{self, Config, Contents, Facts, Format, Parts, Recipe, Selected, Workplace};
+use crate::image::hints::Hints;
 use crate::image::inspect;
 use crate::image::layout::Layout;
 use crate::image::manifest::{self, Document, Manifest, NoChoice};
@@ -344,7 +345,13 @@ impl Pull<'_> {
                 }),
             };
             source
-                .layer(descriptor, total, &meter, self.progress, read)
+                .stream(
+                    std::slice::from_ref(descriptor),
+                    total,
+                    &meter,
+                    self.progress,
+                    read,
+                )
                 .await?;
         }
         self.note_origin(source, digest).await
@@ -376,8 +383,9 @@ impl Pull<'_> {
         self.store.keep_blob(&bytes)?;
         let bytes = source.manifest(&chosen).await?;
         match self.parsed(&bytes)? {
-            Document::Image(manifest) => {
+            Document::Image(mut manifest) => {
                 self.store.keep_blob(&bytes)?;
+                manifest.described_as(chosen.annotations);
                 Ok((chosen.digest, manifest))
             }
             Document::Index(_) => Err(self.malformed("its index holds another index".to_owned())),
@@ -394,7 +402,7 @@ impl Pull<'_> {
             image: self.image.clone(),
             reason,
         };
-        format::recognise(&manifest).map_err(unsupported)?;
+        let guess = format::recognise(&manifest).map_err(unsupported)?;
         let work = Work::lock(&self.store.partial(), digest, &self.image, self.progress).await?;
         // Shared with the threads that write there: a cancelled one must be gone before others take the lock.
         let work = Arc::new(work);
@@ -403,8 +411,7 @@ impl Pull<'_> {
             self.progress.event(Event::Cached { digest });
             return Ok(disk);
         }
-        let config = self.config(source, &manifest).await?;
-        let (hints, boot) = hints::read(&config.labels, &self.image)?;
+        let recipe = self.recipe(source, &manifest, guess).await?;
         let meter = Arc::new(Meter::default());
         let place = Workplace {
             image: self.image.clone(),
@@ -413,25 +420,34 @@ impl Pull<'_> {
             meter: Arc::clone(&meter),
         };
         let total = packed_size(&manifest);
-        let mut contents = Contents::default();
-        for (number, descriptor) in manifest.layers.iter().enumerate() {
-            let layer = Layer {
-                number,
-                alone: manifest.layers.len() == 1,
-                descriptor: descriptor.clone(),
-                diff_id: config.diff_ids.get(number).copied(),
-            };
-            let (boot, place, work) = (boot.clone(), place.clone(), Arc::clone(&work));
-            let unpack = move |packed: &mut dyn std::io::Read| {
-                let _held_until_done = work;
-                format::unpack(packed, &layer, &boot, &place, contents)
-            };
-            contents = source
-                .layer(descriptor, total, &meter, self.progress, unpack)
-                .await?;
-            kill::point(Point::LayerUnpacked);
-        }
-        let selected = contents.select(&boot, &manifest, &config, &place)?;
+        let boot = recipe.boot;
+        let (format, selected) = match recipe.parts {
+            Parts::Streams(layers) => {
+                let mut contents = Contents::default();
+                for layer in layers {
+                    let (boot, place, work) = (boot.clone(), place.clone(), Arc::clone(&work));
+                    let blobs = layer.blobs.clone();
+                    let unpack = move |packed: &mut dyn std::io::Read| {
+                        let _held_until_done = work;
+                        format::unpack(packed, &layer, &boot, &place, contents)
+                    };
+                    contents = source
+                        .stream(&blobs, total, &meter, self.progress, unpack)
+                        .await?;
+                    kill::point(Point::LayerUnpacked);
+                }
+                (
+                    contents.format(guess),
+                    contents.select(&boot, &manifest, recipe.bootc, &place)?,
+                )
+            }
+            Parts::Pieces(plan) => {
+                let (plan, held) = (Arc::new(plan), Arc::clone(&work));
+                let selected = Selected::planned(&plan, &place.dir);
+                pieces::fetch(source, plan, &place, None, held, total, self.progress).await?;
+                (guess, selected)
+            }
+        };
         // Before the image can be seen: whoever waits for it must not think that it came from nowhere.
         self.note_origin(source, digest).await?;
         let finished = Finished {
@@ -441,7 +457,8 @@ impl Pull<'_> {
             reference: self.image.clone(),
             digest: *digest,
             cmdline: boot.cmdline,
-            hints,
+            hints: recipe.hints,
+            format,
             work,
         };
         let committed = tokio::task::spawn_blocking(move || finished.commit()).await;
@@ -462,15 +479,39 @@ impl Pull<'_> {
         Ok(disk)
     }
 
-    async fn config(&self, source: &Source, manifest: &Manifest) -> Result<Config, Error> {
+    /// Reads all that is said about the image, and decides how it becomes a disk.
+    async fn recipe(&self, source: &Source, manifest: &Manifest, format: Format) -> Result<Recipe, Error> {
+        let config = self.config(source, manifest, format).await?;
+        let mut documents = Vec::new();
+        for descriptor in format::documents(format, manifest) {
+            documents.push(source.config(descriptor).await?);
+        }
+        let facts = Facts {
+            image: &self.image,
+            manifest,
+            config: &config,
+            documents: &documents,
+            platform: &self.platform,
+            limits: self.request.limits,
+        };
+        format::recipe(format, &facts)
+    }
+
+    async fn config(&self, source: &Source, manifest: &Manifest, format: Format) -> Result<Config, Error> {
         if !format::has_image_config(manifest) {
             return Ok(Config::default());
         }
         let bytes = source.config(&manifest.config).await?;
-        let config =
-            format::parse_config(&bytes, manifest.layers.len()).map_err(|reason| self.malformed(reason))?;
-        if !self.platform.matches(&config.os, &config.architecture) {
-            return Err(self.wrong_platform(platform::written(&config.os, &config.architecture)));
+        let described = format::described(format, manifest);
+        let config = format::parse_config(&bytes, described).map_err(|reason| self.malformed(reason))?;
+        // What runs in a sardinecake's machine, its config guesses from another file; that it is a machine is what counts.
+        let os = if format == Format::Sardinecake {
+            ""
+        } else {
+            &config.os
+        };
+        if !self.platform.matches(os, &config.architecture) {
+            return Err(self.wrong_platform(platform::written(os, &config.architecture)));
         }
         self.store.keep_blob(&bytes)?;
         Ok(config)
@@ -506,7 +547,8 @@ struct Finished {
     reference: String,
     digest: Digest,
     cmdline: Option<String>,
-    hints: hints::Hints,
+    hints: Hints,
+    format: Format,
     /// Held to the end: its lock covers the rename.
     work: Arc<Work>,
 }
@@ -529,6 +571,7 @@ impl Finished {
             reference: self.reference.clone(),
             digest: self.digest,
             format: inspected.format,
+            image_format: Some(self.format),
             virtual_size: inspected.virtual_size,
             files,
             cmdline: self.cmdline.clone(),

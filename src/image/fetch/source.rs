@@ -9,14 +9,14 @@
 //! The channel is short, so a slow disk slows the network, and memory stays bounded.
 
 use std::io::{self, Read};
-use std::path::Path;
+use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use bytes::Bytes;
 use tokio::sync::mpsc;
 
+use super::part::{CancelledOnDrop, Part, Piece, blocking, relay};
 use super::progress::{Event, Meter, Progress};
 use crate::image::digest::{Digest, Hasher};
 use crate::image::error::Error;
@@ -29,7 +29,10 @@ pub(in crate::image) const DOCUMENT_MAX: u64 = 4 << 20;
 
 /// Pieces on their way between network and disk. Each is what one read of the connection gave, at most some
 /// hundred KiB.
-const PIECES_IN_FLIGHT: usize = 16;
+pub(super) const PIECES_IN_FLIGHT: usize = 16;
+
+/// Connections to a registry at once.
+const CONNECTIONS: usize = 6;
 
 /// How often progress is told while bytes flow.
 const TELL_EVERY: Duration = Duration::from_millis(250);
@@ -102,11 +105,59 @@ impl Source {
         Ok(())
     }
 
-    /// Runs `work` on a thread of its own over a layer's bytes. What it returns is handed on only after all
-    /// bytes were seen to have the descriptor's size and digest.
-    pub(in crate::image) async fn layer<T, F>(
+    /// How many parts may be on their way at once.
+    pub(super) fn width(&self) -> usize {
+        match self {
+            Self::Registry(_) => CONNECTIONS,
+            Self::Layout(_) => 2,
+        }
+    }
+
+    /// A part of a blob. What comes is not verified.
+    pub(super) fn range(&self, descriptor: &Descriptor, range: Range<u64>) -> Result<Part<'_>, Error> {
+        Ok(match self {
+            Self::Registry(session) => Part::Registry(Box::new(session.range(descriptor, range))),
+            Self::Layout(layout) => Part::File {
+                file: Arc::new(layout.open(descriptor)?),
+                left: range,
+                image: layout.image(),
+            },
+        })
+    }
+
+    /// Sends a part of a blob to a thread. Ends early and well when it does not listen any more: then it knows why.
+    pub(super) async fn feed(
         &self,
         descriptor: &Descriptor,
+        range: Range<u64>,
+        sink: mpsc::Sender<Piece>,
+    ) -> Result<(), Error> {
+        self.send(descriptor, range, &sink).await?;
+        // A listener that is gone has what it wanted.
+        drop(sink.send(Piece::End).await);
+        Ok(())
+    }
+
+    /// Sends a part of a blob; false when nobody listens any more.
+    async fn send(
+        &self,
+        descriptor: &Descriptor,
+        range: Range<u64>,
+        sink: &mpsc::Sender<Piece>,
+    ) -> Result<bool, Error> {
+        let mut part = self.range(descriptor, range)?;
+        while let Some(bytes) = part.next().await? {
+            if sink.send(Piece::Bytes(bytes)).await.is_err() {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Runs `work` on a thread of its own over the bytes of blobs that follow each other, and tells how far it is.
+    pub(in crate::image) async fn stream<T, F>(
+        &self,
+        blobs: &[Descriptor],
         total: u64,
         meter: &Arc<Meter>,
         progress: &dyn Progress,
@@ -116,55 +167,41 @@ impl Source {
         T: Send + 'static,
         F: FnOnce(&mut dyn Read) -> Result<T, Error> + Send + 'static,
     {
-        let tell = || {
-            progress.event(Event::Fetching {
-                done: meter.fetched(),
-                total,
-            });
-            progress.event(Event::Unpacking {
-                written: meter.unpacked(),
-            });
-        };
-        let flow = async {
-            match self {
-                Self::Registry(session) => {
-                    let (sender, receiver) = mpsc::channel(PIECES_IN_FLIGHT);
-                    let reader = ChannelReader {
-                        receiver,
-                        piece: None,
-                        given: 0,
-                        ended: false,
-                    };
-                    let worker = self.work(descriptor, meter, reader, work);
-                    let (fed, worked) = tokio::join!(session.blob(descriptor, sender), worker);
-                    // Without its bytes the worker could only fail; why they did not come is the reason.
-                    match fed {
-                        Err(error) => Err(error),
-                        Ok(()) => worked,
-                    }
-                }
-                Self::Layout(layout) => {
-                    let file = layout.open(descriptor)?;
-                    self.work(descriptor, meter, file, work).await
+        told(progress, meter, total, self.verified(blobs, meter, work)).await
+    }
+
+    /// Runs `work` on a thread of its own over the bytes of blobs that follow each other. What it returns is handed on only after
+    /// all bytes were seen to have the descriptors' sizes and digests.
+    pub(super) async fn verified<T, F>(
+        &self,
+        blobs: &[Descriptor],
+        meter: &Arc<Meter>,
+        work: F,
+    ) -> Result<T, Error>
+    where
+        T: Send + 'static,
+        F: FnOnce(&mut dyn Read) -> Result<T, Error> + Send + 'static,
+    {
+        let (sender, reader) = relay(PIECES_IN_FLIGHT);
+        let worker = self.work(blobs, meter, reader, work);
+        // The sender goes with this future: without an end, the thread sees that it was cut.
+        let feed = async move {
+            for descriptor in blobs {
+                if !self.send(descriptor, 0..descriptor.size, &sender).await? {
+                    break;
                 }
             }
+            drop(sender.send(Piece::End).await);
+            Ok(())
         };
-        tokio::pin!(flow);
-        let mut tick = tokio::time::interval(TELL_EVERY);
-        loop {
-            tokio::select! {
-                result = &mut flow => {
-                    tell();
-                    return result;
-                }
-                _ = tick.tick() => tell(),
-            }
-        }
+        let (fed, worked) = tokio::join!(feed, worker);
+        // Without its bytes the worker could only fail; why they did not come is the reason.
+        fed.and(worked)
     }
 
     async fn work<T, F>(
         &self,
-        descriptor: &Descriptor,
+        blobs: &[Descriptor],
         meter: &Arc<Meter>,
         reader: impl Read + Send + 'static,
         work: F,
@@ -174,44 +211,28 @@ impl Source {
         F: FnOnce(&mut dyn Read) -> Result<T, Error> + Send + 'static,
     {
         let image = self.image().to_owned();
-        let descriptor = descriptor.clone();
+        let blobs = blobs.to_vec();
         let meter = Arc::clone(meter);
         let cancelled = CancelledOnDrop::default();
         let flag = Arc::clone(&cancelled.0);
-        let joined = tokio::task::spawn_blocking(move || {
-            let mut verified = Verified {
-                inner: reader,
-                meter: &meter,
-                cancelled: &flag,
-                hasher: Hasher::default(),
-                count: 0,
-                size: descriptor.size,
-            };
+        blocking(move || {
+            let mut verified = Verified::new(reader, blobs, &meter, &flag, &image);
             let result = work(&mut verified);
             match result {
                 // Bytes that make no sense may simply have been damaged on their way: that is for the digest
                 // to say, and it is another person's fault.
                 Err(error @ Error::Malformed { .. }) => {
-                    verified.finish(&descriptor, &image)?;
+                    verified.finish()?;
                     Err(error)
                 }
                 Err(error) => Err(error),
-                Ok(value) => verified.finish(&descriptor, &image).map(|()| value),
+                Ok(value) => verified.finish().map(|()| value),
             }
-        });
-        match joined.await {
-            Ok(result) => result,
-            Err(panic) => match panic.try_into_panic() {
-                Ok(panic) => std::panic::resume_unwind(panic),
-                Err(_) => Err(Error::Storage {
-                    path: Path::new("the unpacking thread").to_owned(),
-                    source: io::ErrorKind::Interrupted.into(),
-                }),
-            },
-        }
+        })
+        .await
     }
 
-    fn image(&self) -> &str {
+    pub(super) fn image(&self) -> &str {
         match self {
             Self::Registry(session) => session.image(),
             Self::Layout(layout) => layout.image(),
@@ -219,118 +240,127 @@ impl Source {
     }
 }
 
-/// Tells a thread that nobody waits for it any more: dropping a future does not end the thread it waited for.
-#[derive(Default)]
-struct CancelledOnDrop(Arc<AtomicBool>);
-
-impl Drop for CancelledOnDrop {
-    fn drop(&mut self) {
-        self.0.store(true, Ordering::Relaxed);
+/// Tells how far a transfer is for as long as it lasts.
+pub(super) async fn told<T>(
+    progress: &dyn Progress,
+    meter: &Meter,
+    total: u64,
+    transfer: impl Future<Output = T>,
+) -> T {
+    let tell = || {
+        let done = meter.done();
+        progress.event(Event::Fetching { done, total });
+        let written = meter.unpacked();
+        progress.event(Event::Unpacking { written });
+    };
+    tokio::pin!(transfer);
+    let mut tick = tokio::time::interval(TELL_EVERY);
+    loop {
+        tokio::select! {
+            result = &mut transfer => {
+                tell();
+                return result;
+            }
+            _ = tick.tick() => tell(),
+        }
     }
 }
 
-/// Counts and hashes packed bytes.
+/// Counts and hashes packed bytes, blob by blob.
 struct Verified<'a, R> {
     inner: R,
+    blobs: std::vec::IntoIter<Descriptor>,
+    /// The blob that is being read; none after the last.
+    blob: Option<Descriptor>,
+    hasher: Hasher,
+    /// Bytes of it that were read.
+    count: u64,
     meter: &'a Meter,
     cancelled: &'a AtomicBool,
-    hasher: Hasher,
-    count: u64,
-    size: u64,
+    image: &'a str,
 }
 
 impl<R: Read> Read for Verified<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        if self.cancelled.load(Ordering::Relaxed) {
-            return Err(io::Error::new(
-                io::ErrorKind::ConnectionAborted,
-                "the transfer was cancelled",
-            ));
-        }
-        let count = self.inner.read(buffer)?;
+        CancelledOnDrop::check(self.cancelled)?;
+        self.pass().map_err(io::Error::other)?;
+        let left = match &self.blob {
+            Some(blob) => blob.size - self.count,
+            None if self.inner.read(&mut [0])? > 0 => {
+                return Err(io::Error::other(
+                    self.corrupt("there are more bytes than announced".to_owned()),
+                ));
+            }
+            None => return Ok(0),
+        };
+        let most = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
+        let count = self.inner.read(&mut buffer[..most])?;
         self.hasher.update(&buffer[..count]);
         self.count += count as u64;
         self.meter.add_fetched(count);
-        if self.count > self.size {
-            return Err(io::Error::other("there are more bytes than announced"));
+        if let Some(blob) = self.blob.as_ref().filter(|_| count == 0 && most > 0) {
+            let reason = format!(
+                "the layer {} has {} bytes instead of {}",
+                blob.digest, self.count, blob.size
+            );
+            return Err(io::Error::other(self.corrupt(reason)));
         }
         Ok(count)
     }
 }
 
-impl<R: Read> Verified<'_, R> {
-    /// Reads what is left and compares.
-    fn finish(mut self, descriptor: &Descriptor, image: &str) -> Result<(), Error> {
-        let corrupt = |reason| Error::Corrupt {
-            image: image.to_owned(),
-            reason,
-        };
-        // Never more than a byte beyond what was announced.
-        if let Err(error) = io::copy(&mut self, &mut io::sink()) {
-            return Err(corrupt(format!(
-                "the layer {} cannot be read to its end ({error})",
-                descriptor.digest
-            )));
+impl<'a, R: Read> Verified<'a, R> {
+    fn new(
+        inner: R,
+        blobs: Vec<Descriptor>,
+        meter: &'a Meter,
+        cancelled: &'a AtomicBool,
+        image: &'a str,
+    ) -> Self {
+        let mut blobs = blobs.into_iter();
+        Self {
+            inner,
+            blob: blobs.next(),
+            blobs,
+            hasher: Hasher::default(),
+            count: 0,
+            meter,
+            cancelled,
+            image,
         }
-        if self.count != self.size {
-            let reason = format!(
-                "the layer {} has {} bytes instead of {}",
-                descriptor.digest, self.count, self.size
-            );
-            return Err(corrupt(reason));
-        }
-        let found = self.hasher.finish();
-        if found != descriptor.digest {
-            return Err(corrupt(format!(
-                "the layer {} has the digest {found}",
-                descriptor.digest
-            )));
+    }
+
+    /// Goes on to the blob that is to be read next, and checks those that it passes.
+    fn pass(&mut self) -> Result<(), Error> {
+        while let Some(blob) = self.blob.as_ref().filter(|blob| blob.size == self.count) {
+            let found = std::mem::take(&mut self.hasher).finish();
+            if found != blob.digest {
+                let reason = format!("the layer {} has the digest {found}", blob.digest);
+                return Err(self.corrupt(reason));
+            }
+            (self.blob, self.count) = (self.blobs.next(), 0);
         }
         Ok(())
     }
-}
 
-/// One message on the way from the network to the unpacking thread.
-pub(in crate::image) enum Piece {
-    Bytes(Bytes),
-    /// All bytes have been sent. A channel that closes without it was cut, and must not look like an end.
-    End,
-}
+    /// Reads what is left and compares.
+    fn finish(mut self) -> Result<(), Error> {
+        let Err(error) = io::copy(&mut self, &mut io::sink()) else {
+            return Ok(());
+        };
+        Err(error.downcast::<Error>().unwrap_or_else(|error| {
+            let which = self
+                .blob
+                .as_ref()
+                .map_or_else(String::new, |blob| format!(" {}", blob.digest));
+            self.corrupt(format!("the layer{which} cannot be read to its end ({error})"))
+        }))
+    }
 
-/// Reads what a task sends.
-struct ChannelReader {
-    receiver: mpsc::Receiver<Piece>,
-    piece: Option<Bytes>,
-    given: usize,
-    ended: bool,
-}
-
-impl Read for ChannelReader {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            if let Some(piece) = &self.piece {
-                let left = &piece[self.given..];
-                if !left.is_empty() {
-                    let count = left.len().min(buffer.len());
-                    buffer[..count].copy_from_slice(&left[..count]);
-                    self.given += count;
-                    return Ok(count);
-                }
-                self.piece = None;
-            }
-            if self.ended {
-                return Ok(0);
-            }
-            match self.receiver.blocking_recv() {
-                Some(Piece::Bytes(bytes)) => (self.piece, self.given) = (Some(bytes), 0),
-                Some(Piece::End) => self.ended = true,
-                None => {
-                    return Err(io::Error::new(
-                        io::ErrorKind::ConnectionAborted,
-                        "the transfer was cut",
-                    ));
-                }
-            }
+    fn corrupt(&self, reason: String) -> Error {
+        Error::Corrupt {
+            image: self.image.to_owned(),
+            reason,
         }
     }
 }
@@ -339,69 +369,52 @@ impl Read for ChannelReader {
 mod tests {
     use super::*;
 
-    fn reader(pieces: Vec<Piece>) -> ChannelReader {
-        let (sender, receiver) = mpsc::channel(pieces.len().max(1));
-        for piece in pieces {
-            sender.try_send(piece).ok().unwrap();
-        }
-        ChannelReader {
-            receiver,
-            piece: None,
-            given: 0,
-            ended: false,
+    fn blob(size: u64, digest: Digest) -> Descriptor {
+        Descriptor {
+            media_type: String::new(),
+            digest,
+            size,
+            annotations: std::collections::BTreeMap::new(),
         }
     }
 
-    #[test]
-    fn pieces_become_one_stream() {
-        let mut out = Vec::new();
-        let pieces = vec![
-            Piece::Bytes(Bytes::from_static(b"one")),
-            Piece::Bytes(Bytes::new()),
-            Piece::Bytes(Bytes::from_static(b"two")),
-            Piece::End,
-        ];
-        reader(pieces).read_to_end(&mut out).unwrap();
-        assert_eq!(out, b"onetwo");
-    }
-
-    #[test]
-    fn a_cut_is_not_an_end() {
-        let mut out = Vec::new();
-        let error = reader(vec![Piece::Bytes(Bytes::from_static(b"one"))])
-            .read_to_end(&mut out)
-            .unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::ConnectionAborted);
+    /// Reads bytes that are announced as these blobs.
+    fn verify(bytes: &[u8], blobs: &[(u64, Digest)]) -> Result<String, Error> {
+        let blobs = blobs.iter().map(|&(size, digest)| blob(size, digest)).collect();
+        let (meter, cancelled) = (Meter::default(), AtomicBool::new(false));
+        let mut verified = Verified::new(bytes, blobs, &meter, &cancelled, "vm");
+        let mut out = String::new();
+        drop(verified.read_to_string(&mut out));
+        verified.finish().map(|()| out)
     }
 
     #[test]
     fn size_and_digest_are_both_checked() {
-        let (meter, cancelled) = (Meter::default(), AtomicBool::new(false));
-        let finish = |bytes: &'static [u8], size: u64, digest: Digest| {
-            let descriptor = Descriptor {
-                media_type: String::new(),
-                digest,
-                size,
-                annotations: std::collections::BTreeMap::new(),
-            };
-            let hasher = Hasher::default();
-            Verified {
-                inner: bytes,
-                meter: &meter,
-                cancelled: &cancelled,
-                hasher,
-                count: 0,
-                size,
-            }
-            .finish(&descriptor, "vm")
-        };
         let digest = Digest::of(b"bytes");
-        assert!(finish(b"bytes", 5, digest).is_ok());
+        assert_eq!(verify(b"bytes", &[(5, digest)]).unwrap(), "bytes");
         for (bytes, size) in [(&b"bytes"[..], 4), (b"bytes", 6), (b"bytez", 5), (b"", 5)] {
             assert!(
-                matches!(finish(bytes, size, digest), Err(Error::Corrupt { .. })),
+                matches!(verify(bytes, &[(size, digest)]), Err(Error::Corrupt { .. })),
                 "{bytes:?} {size}"
             );
+        }
+    }
+
+    #[test]
+    fn each_blob_of_a_stream_is_checked_by_itself() {
+        let (one, none, two) = (Digest::of(b"one"), Digest::of(b""), Digest::of(b"three"));
+        assert_eq!(
+            verify(b"onethree", &[(3, one), (0, none), (5, two)]).unwrap(),
+            "onethree"
+        );
+        for (bytes, blobs) in [
+            (&b"onethree"[..], [(4, one), (4, two)]),
+            (b"onethre", [(3, one), (5, two)]),
+            (b"onethreee", [(3, one), (5, two)]),
+            (b"onethree", [(3, two), (5, one)]),
+        ] {
+            let error = verify(bytes, &blobs).unwrap_err();
+            assert!(matches!(error, Error::Corrupt { .. }), "{error}");
         }
     }
 }

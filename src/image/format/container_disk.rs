@@ -5,12 +5,9 @@
 use std::io::Read;
 
 use super::archive::{Archive, Entry, Kind};
-use super::{BootFiles, Contents, Error, Workplace, plain, quoted};
+use super::{BOOT_FILE_MAX, BootFiles, Contents, Error, Workplace, plain, quoted};
 use crate::image::decompress::{Peeked, unreadable};
 use crate::image::inspect::{self, Hostility};
-
-/// Largest kernel or initrd, in bytes.
-const BOOT_FILE_MAX: u64 = 512 << 20;
 
 /// Marks of a layer that takes away what the layers below it have (OCI image specification, `layer.md`).
 const WHITEOUT: &str = ".wh.";

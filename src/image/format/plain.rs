@@ -1,11 +1,44 @@
-//! An image that is one blob: the disk itself, plain or packed.
+//! An image that is the disk itself, plain or packed: one blob, or several that `split` made of one.
 
 use std::io::Read;
 
-use super::{Contents, Error, PLAIN_DISK, Workplace};
+use super::recognise::chunk;
+use super::{Contents, Error, Facts, Kind, Layer, PLAIN_DISK, Parts, Workplace};
 use crate::image::decompress::{Peeked, unreadable};
 use crate::image::inspect;
 use crate::image::sparse::SparseFile;
+
+/// The layers of an image that is either a disk or archives.
+pub(super) fn streams(facts: &Facts<'_>) -> Result<Parts, Error> {
+    let layers = &facts.manifest.layers;
+    let diff_id = |number: usize| facts.config.diff_ids.get(number).copied();
+    if layers.len() > 1 && layers.iter().all(|layer| chunk(layer).is_some()) {
+        let mut blobs = layers.clone();
+        blobs.sort_by(|one, other| chunk(one).cmp(&chunk(other)));
+        if blobs.windows(2).any(|pair| chunk(&pair[0]) == chunk(&pair[1])) {
+            return Err(facts.malformed("two of its chunks have the same title"));
+        }
+        let kind = Kind::Disk;
+        return Ok(Parts::Streams(vec![Layer {
+            number: 0,
+            kind,
+            blobs,
+            diff_id: None,
+        }]));
+    }
+    let kind = if layers.len() == 1 {
+        Kind::ArchiveOrDisk
+    } else {
+        Kind::Archive
+    };
+    let layers = layers.iter().enumerate().map(|(number, descriptor)| Layer {
+        number,
+        kind,
+        blobs: vec![descriptor.clone()],
+        diff_id: diff_id(number),
+    });
+    Ok(Parts::Streams(layers.collect()))
+}
 
 /// Writes the disk. `length` is its number of bytes, where it is known before.
 pub(super) fn take(

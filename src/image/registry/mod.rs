@@ -20,7 +20,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use reqwest::header::ACCEPT;
 use reqwest::{Method, StatusCode};
-use tokio::sync::mpsc;
 
 pub(super) mod challenge;
 pub(super) mod credentials;
@@ -41,7 +40,7 @@ pub(super) use push::Upload;
 pub use trust::{Private, Registries, RegistryOptions};
 
 use self::endpoint::{Answer, Ask, Endpoint};
-use self::range::Ranged;
+pub(super) use self::range::Ranged;
 use self::weather::Failure;
 use super::digest::Digest;
 use super::error::Error;
@@ -49,7 +48,7 @@ use super::manifest::{
     Descriptor, IMAGE_MANIFEST_LIST_MEDIA_TYPE, IMAGE_MANIFEST_MEDIA_TYPE, OCI_IMAGE_INDEX_MEDIA_TYPE,
     OCI_IMAGE_MEDIA_TYPE,
 };
-use super::source::{DOCUMENT_MAX, Piece};
+use super::source::DOCUMENT_MAX;
 use credentials::Credentials;
 
 /// All kinds of manifests that can be read.
@@ -228,21 +227,6 @@ impl Session {
     /// A part of a blob. Many parts may be on their way at once; what comes is not verified.
     pub(super) fn range(&self, descriptor: &Descriptor, range: Range<u64>) -> Ranged<'_> {
         Ranged::new(self, descriptor, range)
-    }
-
-    /// Sends a layer's bytes to `sink`, from the first to the last, however often the connection is cut.
-    ///
-    /// Ends early and well when nobody listens any more: then the listener knows why.
-    pub(super) async fn blob(&self, descriptor: &Descriptor, sink: mpsc::Sender<Piece>) -> Result<(), Error> {
-        let mut range = self.range(descriptor, 0..descriptor.size);
-        while let Some(bytes) = range.next().await? {
-            if sink.send(Piece::Bytes(bytes)).await.is_err() {
-                return Ok(());
-            }
-        }
-        // A listener that is gone has what it wanted.
-        drop(sink.send(Piece::End).await);
-        Ok(())
     }
 }
 

@@ -29,6 +29,7 @@ use serde::{Deserialize, Serialize};
 use super::digest::Digest;
 use super::error::Error;
 use super::fetch::partial;
+use super::format::Format;
 use super::hints::Hints;
 use super::inspect::DiskFormat;
 use crate::kill::{self, Point};
@@ -75,6 +76,8 @@ pub struct Disk {
     pub path: PathBuf,
     /// How its bytes are to be read.
     pub format: DiskFormat,
+    /// What it came as; absent in the records of older versions.
+    pub image_format: Option<Format>,
     /// What a guest sees, in bytes.
     pub virtual_size: u64,
     /// Files for direct kernel boot, where the image brings them.
@@ -107,6 +110,8 @@ pub(super) struct Record {
     pub(super) reference: String,
     pub(super) digest: Digest,
     pub(super) format: DiskFormat,
+    #[serde(default)]
+    pub(super) image_format: Option<Format>,
     pub(super) virtual_size: u64,
     /// Every file with its length in bytes, so that a cut one is noticed without reading it.
     pub(super) files: Vec<RecordedFile>,
@@ -180,6 +185,7 @@ impl Store {
             reference: record.reference,
             digest: *digest,
             format: record.format,
+            image_format: record.image_format,
             virtual_size: record.virtual_size,
             hints: record.hints,
             fetched_bytes: 0,

@@ -200,7 +200,7 @@ mod tests {
         let hints = Hints {
             memory: Some(512 << 20),
             firmware: Some(Firmware::Uefi),
-            user: None,
+            ..Hints::default()
         };
         let xml = domain(&hints, "x86_64");
         assert!(xml.contains("<memory unit='MiB'>512</memory>"), "{xml}");

@@ -1,0 +1,613 @@
+//! Carries out a plan: fetches pieces over several connections, unpacks and verifies them on all processors, and puts each
+//! where it belongs.
+//!
+//! ```text
+//! plan ─ what is done ─ what the host has ─▶ units ─┬─ range ─▶ batches ─▶ unpack, hash ─▶ file ─▶ done
+//!                                                   ├─ range ─▶ one large piece, while it arrives
+//!                                                   └─ whole blob, verified by its own digest
+//! ```
+//!
+//! Only verified bytes are written, but for large pieces and whole blobs: their places are cleared before another try.
+
+use std::any::Any;
+use std::cell::RefCell;
+use std::fmt;
+use std::fs::File;
+use std::io::{self, Read};
+use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+use std::time::Duration;
+
+use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
+use tokio::sync::Semaphore;
+
+use super::batch::{self, Batch, Unit};
+use super::codec::{self, Unpacker};
+use super::done::Done;
+use super::part::{CancelledOnDrop, blocking, relay};
+use super::placed::PlacedFile;
+use super::progress::{Event, Meter, Progress};
+use super::room::Room;
+use super::source::{PIECES_IN_FLIGHT, Source, told};
+use crate::image::digest::{Digest, Hasher};
+use crate::image::error::Error;
+use crate::image::format::Workplace;
+use crate::image::plan::{Piece, Pieces};
+
+/// Packed bytes in memory at once, in KiB. Each batch unpacks into at most as much again.
+const IN_FLIGHT_KIB: usize = 48 << 10;
+
+/// Bytes that are written to a file at once.
+const RUN: usize = 4 << 20;
+
+/// Unpacked bytes after which it is written down what is done, and the time after which it is, too: what a kill costs.
+const NOTE_BYTES: u64 = 64 << 20;
+const NOTE_EVERY: Duration = Duration::from_secs(1);
+
+/// How often a piece is fetched that arrives damaged. A second time, for what a proxy or a cable did; not a third, for what
+/// lies damaged at the registry.
+const TRIES: u32 = 2;
+
+/// Pieces that one thread looks for on this host at once.
+const LOOKUPS: usize = 256;
+
+/// Finds bytes that the host has already.
+pub(in crate::image) trait Known: Send + Sync {
+    /// A file and a place in it that should hold `length` bytes with this digest. They are verified before they are used.
+    fn find(&self, digest: &Digest, length: u64) -> Option<(PathBuf, u64)>;
+}
+
+/// Fetches what a plan names into the files of a work place, and goes on where an earlier call for the same plan in the same
+/// folder was cut off. When it returns well, all bytes are verified and on the disk.
+///
+/// `held` lives until no thread works here any more. `total` is the image's packed size in bytes, for progress.
+pub(in crate::image) async fn fetch(
+    source: &Source,
+    plan: Arc<Pieces>,
+    place: &Workplace,
+    known: Option<Arc<dyn Known>>,
+    held: Arc<dyn Any + Send + Sync>,
+    total: u64,
+    progress: &dyn Progress,
+) -> Result<(), Error> {
+    let site = Arc::new(Site::open(plan, place, held)?);
+    let kept = site.packed_bytes(|blob, piece| site.done.has(blob, piece));
+    if kept > 0 {
+        place.meter.add_here(kept);
+        progress.event(Event::Resumed { kept });
+    }
+    if let Some(known) = known {
+        site.reuse(known).await?;
+        let reused = site.packed_bytes(|blob, piece| site.done.has(blob, piece)) - kept;
+        if reused > 0 {
+            place.meter.add_here(reused);
+            progress.event(Event::Reused { bytes: reused });
+        }
+    }
+    let cancelled = CancelledOnDrop::default();
+    let crew = Crew {
+        source,
+        site: Arc::clone(&site),
+        cancelled: Arc::clone(&cancelled.0),
+        memory: Arc::new(Semaphore::new(IN_FLIGHT_KIB)),
+        processors: Arc::new(Semaphore::new(processors())),
+    };
+    let fetched = told(progress, &place.meter, total, crew.all_noted()).await;
+    // What came before an error is kept as well.
+    let noted = blocking(move || site.note()).await;
+    fetched.and(noted)
+}
+
+fn processors() -> usize {
+    std::thread::available_parallelism().map_or(2, |count| count.get().clamp(2, 8))
+}
+
+/// What all threads share.
+struct Site {
+    plan: Arc<Pieces>,
+    files: Vec<PlacedFile>,
+    done: Done,
+    image: String,
+    meter: Arc<Meter>,
+    _held: Arc<dyn Any + Send + Sync>,
+}
+
+/// Those who bring and unpack.
+struct Crew<'a> {
+    source: &'a Source,
+    site: Arc<Site>,
+    cancelled: Arc<AtomicBool>,
+    memory: Arc<Semaphore>,
+    processors: Arc<Semaphore>,
+}
+
+impl Crew<'_> {
+    /// Does everything that is missing, and writes down again and again what is done.
+    async fn all_noted(&self) -> Result<(), Error> {
+        let work = self.all();
+        tokio::pin!(work);
+        let mut tick = tokio::time::interval(NOTE_EVERY / 4);
+        let mut quarters = 0;
+        loop {
+            tokio::select! {
+                result = &mut work => return result,
+                _ = tick.tick() => quarters += 1,
+            }
+            let unwritten = self.site.done.unwritten();
+            if unwritten >= NOTE_BYTES || (quarters >= 4 && unwritten > 0) {
+                quarters = 0;
+                let site = Arc::clone(&self.site);
+                let note = blocking(move || site.note());
+                tokio::pin!(note);
+                tokio::select! {
+                    result = &mut work => return note.await.and(result),
+                    result = &mut note => result?,
+                }
+            }
+        }
+    }
+
+    async fn all(&self) -> Result<(), Error> {
+        let site = &self.site;
+        let units: Vec<Unit> = site
+            .plan
+            .blobs
+            .iter()
+            .enumerate()
+            .flat_map(|(number, blob)| batch::units(number, blob, |piece| !site.done.has(number, piece)))
+            .collect();
+        stream::iter(units)
+            .map(|unit| self.patiently(unit))
+            .buffer_unordered(self.source.width())
+            .try_collect()
+            .await
+    }
+
+    /// Does one unit; once more what arrived damaged.
+    async fn patiently(&self, mut unit: Unit) -> Result<(), Error> {
+        for _ in 1..TRIES {
+            match self.once(&unit).await {
+                Err(error @ Error::Corrupt { .. }) => {
+                    tracing::debug!(%error, "fetching it again");
+                }
+                result => return result,
+            }
+            if let Unit::Batches { blob, batches } = &mut unit {
+                let done = |piece: &usize| self.site.done.has(*blob, *piece);
+                batches.retain(|batch| !batch.pieces.iter().all(done));
+            }
+        }
+        self.once(&unit).await
+    }
+
+    async fn once(&self, unit: &Unit) -> Result<(), Error> {
+        match unit {
+            Unit::Batches { blob, batches } => self.batches(*blob, batches).await,
+            Unit::Streamed { blob, piece } => self.streamed(*blob, *piece).await,
+            Unit::Whole { blob } => self.whole(*blob).await,
+        }
+    }
+
+    async fn batches(&self, blob: usize, batches: &[Batch]) -> Result<(), Error> {
+        let (Some(first), Some(last)) = (batches.first(), batches.last()) else {
+            return Ok(());
+        };
+        let descriptor = &self.site.plan.blobs[blob].descriptor;
+        let mut part = self.source.range(descriptor, first.range.start..last.range.end)?;
+        let mut at = first.range.start;
+        let mut rest = bytes::Bytes::new();
+        let mut unpacking = Vec::new();
+        for batch in batches {
+            let length = usize::try_from(batch.range.end - batch.range.start).unwrap_or(usize::MAX);
+            let kib = u32::try_from(length.div_ceil(1024).min(IN_FLIGHT_KIB)).unwrap_or(u32::MAX);
+            let memory = Arc::clone(&self.memory).acquire_many_owned(kib).await;
+            let mut packed = Vec::with_capacity(length);
+            while packed.len() < length {
+                if rest.is_empty() {
+                    let Some(next) = part.next().await? else { break };
+                    self.site.meter.add_fetched(next.len());
+                    rest = next;
+                }
+                let gap = usize::try_from(batch.range.start.saturating_sub(at)).unwrap_or(usize::MAX);
+                let skipped = rest.split_to(gap.min(rest.len()));
+                let taken = rest.split_to((length - packed.len()).min(rest.len()));
+                packed.extend_from_slice(&taken);
+                at += (skipped.len() + taken.len()) as u64;
+            }
+            let processor = Arc::clone(&self.processors).acquire_owned().await;
+            let (site, pieces, begin) = (Arc::clone(&self.site), batch.pieces.clone(), batch.range.start);
+            unpacking.push(tokio::spawn(blocking(move || {
+                let _held_until_done = (memory, processor);
+                site.unpack_batch(blob, &pieces, begin, &packed)
+            })));
+        }
+        let mut result = Ok(());
+        for batch in unpacking {
+            let unpacked = match batch.await {
+                Ok(unpacked) => unpacked,
+                Err(failed) => match failed.try_into_panic() {
+                    Ok(panic) => std::panic::resume_unwind(panic),
+                    Err(_) => std::future::pending().await,
+                },
+            };
+            // All are waited for; the worst counts: damage can be mended, a full disk cannot.
+            if matches!(result, Ok(()) | Err(Error::Corrupt { .. })) && unpacked.is_err() {
+                result = unpacked;
+            }
+        }
+        result
+    }
+
+    async fn streamed(&self, blob: usize, index: usize) -> Result<(), Error> {
+        let planned = &self.site.plan.blobs[blob];
+        let piece = planned.pieces[index].clone();
+        let (sender, reader) = relay(PIECES_IN_FLIGHT);
+        let (site, cancelled) = (Arc::clone(&self.site), Arc::clone(&self.cancelled));
+        let range = piece.packed.clone();
+        let unpacking = blocking(move || {
+            let mut packed = Metered {
+                inner: reader,
+                meter: &site.meter,
+                cancelled: &cancelled,
+            };
+            let unpacked = site.unpack_piece(&piece, &mut packed);
+            if unpacked.is_ok() {
+                site.done.add(blob, &[index], piece.length);
+            }
+            unpacked.map_err(|failed| site.corrupt(&site.plan.blobs[blob].descriptor.digest, &piece, failed))
+        });
+        let feeding = self.source.feed(&planned.descriptor, range, sender);
+        let (fed, unpacked) = tokio::join!(feeding, unpacking);
+        fed.and(unpacked)
+    }
+
+    async fn whole(&self, blob: usize) -> Result<(), Error> {
+        let site = Arc::clone(&self.site);
+        let descriptor = &self.site.plan.blobs[blob].descriptor;
+        let work = move |packed: &mut dyn Read| {
+            let pieces = &site.plan.blobs[blob].pieces;
+            let mut at = 0;
+            for piece in pieces {
+                let unreadable = |error: io::Error| Error::Malformed {
+                    image: site.image.clone(),
+                    reason: format!("a layer ends before its content does ({error})"),
+                };
+                let gap = piece.packed.start - at;
+                io::copy(&mut packed.take(gap), &mut io::sink()).map_err(unreadable)?;
+                let mut own = packed.take(piece.packed.end - piece.packed.start);
+                site.unpack_piece(piece, &mut own)
+                    .map_err(|failed| site.malformed(piece, failed))?;
+                io::copy(&mut own, &mut io::sink()).map_err(unreadable)?;
+                at = piece.packed.end;
+            }
+            Ok(site)
+        };
+        let site = self
+            .source
+            .verified(std::slice::from_ref(descriptor), &self.site.meter, work)
+            .await?;
+        let pieces: Vec<usize> = (0..site.plan.blobs[blob].pieces.len()).collect();
+        let bytes = site.plan.blobs[blob]
+            .pieces
+            .iter()
+            .map(|piece| piece.length)
+            .sum();
+        site.done.add(blob, &pieces, bytes);
+        Ok(())
+    }
+}
+
+/// Counts packed bytes.
+struct Metered<'a, R> {
+    inner: R,
+    meter: &'a Meter,
+    cancelled: &'a AtomicBool,
+}
+
+impl<R: Read> Read for Metered<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        CancelledOnDrop::check(self.cancelled)?;
+        let count = self.inner.read(buffer)?;
+        self.meter.add_fetched(count);
+        Ok(count)
+    }
+}
+
+/// Why a piece did not become what it should.
+enum Failed {
+    /// Its bytes; why they are no good.
+    Bytes(String),
+    Ours(Error),
+}
+
+impl From<Error> for Failed {
+    fn from(error: Error) -> Self {
+        Self::Ours(error)
+    }
+}
+
+impl From<io::Error> for Failed {
+    fn from(error: io::Error) -> Self {
+        Self::Bytes(format!("cannot be unpacked ({error})"))
+    }
+}
+
+/// What one thread needs again and again.
+struct Bench {
+    unpacker: Unpacker,
+    /// Unpacked bytes that belong behind each other in one file.
+    run: Vec<u8>,
+}
+
+thread_local! {
+    static BENCH: RefCell<Option<Bench>> = const { RefCell::new(None) };
+}
+
+impl Site {
+    fn open(plan: Arc<Pieces>, place: &Workplace, held: Arc<dyn Any + Send + Sync>) -> Result<Self, Error> {
+        let image = place.image.clone();
+        if let Err(reason) = plan.check() {
+            return Err(Error::Malformed { image, reason });
+        }
+        let mut files = Vec::with_capacity(plan.files.len());
+        for file in &plan.files {
+            if file.length > place.limits.max_disk {
+                return Err(Error::TooLarge {
+                    image,
+                    what: "disk",
+                    size: file.length,
+                    limit: place.limits.max_disk,
+                });
+            }
+            let room = Room::new(&place.image, &place.dir, place.limits.keep_free);
+            let path = place.dir.join(file.name);
+            files.push(PlacedFile::open(
+                &path,
+                file.length,
+                room,
+                Arc::clone(&place.meter),
+            )?);
+        }
+        Ok(Self {
+            done: Done::open(&place.dir, &plan)?,
+            files,
+            image,
+            meter: Arc::clone(&place.meter),
+            plan,
+            _held: held,
+        })
+    }
+
+    /// Packed bytes of the pieces for which something holds.
+    fn packed_bytes(&self, holds: impl Fn(usize, usize) -> bool) -> u64 {
+        let blobs = self.plan.blobs.iter().enumerate();
+        let pieces = blobs.flat_map(|(number, blob)| {
+            let pieces = blob.pieces.iter().enumerate();
+            pieces.map(move |(index, piece)| (number, index, piece))
+        });
+        pieces
+            .filter(|&(blob, index, _)| holds(blob, index))
+            .map(|(_, _, piece)| piece.packed.end - piece.packed.start)
+            .sum()
+    }
+
+    /// Brings everything to the disk, and writes down what is done.
+    fn note(&self) -> Result<(), Error> {
+        self.done
+            .write(|| self.files.iter().try_for_each(PlacedFile::sync))
+    }
+
+    /// Takes from this host's other images what they have.
+    async fn reuse(self: &Arc<Self>, known: Arc<dyn Known>) -> Result<(), Error> {
+        let mut missing = Vec::new();
+        for (number, blob) in self.plan.blobs.iter().enumerate() {
+            // A blob that is verified as a whole is fetched as a whole.
+            if blob.pieces.iter().all(|piece| piece.digest.is_some()) {
+                let pieces = 0..blob.pieces.len();
+                missing.extend(
+                    pieces
+                        .filter(|&piece| !self.done.has(number, piece))
+                        .map(|piece| (number, piece)),
+                );
+            }
+        }
+        let lookups: Vec<Vec<(usize, usize)>> = missing.chunks(LOOKUPS).map(<[_]>::to_vec).collect();
+        stream::iter(lookups)
+            .map(|pieces| {
+                let (site, known) = (Arc::clone(self), Arc::clone(&known));
+                blocking(move || site.copy(&pieces, &*known))
+            })
+            .buffer_unordered(processors())
+            .try_collect()
+            .await
+    }
+
+    /// Copies pieces that are known; one that is not what it should be is fetched like any other.
+    fn copy(&self, pieces: &[(usize, usize)], known: &dyn Known) -> Result<(), Error> {
+        let mut open: Option<(PathBuf, File)> = None;
+        let mut bytes = Vec::new();
+        for &(blob, index) in pieces {
+            let piece = &self.plan.blobs[blob].pieces[index];
+            let Some(digest) = piece.digest.filter(|_| !batch::is_large(piece)) else {
+                continue;
+            };
+            let Some((path, at)) = known.find(&digest, piece.length) else {
+                continue;
+            };
+            if open.as_ref().is_none_or(|(other, _)| *other != path) {
+                open = File::open(&path).ok().map(|file| (path, file));
+            }
+            let Some((_, file)) = &open else { continue };
+            bytes.resize(usize::try_from(piece.length).unwrap_or_default(), 0);
+            if file.read_exact_at(&mut bytes, at).is_ok() && Digest::of(&bytes) == digest {
+                self.files[piece.file].write(&bytes, piece.at)?;
+                self.done.add(blob, &[index], piece.length);
+            }
+        }
+        Ok(())
+    }
+
+    /// Unpacks, verifies and writes pieces whose packed bytes begin at `begin` of their blob.
+    fn unpack_batch(&self, blob: usize, pieces: &[usize], begin: u64, packed: &[u8]) -> Result<(), Error> {
+        BENCH.with_borrow_mut(|bench| {
+            let bench = match bench {
+                Some(bench) => bench,
+                none => none.insert(Bench {
+                    unpacker: Unpacker::new().map_err(|error| Error::Storage {
+                        path: PathBuf::from("the zstd decoder"),
+                        source: error,
+                    })?,
+                    run: Vec::new(),
+                }),
+            };
+            self.unpack_runs(bench, blob, pieces, begin, packed)
+        })
+    }
+
+    fn unpack_runs(
+        &self,
+        bench: &mut Bench,
+        blob: usize,
+        pieces: &[usize],
+        begin: u64,
+        packed: &[u8],
+    ) -> Result<(), Error> {
+        let planned = &self.plan.blobs[blob];
+        let mut run: &[usize] = &[];
+        let mut filled = 0;
+        let mut damage = None;
+        for (number, &index) in pieces.iter().enumerate() {
+            let piece = &planned.pieces[index];
+            let length = usize::try_from(piece.length).unwrap_or(usize::MAX);
+            let follows = run.last().is_some_and(|&last| {
+                let last = &planned.pieces[last];
+                (last.file, last.at + last.length) == (piece.file, piece.at)
+            });
+            if !follows || filled + length > RUN {
+                self.flush(blob, run, &bench.run[..filled])?;
+                (run, filled) = (&[], 0);
+            }
+            if bench.run.len() < filled + length {
+                bench.run.resize(filled + length, 0);
+            }
+            let to = &mut bench.run[filled..filled + length];
+            let from = |at: u64| usize::try_from(at - begin).unwrap_or(usize::MAX);
+            let own = packed.get(from(piece.packed.start)..from(piece.packed.end));
+            let unpacked = own
+                .ok_or_else(|| Failed::Bytes("is missing".to_owned()))
+                .and_then(|own| Ok(bench.unpacker.unpack(piece.codec, own, to)?))
+                .and_then(|()| match piece.digest {
+                    Some(digest) if digest == Digest::of(to) => Ok(()),
+                    _ => Err(Failed::Bytes("has another digest".to_owned())),
+                });
+            match unpacked {
+                Ok(()) => {
+                    let first = number - run.len();
+                    run = &pieces[first..=number];
+                    filled += length;
+                }
+                // The others are good all the same.
+                Err(failed) => {
+                    self.flush(blob, run, &bench.run[..filled])?;
+                    (run, filled) = (&[], 0);
+                    damage = Some(self.corrupt(&planned.descriptor.digest, piece, failed));
+                }
+            }
+        }
+        self.flush(blob, run, &bench.run[..filled])?;
+        damage.map_or(Ok(()), Err)
+    }
+
+    /// Writes verified pieces that follow each other.
+    fn flush(&self, blob: usize, pieces: &[usize], bytes: &[u8]) -> Result<(), Error> {
+        let Some(&first) = pieces.first() else {
+            return Ok(());
+        };
+        let first = &self.plan.blobs[blob].pieces[first];
+        self.files[first.file].write(bytes, first.at)?;
+        self.done.add(blob, pieces, bytes.len() as u64);
+        Ok(())
+    }
+
+    /// Unpacks one piece while it arrives.
+    fn unpack_piece(&self, piece: &Piece, packed: &mut dyn Read) -> Result<(), Failed> {
+        let file = &self.files[piece.file];
+        // An earlier try may have left bytes here that were never verified.
+        file.clear(piece.at, piece.length)?;
+        let mut unpacked = codec::reader(piece.codec, packed)?;
+        let mut hasher = piece.digest.map(|_| Hasher::default());
+        let mut buffer = vec![0; 1 << 20];
+        let mut at = 0;
+        loop {
+            let filled = fill(&mut unpacked, &mut buffer)?;
+            if filled == 0 {
+                break;
+            }
+            if at + filled as u64 > piece.length {
+                return Err(Failed::Bytes("is longer than it should be".to_owned()));
+            }
+            if let Some(hasher) = &mut hasher {
+                hasher.update(&buffer[..filled]);
+            }
+            file.write(&buffer[..filled], piece.at + at)?;
+            at += filled as u64;
+        }
+        if at != piece.length {
+            return Err(Failed::Bytes("is shorter than it should be".to_owned()));
+        }
+        if hasher.map(Hasher::finish) != piece.digest {
+            return Err(Failed::Bytes("has another digest".to_owned()));
+        }
+        Ok(())
+    }
+
+    fn corrupt(&self, layer: &Digest, piece: &Piece, failed: Failed) -> Error {
+        match failed {
+            Failed::Ours(error) => error,
+            Failed::Bytes(reason) => Error::Corrupt {
+                image: self.image.clone(),
+                reason: format!(
+                    "the piece at {} of the layer {layer} {reason}",
+                    piece.packed.start
+                ),
+            },
+        }
+    }
+
+    fn malformed(&self, piece: &Piece, failed: Failed) -> Error {
+        match failed {
+            Failed::Ours(error) => error,
+            Failed::Bytes(reason) => Error::Malformed {
+                image: self.image.clone(),
+                reason: format!("the piece at {} of a layer {reason}", piece.packed.start),
+            },
+        }
+    }
+}
+
+impl fmt::Debug for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Site")
+            .field("image", &self.image)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Reads until the buffer is full or nothing comes any more.
+fn fill(reader: &mut dyn Read, buffer: &mut [u8]) -> io::Result<usize> {
+    let mut filled = 0;
+    while filled < buffer.len() {
+        match reader.read(&mut buffer[filled..]) {
+            Ok(0) => break,
+            Ok(count) => filled += count,
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(filled)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,298 @@
+//! Unpacks what comes as streams: layers of archives, and disks packed as a whole.
+
+use std::collections::BTreeMap;
+use std::io::{self, Read};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use super::recognise::{Format, listed, media_types};
+use super::{Error, archive, container_disk, plain, quoted};
+use crate::image::decompress::{Compression, Peeked, decompress, unreadable};
+use crate::image::digest::{Digest, Hasher};
+use crate::image::hints::BootFiles;
+use crate::image::manifest::{Descriptor, Manifest};
+use crate::image::plan;
+use crate::image::progress::Meter;
+use crate::image::room::{Limits, Room};
+
+/// What a containerDisk may hold beside its disk, unpacked, in bytes: a whole operating system, for disks
+/// that were put on top of an ordinary container image.
+const OTHER_FILES_MAX: u64 = 8 << 30;
+
+/// Bytes that tell a tar from a disk: one header.
+const TAR_HEADER: usize = 512;
+
+/// Where an image is unpacked, and within which bounds.
+#[derive(Debug, Clone)]
+pub(in crate::image) struct Workplace {
+    /// The reference, for errors.
+    pub(in crate::image) image: String,
+    /// An empty folder that nobody else looks at.
+    pub(in crate::image) dir: PathBuf,
+    pub(in crate::image) limits: Limits,
+    pub(in crate::image) meter: Arc<Meter>,
+}
+
+impl Workplace {
+    pub(super) fn room(&self) -> Room {
+        Room::new(&self.image, &self.dir, self.limits.keep_free)
+    }
+
+    pub(super) fn unsupported(&self, reason: impl Into<String>) -> Error {
+        Error::Unsupported {
+            image: self.image.clone(),
+            reason: reason.into(),
+        }
+    }
+
+    pub(super) fn malformed(&self, reason: impl Into<String>) -> Error {
+        Error::Malformed {
+            image: self.image.clone(),
+            reason: reason.into(),
+        }
+    }
+}
+
+/// Files taken out of an image so far, by their paths in it.
+#[derive(Debug, Default)]
+pub(in crate::image) struct Contents {
+    pub(super) files: BTreeMap<String, Taken>,
+    /// Files made in the work place, also those that a later layer replaced.
+    made: u32,
+    /// Bytes unpacked from all layers.
+    unpacked: u64,
+}
+
+#[derive(Debug)]
+pub(super) struct Taken {
+    /// Which layer it came from; a later one may replace it.
+    pub(super) layer: usize,
+    file: PathBuf,
+}
+
+/// The name under which a plain disk stands among [`Contents`].
+pub(super) const PLAIN_DISK: &str = "disk/plain";
+
+/// The files that a machine needs.
+#[derive(Debug, PartialEq, Eq)]
+pub(in crate::image) struct Selected {
+    pub(in crate::image) disk: PathBuf,
+    pub(in crate::image) kernel: Option<PathBuf>,
+    pub(in crate::image) initrd: Option<PathBuf>,
+}
+
+/// What a layer may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    /// A tar archive.
+    Archive,
+    /// Either an archive or the disk itself: its bytes say.
+    ArchiveOrDisk,
+    /// A file of a disk, whatever it begins with.
+    Disk,
+}
+
+/// One stream to unpack.
+#[derive(Debug, Clone)]
+pub(in crate::image) struct Layer {
+    pub(in crate::image) number: usize,
+    pub(super) kind: Kind,
+    /// Its packed bytes: one blob, or several that follow each other.
+    pub(in crate::image) blobs: Vec<Descriptor>,
+    /// What its unpacked bytes must hash to, where the config says so.
+    pub(in crate::image) diff_id: Option<Digest>,
+}
+
+/// Unpacks one layer from its packed bytes and adds its files to `contents`.
+pub(in crate::image) fn unpack(
+    packed: &mut dyn Read,
+    layer: &Layer,
+    boot: &BootFiles,
+    place: &Workplace,
+    mut contents: Contents,
+) -> Result<Contents, Error> {
+    let (compression, unpacked) = decompress(packed, &place.image)?;
+    let size = layer
+        .blobs
+        .iter()
+        .fold(0_u64, |sum, blob| sum.saturating_add(blob.size));
+    let media_type = layer.blobs.first().map_or("", |blob| blob.media_type.as_str());
+    if compression != Compression::None {
+        // Packed bytes are never more than a little more than unpacked ones, holes being none.
+        place.room().require(size)?;
+    }
+    let mut counted = Counted {
+        inner: unpacked,
+        hasher: layer.diff_id.map(|_| Hasher::default()),
+        count: contents.unpacked,
+        limit: place.limits.max_disk.saturating_add(OTHER_FILES_MAX),
+        image: &place.image,
+    };
+    let mut peeked =
+        Peeked::new(&mut counted, TAR_HEADER).map_err(|error| unreadable(&place.image, error))?;
+    match layer.kind {
+        Kind::Archive | Kind::ArchiveOrDisk if archive::begins(peeked.head(), media_type) => {
+            container_disk::take(&mut peeked, layer.number, boot, place, &mut contents)?;
+        }
+        Kind::Archive => {
+            return Err(place.unsupported(format!(
+                "its layer {} of type {} is no tar archive",
+                layer.number + 1,
+                quoted(media_type)
+            )));
+        }
+        Kind::ArchiveOrDisk | Kind::Disk => {
+            let length = (compression == Compression::None).then_some(size);
+            plain::take(&mut peeked, length, place, &mut contents)?;
+        }
+    }
+    // To the end: the digest covers what follows the archive, too.
+    io::copy(&mut peeked, &mut io::sink()).map_err(|error| unreadable(&place.image, error))?;
+    drop(peeked);
+    contents.unpacked = counted.count;
+    if let (Some(expected), Some(hasher)) = (layer.diff_id, counted.hasher) {
+        let found = hasher.finish();
+        if found != expected {
+            return Err(place.malformed(format!(
+                "its layer {} unpacks to {found}, and its config says {expected}",
+                layer.number + 1
+            )));
+        }
+    }
+    Ok(contents)
+}
+
+impl Selected {
+    /// The files that a plan made in `dir`.
+    pub(in crate::image) fn planned(pieces: &plan::Pieces, dir: &Path) -> Self {
+        let made = |name: &str| {
+            let planned = pieces.files.iter().any(|file| file.name == name);
+            planned.then(|| dir.join(name))
+        };
+        Self {
+            disk: dir.join(super::RAW),
+            kernel: made(super::KERNEL),
+            initrd: made(super::INITRD),
+        }
+    }
+}
+
+impl Contents {
+    /// What the layers turned out to be.
+    pub(in crate::image) fn format(&self, guess: Format) -> Format {
+        match guess {
+            Format::ContainerDisk | Format::Plain if self.files.contains_key(PLAIN_DISK) => Format::Plain,
+            Format::Plain => Format::ContainerDisk,
+            other => other,
+        }
+    }
+
+    /// Picks the files that a machine needs, and refuses an image that leaves a choice.
+    pub(in crate::image) fn select(
+        mut self,
+        boot: &BootFiles,
+        manifest: &Manifest,
+        bootc: bool,
+        place: &Workplace,
+    ) -> Result<Selected, Error> {
+        let disks: Vec<String> = self
+            .files
+            .keys()
+            .filter(|path| container_disk::is_disk(path))
+            .cloned()
+            .collect();
+        let [disk] = disks.as_slice() else {
+            return Err(place.unsupported(match disks.as_slice() {
+                [] if bootc => {
+                    "it is a bootc container; build a disk image from it first".to_owned()
+                }
+                [] => format!(
+                    "it has no file under disk/, so it is an ordinary container or some other artifact (media types: {})",
+                    listed(&media_types(manifest))
+                ),
+                [first, second, ..] => {
+                    format!("it has more than one file under disk/: {} and {}", quoted(first), quoted(second))
+                }
+                [_] => String::new(),
+            }));
+        };
+        let disk = self
+            .files
+            .remove(disk)
+            .map(|taken| taken.file)
+            .unwrap_or_default();
+        let mut pick = |path: &Option<String>, label| match path {
+            None => Ok(None),
+            Some(path) => match self.files.remove(path) {
+                Some(taken) => Ok(Some(taken.file)),
+                None => Err(Error::Label {
+                    image: place.image.clone(),
+                    label,
+                    reason: "names a file that the image does not have",
+                }),
+            },
+        };
+        let kernel = pick(&boot.kernel, "io.cannery.kernel")?;
+        let initrd = pick(&boot.initrd, "io.cannery.initrd")?;
+        Ok(Selected { disk, kernel, initrd })
+    }
+
+    /// A path for the next file in the work place.
+    pub(super) fn next_file(&mut self, dir: &Path) -> PathBuf {
+        self.made += 1;
+        dir.join(format!("file.{}", self.made))
+    }
+
+    /// Puts a file in, in place of what an earlier layer had there.
+    pub(super) fn put(&mut self, path: &str, layer: usize, file: PathBuf) -> Result<(), Error> {
+        match self.files.insert(path.to_owned(), Taken { layer, file }) {
+            Some(old) => std::fs::remove_file(&old.file).map_err(Error::storage(old.file)),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes out what earlier layers had at and below a path.
+    pub(super) fn remove_below(&mut self, layer: usize, gone: impl Fn(&str) -> bool) -> Result<(), Error> {
+        let hidden: Vec<String> = self
+            .files
+            .iter()
+            .filter(|(path, taken)| taken.layer < layer && gone(path))
+            .map(|(path, _)| path.clone())
+            .collect();
+        for path in hidden {
+            if let Some(taken) = self.files.remove(&path) {
+                std::fs::remove_file(&taken.file).map_err(Error::storage(taken.file))?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Counts and hashes unpacked bytes and stops at the limit, so that a bomb costs no more than the largest
+/// honest image.
+struct Counted<'a, R> {
+    inner: R,
+    hasher: Option<Hasher>,
+    count: u64,
+    limit: u64,
+    image: &'a str,
+}
+
+impl<R: Read> Read for Counted<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let count = self.inner.read(buffer)?;
+        self.count += count as u64;
+        if self.count > self.limit {
+            return Err(io::Error::other(Error::TooLarge {
+                image: self.image.to_owned(),
+                what: "unpacked content",
+                size: self.count,
+                limit: self.limit,
+            }));
+        }
+        if let Some(hasher) = &mut self.hasher {
+            hasher.update(&buffer[..count]);
+        }
+        Ok(count)
+    }
+}

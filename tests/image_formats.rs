@@ -1,0 +1,334 @@
+//! Every format of other programs that is read, from layout folders made by hand, and what in them is refused.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+#[path = "support/image_fixture.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
+mod image_fixture;
+
+use std::io::Write as _;
+use std::path::Path;
+
+use cannery::image::{
+    Credentials, Disk, DiskBus, DiskFormat, Error, Firmware, Format, Limits, Nic, PullPolicy, Request,
+    Silent, Store,
+};
+use image_fixture::{Image, Layout, gzip, noise, qcow2_disk, raw_disk, sha256, zstd};
+use serde_json::json;
+
+struct Bench {
+    dir: tempfile::TempDir,
+    layout: Layout,
+    store: Store,
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::new(&dir.path().join("layout"));
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        Self { dir, layout, store }
+    }
+
+    fn pull(&self, image: &Image) -> Result<Disk, Error> {
+        self.layout.add("vm", image);
+        self.provide(&self.layout.reference("vm"))
+    }
+
+    fn provide(&self, reference: &str) -> Result<Disk, Error> {
+        let request = Request {
+            reference: reference.parse().unwrap(),
+            architecture: "x86_64".to_owned(),
+            policies: vec![PullPolicy::Always],
+            credentials: Credentials::none(),
+            registries: cannery::image::Registries::default(),
+            limits: Limits {
+                max_disk: 64 << 20,
+                keep_free: 0,
+            },
+            asker: cannery::image::Asker::Operator,
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(self.store.provide(&request, &Silent))
+    }
+
+    fn refused(&self, image: &Image) -> String {
+        let error = self.pull(image).unwrap_err().to_string();
+        let disks = std::fs::read_dir(self.dir.path().join("store/disks")).unwrap();
+        assert_eq!(disks.count(), 0, "{error}");
+        assert!(!error.contains('\n'), "{error}");
+        error
+    }
+}
+
+fn read(path: &Path) -> Vec<u8> {
+    std::fs::read(path).unwrap()
+}
+
+/// A disk with data and holes, in three pieces.
+fn pieces() -> [Vec<u8>; 3] {
+    let mut last = vec![0; 1 << 20];
+    last[..700].copy_from_slice(&noise(7, 700));
+    [raw_disk(), vec![0; 3 << 20], last]
+}
+
+/// Apple's stream of LZ4 blocks, as libcompression writes it: 64 KiB each, every one with the output in front of it to refer to.
+fn apple_lz4(bytes: &[u8]) -> Vec<u8> {
+    const BLOCK: usize = 64 << 10;
+    let mut stream = Vec::new();
+    let mut before: &[u8] = b"";
+    for block in bytes.chunks(BLOCK) {
+        let packed = lz4_flex::block::compress_with_dict(block, before);
+        if packed.len() < block.len() {
+            stream.extend(b"bv41");
+            stream.extend(u32::try_from(block.len()).unwrap().to_le_bytes());
+            stream.extend(u32::try_from(packed.len()).unwrap().to_le_bytes());
+            stream.extend(packed);
+        } else {
+            stream.extend(b"bv4-");
+            stream.extend(u32::try_from(block.len()).unwrap().to_le_bytes());
+            stream.extend(block);
+        }
+        before = block;
+    }
+    stream.extend(b"bv4$");
+    stream
+}
+
+fn lz4_frame(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = lz4_flex::frame::FrameEncoder::new(Vec::new());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn xz(bytes: &[u8]) -> Vec<u8> {
+    let mut encoder = liblzma::write::XzEncoder::new(Vec::new(), 1);
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn tart(pieces: &[Vec<u8>]) -> Image {
+    const TART: &str = "application/vnd.cirruslabs.tart";
+    let machine = br#"{"version":1,"os":"linux","arch":"amd64","cpuCount":3,"memorySize":1073741824,"diskFormat":"raw"}"#;
+    let mut image = Image::default().layer(machine.to_vec(), &format!("{TART}.config.v1"), &[]);
+    for piece in pieces {
+        let annotations = [
+            ("org.cirruslabs.tart.uncompressed-size", piece.len().to_string()),
+            ("org.cirruslabs.tart.uncompressed-content-digest", sha256(piece)),
+        ];
+        let annotations = annotations
+            .each_ref()
+            .map(|(name, value)| (*name, value.as_str()));
+        image = image.layer(apple_lz4(piece), &format!("{TART}.disk.v2"), &annotations);
+    }
+    image.layer(b"variables".to_vec(), &format!("{TART}.nvram.v1"), &[])
+}
+
+fn vetu(pieces: &[Vec<u8>]) -> Image {
+    const VETU: &str = "application/vnd.cirruslabs.vetu";
+    let machine = br#"{"version":1,"arch":"amd64","cmdline":"root=/dev/vda1","disks":[{"name":"disk.img"}],"cpuCount":2,"memorySize":536870912}"#;
+    let mut image = Image::default()
+        .layer(machine.to_vec(), &format!("{VETU}.config.v1"), &[])
+        .layer(noise(3, 50_000), &format!("{VETU}.kernel.v1"), &[])
+        .layer(noise(4, 90_000), &format!("{VETU}.initramfs.v1"), &[]);
+    for piece in pieces {
+        let annotations = [
+            ("org.cirruslabs.vetu.name", "disk.img".to_owned()),
+            ("org.cirruslabs.vetu.uncompressed-size", piece.len().to_string()),
+            ("org.cirruslabs.vetu.uncompressed-digest", sha256(piece)),
+        ];
+        let annotations = annotations
+            .each_ref()
+            .map(|(name, value)| (*name, value.as_str()));
+        image = image.layer(lz4_frame(piece), &format!("{VETU}.disk.v1"), &annotations);
+    }
+    image
+}
+
+const DOMAIN: &[u8] = b"<domain type='kvm'><memory unit='KiB'>524288</memory><vcpu>2</vcpu>
+    <os firmware='efi'><type arch='x86_64'>hvm</type></os><devices><emulator>/tmp/evil</emulator>
+    <disk device='disk'><source file='/etc/shadow'/><target dev='sda' bus='sata'/></disk>
+    <interface type='direct'><model type='e1000'/></interface></devices></domain>";
+
+/// A gzip stream that carries its file's name.
+fn gzip_named(bytes: &[u8], name: &str) -> Vec<u8> {
+    let mut encoder = flate2::GzBuilder::new()
+        .filename(name)
+        .write(Vec::new(), flate2::Compression::fast());
+    encoder.write_all(bytes).unwrap();
+    encoder.finish().unwrap()
+}
+
+fn sardinecake(disk: &[u8], chunk: usize) -> Image {
+    const DISK: &str = "application/x-qemu-disk+gzip";
+    let login = br#"{"users":[{"username":"vagrant","password":"vagrant"}]}"#;
+    let mut image = Image::default()
+        .layer(DOMAIN.to_vec(), "application/vnd.libvirt.domain.config+xml", &[])
+        .layer(
+            login.to_vec(),
+            "application/vnd.sardinecake.vm.config.v1+json",
+            &[],
+        );
+    image.diff_ids = vec![sha256(DOMAIN), sha256(login), sha256(disk)];
+    for (number, piece) in gzip_named(disk, "disk.qcow2").chunks(chunk).enumerate() {
+        let media_type = match number {
+            0 => DISK.to_owned(),
+            _ => format!("{DISK};chunk={number}"),
+        };
+        image = image.layer(piece.to_vec(), &media_type, &[]);
+    }
+    image
+}
+
+#[test]
+fn a_tart_image_is_put_together_from_its_pieces() {
+    let disk = Bench::new()
+        .pull(&tart(&pieces()))
+        .map(|disk| (read(&disk.path), disk));
+    let (bytes, disk) = disk.unwrap();
+    assert!(bytes == pieces().concat());
+    assert_eq!(
+        (disk.format, disk.image_format),
+        (DiskFormat::Raw, Some(Format::Tart))
+    );
+    assert_eq!((disk.hints.memory, disk.hints.cpus), (Some(1 << 30), Some(3)));
+    assert_eq!(disk.hints.firmware, Some(Firmware::Uefi));
+    assert!(disk.boot.is_none());
+}
+
+#[test]
+fn a_vetu_image_brings_its_kernel() {
+    let bench = Bench::new();
+    let disk = bench.pull(&vetu(&pieces())).unwrap();
+    assert!(read(&disk.path) == pieces().concat());
+    assert_eq!(disk.image_format, Some(Format::Vetu));
+    let boot = disk.boot.unwrap();
+    assert!(read(&boot.kernel) == noise(3, 50_000) && read(&boot.initrd.unwrap()) == noise(4, 90_000));
+    assert_eq!(boot.cmdline.as_deref(), Some("root=/dev/vda1"));
+}
+
+#[test]
+fn a_sardinecake_image_is_put_together_from_its_chunks() {
+    for chunk in [10_000, 100_000, usize::MAX] {
+        let bench = Bench::new();
+        let disk = bench.pull(&sardinecake(&raw_disk(), chunk)).unwrap();
+        assert!(read(&disk.path) == raw_disk(), "{chunk}");
+        assert_eq!(disk.image_format, Some(Format::Sardinecake));
+        let hints = &disk.hints;
+        assert_eq!(
+            (hints.memory, hints.cpus, hints.user.as_deref()),
+            (Some(512 << 20), Some(2), Some("vagrant"))
+        );
+        assert_eq!(
+            (hints.disk_bus, hints.nic),
+            (Some(DiskBus::Sata), Some(Nic::E1000e))
+        );
+        assert_eq!(hints.firmware, Some(Firmware::Uefi));
+    }
+}
+
+#[test]
+fn of_a_podman_index_the_disk_for_qemu_is_taken() {
+    let bench = Bench::new();
+    let entry = |disk: &[u8], architecture: &str, kind: Option<&str>| {
+        let mut image = Image::plain(zstd(disk), "application/zstd");
+        image.annotations = vec![(
+            0,
+            "org.opencontainers.image.title".to_owned(),
+            "podman-machine.x86_64.qemu.qcow2.zst".to_owned(),
+        )];
+        let mut descriptor = bench.layout.manifest(&image);
+        descriptor["platform"] = json!({"os": "linux", "architecture": architecture});
+        if let Some(kind) = kind {
+            descriptor["annotations"] = json!({"disktype": kind});
+        }
+        descriptor
+    };
+    let entries = vec![
+        entry(b"a container", "amd64", None),
+        entry(b"another hypervisor's", "x86_64", Some("hyperv")),
+        entry(&qcow2_disk(), "x86_64", Some("qemu")),
+    ];
+    bench.layout.add_entries("machine", entries);
+    let disk = bench.provide(&bench.layout.reference("machine")).unwrap();
+    assert!(read(&disk.path) == qcow2_disk());
+    assert_eq!(
+        (disk.format, disk.image_format),
+        (DiskFormat::Qcow2, Some(Format::PodmanMachine))
+    );
+}
+
+#[test]
+fn a_plain_disk_may_be_packed_or_split() {
+    let title = "org.opencontainers.image.title";
+    let split = |disk: &[u8]| {
+        let third = disk.len() / 3;
+        let piece = |range: std::ops::Range<usize>| disk[range].to_vec();
+        // In another order than their titles have.
+        Image {
+            artifact: Some("application/vnd.oci.empty.v1+json".to_owned()),
+            ..Image::default()
+        }
+        .layer(
+            piece(2 * third..disk.len()),
+            "application/octet-stream",
+            &[(title, "chunk-ac")],
+        )
+        .layer(
+            piece(0..third),
+            "application/octet-stream",
+            &[(title, "chunk-aa")],
+        )
+        .layer(
+            piece(third..2 * third),
+            "application/octet-stream",
+            &[(title, "chunk-ab")],
+        )
+    };
+    for image in [
+        Image::plain(xz(&raw_disk()), "application/x-xz"),
+        Image::plain(gzip(&raw_disk()), "application/octet-stream"),
+        split(&raw_disk()),
+        split(&xz(&raw_disk())),
+    ] {
+        let bench = Bench::new();
+        let disk = bench.pull(&image).unwrap();
+        assert!(read(&disk.path) == raw_disk());
+        assert_eq!(disk.image_format, Some(Format::Plain));
+    }
+}
+
+#[test]
+fn pieces_that_are_not_what_they_say_are_refused() {
+    let with = |mut image: Image, layer: usize, name: &str, value: &str| {
+        let wrong = |(number, key, _): &&mut (usize, String, String)| *number == layer && key == name;
+        image.annotations.iter_mut().find(wrong).unwrap().2 = value.to_owned();
+        image
+    };
+    let size = "org.cirruslabs.tart.uncompressed-size";
+    let content = "org.cirruslabs.tart.uncompressed-content-digest";
+    let mut broken = tart(&pieces());
+    broken.layers[1].0[4..12].fill(0xff);
+    let mut cut = sardinecake(&raw_disk(), 100_000);
+    cut.layers.pop();
+    let mut other = sardinecake(&raw_disk(), 100_000);
+    other.diff_ids[2] = sha256(b"other");
+    for (image, part) in [
+        (with(tart(&pieces()), 1, size, "2097153"), "cannot be unpacked"),
+        (with(tart(&pieces()), 1, size, "2097151"), "another length"),
+        (with(tart(&pieces()), 2, size, "99999999999"), "too large"),
+        (
+            with(tart(&pieces()), 1, content, &sha256(b"other")),
+            "another digest",
+        ),
+        (broken, "larger than 4 MiB"),
+        (cut, "unpacked"),
+        (other, "its config says"),
+    ] {
+        let error = Bench::new().refused(&image);
+        assert!(error.contains(part), "{part}: {error}");
+    }
+}
