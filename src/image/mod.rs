@@ -46,6 +46,7 @@ mod registry;
 mod store;
 mod write;
 
+pub use fetch::look::{Part, Sight};
 use fetch::{decompress, progress, provide, room, source, sparse};
 
 pub use digest::{Digest, NoDigest};

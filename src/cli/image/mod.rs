@@ -6,6 +6,7 @@ use crate::report::plain;
 mod convert;
 mod export;
 mod import;
+mod inspect;
 mod list;
 mod progress;
 mod pull;
@@ -22,6 +23,7 @@ pub(super) enum Command {
     Convert(convert::Arguments),
     Export(export::Arguments),
     Import(import::Arguments),
+    Inspect(inspect::Arguments),
 }
 
 pub(super) async fn run(context: &Context, command: Command) -> Result<(), Failure> {
@@ -32,6 +34,7 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<(), Failu
         Command::Convert(arguments) => convert::run(context, &arguments).await,
         Command::Export(arguments) => export::run(context, &arguments).await,
         Command::Import(arguments) => import::run(context, &arguments).await,
+        Command::Inspect(arguments) => inspect::run(context, &arguments).await,
     }
 }
 

@@ -7,7 +7,6 @@ use std::sync::Arc;
 use super::disk::{Guest, Raw};
 use super::documents::{self, Document};
 use super::{Work, feed, size};
-use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::fetch::progress::Meter;
 use crate::image::fetch::source::Source;
@@ -158,21 +157,13 @@ impl Work<'_> {
         match reference {
             Reference::Layout { dir, tag } => Ok(Source::Layout(Layout::new(image, dir, tag))),
             Reference::Registry {
-                registry,
-                repository,
-                tag,
-                digest,
+                registry, repository, ..
             } => {
-                let name = match (digest, tag) {
-                    (Some(digest), _) => Digest::to_string(digest),
-                    (None, Some(tag)) => tag.clone(),
-                    (None, None) => "latest".to_owned(),
-                };
                 let session = Session::open(Target {
                     image,
                     registry,
                     repository,
-                    name,
+                    name: reference.version(),
                     credentials: self.to.credentials,
                     registries: self.to.registries,
                     purpose: Purpose::Read,
