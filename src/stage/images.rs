@@ -14,6 +14,14 @@ pub fn store(settings: &Settings) -> Result<Store, Failure> {
     Ok(Store::open(&settings.state_dir.join("store"))?)
 }
 
+/// This host's architecture, by the kernel's name.
+///
+/// # Errors
+/// No guest can run on it.
+pub fn architecture() -> Result<&'static str, Failure> {
+    Ok(start::host_arch()?.name())
+}
+
 /// What is asked for an image under these settings.
 ///
 /// # Errors
@@ -26,7 +34,7 @@ pub fn request(
     asker: Asker,
 ) -> Result<Request, Failure> {
     Ok(Request {
-        architecture: start::host_arch()?.name().to_owned(),
+        architecture: architecture()?.to_owned(),
         policies,
         credentials,
         registries: order::registries(&settings.images)?,

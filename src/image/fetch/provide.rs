@@ -73,18 +73,7 @@ impl Store {
     /// # Errors
     /// See [`Error`]: each variant says whose fault it is.
     pub async fn provide(&self, request: &Request, progress: &dyn Progress) -> Result<Disk, Error> {
-        let platform = Platform::of_machine(&request.architecture).ok_or_else(|| Error::WrongPlatform {
-            image: request.reference.to_string(),
-            wanted: request.architecture.clone(),
-            found: "x86_64 and aarch64 only".to_owned(),
-        })?;
-        let pull = Pull {
-            store: self,
-            request,
-            platform,
-            image: request.reference.to_string(),
-            progress,
-        };
+        let pull = Pull::new(self, request, progress)?;
         let policies = if request.policies.is_empty() {
             &[PullPolicy::Always][..]
         } else {
@@ -121,12 +110,33 @@ impl Store {
 }
 
 /// One request on its way.
-struct Pull<'a> {
+pub(super) struct Pull<'a> {
     store: &'a Store,
     request: &'a Request,
     platform: Platform,
     image: String,
     progress: &'a dyn Progress,
+}
+
+impl<'a> Pull<'a> {
+    pub(super) fn new(
+        store: &'a Store,
+        request: &'a Request,
+        progress: &'a dyn Progress,
+    ) -> Result<Self, Error> {
+        let platform = Platform::of_machine(&request.architecture).ok_or_else(|| Error::WrongPlatform {
+            image: request.reference.to_string(),
+            wanted: request.architecture.clone(),
+            found: "x86_64 and aarch64 only".to_owned(),
+        })?;
+        Ok(Self {
+            store,
+            request,
+            platform,
+            image: request.reference.to_string(),
+            progress,
+        })
+    }
 }
 
 impl Pull<'_> {
@@ -200,7 +210,7 @@ impl Pull<'_> {
         Ok(disk)
     }
 
-    async fn source(&self) -> Result<Source, Error> {
+    pub(super) async fn source(&self) -> Result<Source, Error> {
         self.source_of(self.request.reference.version()).await
     }
 
@@ -381,7 +391,7 @@ impl Pull<'_> {
     }
 
     /// Follows the reference to the manifest for our platform.
-    async fn resolve(&self, source: &Source) -> Result<(Digest, Manifest), Error> {
+    pub(super) async fn resolve(&self, source: &Source) -> Result<(Digest, Manifest), Error> {
         let (root, bytes) = source.root().await?;
         let entries = match self.parsed(&bytes)? {
             Document::Image(manifest) => {
@@ -506,7 +516,7 @@ impl Pull<'_> {
     }
 
     /// Reads all that is said about the image, and decides how it becomes a disk.
-    async fn recipe(&self, source: &Source, manifest: &Manifest, format: Format) -> Result<Recipe, Error> {
+    pub(super) async fn recipe(&self, source: &Source, manifest: &Manifest, format: Format) -> Result<Recipe, Error> {
         let config = self.config(source, manifest, format).await?;
         let mut documents = Vec::new();
         for descriptor in format::documents(format, manifest) {
