@@ -37,7 +37,6 @@ mod inspect;
 mod layout;
 mod lz4;
 mod manifest;
-#[allow(dead_code, unused_imports, reason = "nothing is written in chunks yet")]
 mod native;
 mod plan;
 mod platform;

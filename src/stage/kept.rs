@@ -155,7 +155,7 @@ pub async fn import(
         let hardware = Hardware {
             libvirt: &libvirt,
             granted: &Granted {
-                cpus: machine.cpus,
+                cpus: machine.cpus.or(disk.hints.cpus).unwrap_or(machine.max_cpus).min(machine.max_cpus),
                 memory: memory(&machine, disk),
                 disk: Size::from_bytes(disk.virtual_size),
             },
