@@ -1,7 +1,7 @@
 //! From a request to a disk: the one choreography of this room.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use jiff::Timestamp;
@@ -16,9 +16,10 @@ use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::format::{self, Config, Contents, Facts, Format, Parts, Recipe, Selected, Workplace};
 use crate::image::hints::Hints;
-use crate::image::inspect;
+use crate::image::inspect::{self, DiskFormat};
 use crate::image::layout::Layout;
 use crate::image::manifest::{self, Document, Manifest, NoChoice};
+use crate::image::native;
 use crate::image::platform::{self, Platform};
 use crate::image::policy::{Requirements, Rules};
 use crate::image::reference::Reference;
@@ -75,20 +76,7 @@ impl Store {
     /// # Errors
     /// See [`Error`]: each variant says whose fault it is.
     pub async fn provide(&self, request: &Request, progress: &dyn Progress) -> Result<Disk, Error> {
-        let platform = Platform::of_machine(&request.architecture).ok_or_else(|| Error::WrongPlatform {
-            image: request.reference.to_string(),
-            wanted: request.architecture.clone(),
-            found: "x86_64 and aarch64 only".to_owned(),
-        })?;
-        let image = request.reference.to_string();
-        let pull = Pull {
-            rules: &Rules::new(&request.requirements, &request.reference, &image)?,
-            store: self,
-            request,
-            platform,
-            image: image.clone(),
-            progress,
-        };
+        let pull = Pull::new(self, request, progress)?;
         let policies = if request.policies.is_empty() {
             &[PullPolicy::Always][..]
         } else {
@@ -125,13 +113,36 @@ impl Store {
 }
 
 /// One request on its way.
-struct Pull<'a> {
+pub(super) struct Pull<'a> {
     store: &'a Store,
     request: &'a Request,
     platform: Platform,
     image: String,
-    rules: &'a Rules<'a>,
+    rules: Rules<'a>,
     progress: &'a dyn Progress,
+}
+
+impl<'a> Pull<'a> {
+    pub(super) fn new(
+        store: &'a Store,
+        request: &'a Request,
+        progress: &'a dyn Progress,
+    ) -> Result<Self, Error> {
+        let platform = Platform::of_machine(&request.architecture).ok_or_else(|| Error::WrongPlatform {
+            image: request.reference.to_string(),
+            wanted: request.architecture.clone(),
+            found: "x86_64 and aarch64 only".to_owned(),
+        })?;
+        let image = request.reference.to_string();
+        Ok(Self {
+            rules: Rules::new(&request.requirements, &request.reference, &image)?,
+            store,
+            request,
+            platform,
+            image,
+            progress,
+        })
+    }
 }
 
 impl Pull<'_> {
@@ -214,7 +225,7 @@ impl Pull<'_> {
         Ok(disk)
     }
 
-    async fn source(&self) -> Result<Source, Error> {
+    pub(super) async fn source(&self) -> Result<Source, Error> {
         self.source_of(self.request.reference.version()).await
     }
 
@@ -372,6 +383,19 @@ impl Pull<'_> {
         self.note_origin(source, digest).await
     }
 
+    /// The folders of images whose bytes this image's author may have: an index that names a stranger's chunks by their digests
+    /// must not get them.
+    fn others(&self) -> Result<Vec<PathBuf>, Error> {
+        let place = self.request.reference.place();
+        let mut dirs = Vec::new();
+        for disk in self.store.list()? {
+            if self.store.standing(&disk.digest, &place)? != Standing::Elsewhere {
+                dirs.push(self.store.disk_dir(&disk.digest));
+            }
+        }
+        Ok(dirs)
+    }
+
     /// Remembers that all bytes of an image came from this source.
     async fn note_origin(&self, source: &Source, digest: &Digest) -> Result<(), Error> {
         if let Source::Registry(session) = source {
@@ -382,7 +406,7 @@ impl Pull<'_> {
     }
 
     /// Follows the reference to the manifest for our platform; what it leads to first, and that manifest.
-    async fn resolve(&self, source: &Source) -> Result<(Digest, Digest, Manifest), Error> {
+    pub(super) async fn resolve(&self, source: &Source) -> Result<(Digest, Digest, Manifest), Error> {
         let (root, bytes) = source.root().await?;
         let entries = match self.parsed(&bytes)? {
             Document::Image(manifest) => {
@@ -462,6 +486,18 @@ impl Pull<'_> {
                 pieces::fetch(source, plan, &place, None, held, total, self.progress).await?;
                 (guess, selected)
             }
+            Parts::Indexed(reader) => {
+                let pull = native::Pull {
+                    source,
+                    place: &place,
+                    others: self.others()?,
+                    held: Arc::clone(&work) as _,
+                    total,
+                    progress: self.progress,
+                };
+                let files = native::pull(pull, reader).await?;
+                (guess, Selected::made(files, &place.dir))
+            }
         };
         // Before the image can be seen: whoever waits for it must not think that it came from nowhere.
         self.note_origin(source, digest).await?;
@@ -495,7 +531,12 @@ impl Pull<'_> {
     }
 
     /// Reads all that is said about the image, and decides how it becomes a disk.
-    async fn recipe(&self, source: &Source, manifest: &Manifest, format: Format) -> Result<Recipe, Error> {
+    pub(super) async fn recipe(
+        &self,
+        source: &Source,
+        manifest: &Manifest,
+        format: Format,
+    ) -> Result<Recipe, Error> {
         let config = self.config(source, manifest, format).await?;
         let mut documents = Vec::new();
         for descriptor in format::documents(format, manifest) {
@@ -578,6 +619,10 @@ impl Finished {
         }
         if let Some(initrd) = &self.selected.initrd {
             files.push(self.name(initrd, store::INITRD)?);
+        }
+        let chunks = self.place.dir.join(native::CHUNKS);
+        if inspected.format == DiskFormat::Raw && chunks.exists() {
+            files.push(self.name(&chunks, native::CHUNKS)?);
         }
         self.remove_others(&files)?;
         kill::point(Point::DiskNamed);

@@ -175,6 +175,15 @@ impl Selected {
             initrd: made(super::INITRD),
         }
     }
+
+    /// The disk, the kernel and the initial RAM disk, as far as they were made under the store's names.
+    pub(in crate::image) fn made([_, kernel, initrd]: [bool; 3], dir: &Path) -> Self {
+        Self {
+            disk: dir.join(super::RAW),
+            kernel: kernel.then(|| dir.join(super::KERNEL)),
+            initrd: initrd.then(|| dir.join(super::INITRD)),
+        }
+    }
 }
 
 impl Contents {
