@@ -96,7 +96,10 @@ impl Layout {
     pub(super) fn open(&self, descriptor: &Descriptor) -> Result<File, Error> {
         let path = self.blob_path(&descriptor.digest);
         let file = self.open_file(&path)?;
-        let length = file.metadata().map_err(|error| self.unreadable(&path, error))?.len();
+        let length = file
+            .metadata()
+            .map_err(|error| self.unreadable(&path, error))?
+            .len();
         if length != descriptor.size {
             return Err(Error::Corrupt {
                 image: self.image.clone(),

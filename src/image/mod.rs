@@ -47,7 +47,7 @@ mod transport;
 #[allow(dead_code, reason = "what is written has no destination yet")]
 mod write;
 
-use fetch::{decompress, partial, progress, provide, room, source, sparse};
+use fetch::{decompress, ledger, partial, progress, provide, room, source, sparse};
 
 pub use credentials::{Credentials, CredentialsError, Login, Origin};
 pub use digest::{Digest, NoDigest};
