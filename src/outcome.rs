@@ -246,7 +246,8 @@ impl From<image::Error> for Failure {
             E::TooLarge { .. } => author.hint("Build a smaller image, or ask the runner's operator to raise images.max_disk"),
             E::Hostile { .. } => author.hint("Build the image anew, from a disk that you trust"),
             E::Label { .. } => author.hint("Mend the label where the image is built"),
-            E::NotCached { .. } => author.hint("Use the pull policy if-not-present or always"),
+            E::NotCached { .. } | E::NotGranted { .. } => author.hint("Use the pull policy if-not-present or always"),
+            E::NotHere { .. } => system.hint("`cannery image list` shows those that are"),
             E::Credentials(e) => match e.origin() {
                 Origin::JobGiven => author.hint("It must be a docker config.json with plain \"auths\""),
                 Origin::Host => system.hint("Mend the file in images.auth_files, or what its credential helper needs"),
@@ -256,6 +257,9 @@ impl From<image::Error> for Failure {
             E::DiskFull { .. } => system.hint("Make room on the store's file system"),
             E::WaitedTooLong { .. } => system.hint("Look at the other job; the next try begins anew"),
             E::CaFile { .. } => system.hint("Mend images.ca_files in the settings"),
+            E::ClientCertificate { .. } => system.hint("Mend client_cert and client_key in the settings' table for this registry"),
+            E::ScopeMissing { .. } => author.hint("Log in with cannery login as somebody who may push there"),
+            E::Refused { .. } => author.hint("The registry's own log says more"),
             E::Storage { source, .. } => permission_hint(system, &source),
         }
     }

@@ -9,7 +9,8 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt};
 use std::path::Path;
 
 use cannery::image::{
-    Credentials, Disk, DiskFormat, Error, Firmware, Hostility, Limits, PullPolicy, Request, Silent, Store,
+    Credentials, Disk, DiskFormat, Error, Firmware, Hostility, Limits, PullPolicy, Registries, Request,
+    Silent, Store,
 };
 use image_fixture::{
     Image, Layout, OCI_TAR, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, gzip, noise, qcow2_disk, raw_disk, sha256, zstd,
@@ -41,9 +42,9 @@ impl Bench {
             architecture: "x86_64".to_owned(),
             policies: vec![PullPolicy::Always],
             credentials: Credentials::none(),
-            plain_http: false,
-            ca_files: Vec::new(),
+            registries: Registries::default(),
             limits: LIMITS,
+            asker: cannery::image::Asker::Operator,
         }
     }
 

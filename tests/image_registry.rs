@@ -20,7 +20,8 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use cannery::image::{
-    Credentials, Digest, Disk, Error, Event, Limits, Origin, Progress, PullPolicy, Request, Silent, Store,
+    Credentials, Digest, Disk, Error, Event, Limits, Origin, Progress, PullPolicy, Registries, Request,
+    Silent, Store,
 };
 use cannery::secret::Secret;
 use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, noise, raw_disk, sha256, zstd};
@@ -32,12 +33,12 @@ fn request(reference: &str, policies: &[PullPolicy]) -> Request {
         architecture: "x86_64".to_owned(),
         policies: policies.to_vec(),
         credentials: Credentials::none(),
-        plain_http: true,
-        ca_files: Vec::new(),
+        registries: Registries::without_tls([reference.split('/').next().unwrap()]),
         limits: Limits {
             max_disk: 1 << 30,
             keep_free: 0,
         },
+        asker: cannery::image::Asker::Operator,
     }
 }
 
@@ -242,21 +243,21 @@ fn a_certificate_must_be_trusted() {
     let bench = Bench::new(Registry::with_tls());
     let reference = bench.push(&container_disk(&raw_disk()));
     let mut request = request(&reference, &[PullPolicy::Always]);
-    request.plain_http = false;
+    request.registries.plain_http.clear();
     let error = provide(&bench.store, &request, &Silent).unwrap_err();
     assert!(
         matches!(error, Error::Unreachable { .. }) && error.to_string().contains("certificate"),
         "{error}"
     );
     for wrong in ["/dev/null", "/nowhere.pem"] {
-        request.ca_files = vec![wrong.into()];
+        request.registries.ca_files = vec![wrong.into()];
         let error = provide(&bench.store, &request, &Silent).unwrap_err();
         assert!(
             matches!(error, Error::CaFile { .. }) && error.to_string().contains(wrong),
             "{error}"
         );
     }
-    request.ca_files = vec![bench.registry.certificate()];
+    request.registries.ca_files = vec![bench.registry.certificate()];
     assert!(provide(&bench.store, &request, &Silent).is_ok());
 }
 

@@ -14,7 +14,7 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, Response, StatusCode, Uri, header};
 use axum::routing::get;
-use cannery::image::{Credentials, Disk, Error, Limits, PullPolicy, Request, Silent, Store};
+use cannery::image::{Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Silent, Store};
 use cannery::secret::Secret;
 use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar, noise};
 
@@ -217,12 +217,12 @@ impl Bench {
             architecture: "x86_64".to_owned(),
             policies: vec![PullPolicy::Always],
             credentials: Credentials::basic(&self.host, "ci", Secret::new("sesame")),
-            plain_http: true,
-            ca_files: Vec::new(),
+            registries: Registries::without_tls([&self.host]),
             limits: Limits {
                 max_disk: 64 << 20,
                 keep_free: 0,
             },
+            asker: cannery::image::Asker::Operator,
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

@@ -3,7 +3,9 @@
 use std::io;
 use std::path::PathBuf;
 
-use super::{credentials, inspect};
+use super::digest::Digest;
+use super::inspect;
+use super::registry::credentials;
 
 /// Longest piece of a stranger's text that an error repeats, in characters.
 const QUOTE_MAX: usize = 120;
@@ -121,6 +123,20 @@ pub enum Error {
         /// The reference.
         image: String,
     },
+    /// It is here, and only its registry could say whether this job may have it. Author or operator.
+    #[error(
+        "{image} is private, and its pull policy forbids asking its registry whether this job may have it"
+    )]
+    NotGranted {
+        /// The reference.
+        image: String,
+    },
+    /// It was asked for by its digest, and is not in the store. Operator.
+    #[error("the image {digest} is not on this host")]
+    NotHere {
+        /// The digest.
+        digest: Digest,
+    },
     /// Another process fetches the same image and does not come to an end. Weather.
     #[error("{image} is being fetched by another process, which was not done after {seconds} s")]
     WaitedTooLong {
@@ -138,6 +154,36 @@ pub enum Error {
         /// The file.
         path: PathBuf,
         /// Why.
+        reason: String,
+    },
+    /// The certificate that we should show a registry, or its key, cannot be used. Operator.
+    #[error("the client certificate in {} cannot be used: {reason}", path.display())]
+    ClientCertificate {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
+    /// The registry does not let us write (401, 403). Whoever pushes: the account lacks a right.
+    #[error("{registry} does not let us write {image} {}: the right {scope} is missing", as_whom(.user))]
+    ScopeMissing {
+        /// The reference.
+        image: String,
+        /// Who said so.
+        registry: String,
+        /// The account that was refused; none when no credentials were known for this registry.
+        user: Option<String>,
+        /// The right, as registries write it: `repository:NAME:pull,push`.
+        scope: String,
+    },
+    /// The registry does not take what we send. Whoever pushes: the answer says what it does not like.
+    #[error("{registry} refuses {what}: {reason}")]
+    Refused {
+        /// `host[:port]`.
+        registry: String,
+        /// A blob, the manifest, …
+        what: &'static str,
+        /// What it answered.
         reason: String,
     },
     /// The store itself cannot be read or written. Operator.
@@ -189,7 +235,20 @@ impl Error {
     /// Only when the registry was out of reach or this policy does not fetch: after a *denial* a cached copy
     /// would hand a private image to somebody whom its registry refuses.
     pub(super) fn lets_the_next_policy_try(&self) -> bool {
-        matches!(self, Self::Unreachable { .. } | Self::NotCached { .. })
+        matches!(
+            self,
+            Self::Unreachable { .. } | Self::NotCached { .. } | Self::NotGranted { .. }
+        )
+    }
+
+    /// May another registry be asked, that has the same images?
+    ///
+    /// Whatever a mirror lacks, refuses or has spoilt, the registry itself may give: it decides with its own credentials.
+    pub(super) fn lets_the_next_endpoint_try(&self) -> bool {
+        matches!(
+            self,
+            Self::Unreachable { .. } | Self::NotFound { .. } | Self::Denied { .. } | Self::Corrupt { .. }
+        )
     }
 }
 

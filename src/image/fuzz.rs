@@ -5,11 +5,12 @@
 
 use std::io::Read as _;
 
-use super::credentials::{Credentials, Origin};
 use super::manifest::{self, Document};
 use super::platform::Platform;
 use super::reference::Reference;
-use super::{challenge, decompress, format, hints, inspect};
+use super::registry::challenge;
+use super::registry::credentials::{Credentials, Origin};
+use super::{decompress, format, hints, inspect};
 
 /// Largest virtual disk that the targets allow, in bytes.
 const DISK_MAX: u64 = 1 << 40;

@@ -12,7 +12,7 @@ use super::manifest::Descriptor;
 use super::source::DOCUMENT_MAX;
 
 /// The annotation that carries a tag in a layout's index.
-const REF_NAME: &str = "org.opencontainers.image.ref.name";
+pub(super) const REF_NAME: &str = "org.opencontainers.image.ref.name";
 
 /// One image in a layout folder.
 #[derive(Debug)]

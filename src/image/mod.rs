@@ -13,7 +13,8 @@
 //! | concern | modules |
 //! |---|---|
 //! | what is asked for | [`Reference`], [`Request`], [`Credentials`] |
-//! | where it comes from | `registry` (with `transport`, `challenge`, `helper`), `layout`; both behind `fetch::source` |
+//! | where it comes from | `registry`, `layout`; both behind `fetch::source` |
+//! | where it goes | `destination` |
 //! | what it is | `manifest`, `platform`, `format`, `hints` |
 //! | how it is fetched and unpacked | `fetch`; for images in pieces by a `plan` |
 //! | whether it is harmless | `inspect` |
@@ -23,8 +24,8 @@
 //! Everything in an image was written by a stranger. Memory is bounded whatever it claims; nothing is visible
 //! in the store before digests, sizes and headers are checked; no other program reads it before that.
 
-mod challenge;
-mod credentials;
+#[allow(dead_code, reason = "nothing writes images yet")]
+mod destination;
 mod digest;
 mod error;
 mod fetch;
@@ -32,7 +33,6 @@ mod format;
 #[cfg(any(test, fuzzing))]
 #[doc(hidden)]
 pub mod fuzz;
-mod helper;
 mod hints;
 mod inspect;
 mod layout;
@@ -43,13 +43,11 @@ mod platform;
 mod reference;
 mod registry;
 mod store;
-mod transport;
 #[allow(dead_code, reason = "what is written has no destination yet")]
 mod write;
 
-use fetch::{decompress, ledger, partial, progress, provide, room, source, sparse};
+use fetch::{decompress, ledger, progress, provide, room, source, sparse};
 
-pub use credentials::{Credentials, CredentialsError, Login, Origin};
 pub use digest::{Digest, NoDigest};
 pub use error::Error;
 pub use format::Format;
@@ -58,6 +56,11 @@ pub use inspect::{DiskFormat, Hostility};
 pub use progress::{Event, Progress, Silent};
 pub use provide::{PullPolicy, Request};
 pub use reference::{InvalidReference, Reference};
+pub use registry::credentials::{Credentials, CredentialsError, Login, Origin};
+pub use registry::{Private, Registries, RegistryOptions};
 pub use room::Limits;
-pub use store::{Boot, Disk, Store};
+pub use store::{
+    Asker, Boot, Candidate, Disk, Going, Held, InvalidPinName, Lease, Name, PinName, Policy, Reason, Store,
+    Verdict, plan,
+};
 pub use write::Packing;

@@ -66,6 +66,38 @@ impl FromStr for Reference {
     }
 }
 
+impl Reference {
+    /// The digest that it names, if it names one.
+    pub fn digest(&self) -> Option<&Digest> {
+        match self {
+            Self::Registry { digest, .. } => digest.as_ref(),
+            Self::Layout { .. } => None,
+        }
+    }
+
+    /// Which of the images of its repository or folder it names: by the digest, else by the tag.
+    pub fn version(&self) -> String {
+        match self {
+            Self::Registry { tag, digest, .. } => match (digest, tag) {
+                (Some(digest), _) => digest.to_string(),
+                (None, Some(tag)) => tag.clone(),
+                (None, None) => "latest".to_owned(),
+            },
+            Self::Layout { tag, .. } => tag.clone(),
+        }
+    }
+
+    /// Where its images are: the name without tag and digest.
+    pub fn place(&self) -> String {
+        match self {
+            Self::Registry {
+                registry, repository, ..
+            } => format!("{registry}/{repository}"),
+            Self::Layout { dir, .. } => format!("oci:{}", dir.display()),
+        }
+    }
+}
+
 fn parse_layout(text: &str) -> Result<Reference, &'static str> {
     let (dir, tag) = text
         .rsplit_once(':')

@@ -72,6 +72,18 @@ pub struct ImageSettings {
     pub auth_files: Vec<PathBuf>,
     /// The largest disk that an image may have, in bytes.
     pub max_disk: u64,
+    /// How much room all images may take, in bytes, if there is a limit.
+    pub max_size: Option<u64>,
+    /// What must stay free on the store's file system, in bytes.
+    pub keep_free: u64,
+    /// How long an image is kept that nobody uses, if not for ever.
+    pub prune_after: Option<Duration>,
+    /// For how long a registry's word is good that a job may have a private image.
+    pub auth_ttl: Duration,
+    /// For how long it is good while the registry cannot be reached.
+    pub offline_ttl: Duration,
+    /// Images that are fetched before a job asks for them.
+    pub prewarm: Vec<String>,
 }
 
 /// Which network machines are on.
@@ -173,6 +185,10 @@ const DEFAULT_HISTORY_KEEP: Duration = Duration::from_secs(7 * 86_400);
 const DEFAULT_HISTORY_SIZE: Size = Size::mib(200);
 /// No image that people run in CI comes near; what does is a mistake or an attack.
 const DEFAULT_MAX_DISK: Size = Size::gib(2048);
+/// The overlays of running jobs often lie on the same file system, and a machine whose disk cannot grow stands still.
+const DEFAULT_KEEP_FREE: Size = Size::mib(512);
+/// Short enough for a member who was removed, long enough for the jobs of one pipeline.
+const DEFAULT_AUTH_TTL: Duration = Duration::from_secs(600);
 
 impl Settings {
     /// Fills in the defaults and checks what no single key can tell.
@@ -266,6 +282,7 @@ impl Settings {
         if pull_policy.is_empty() {
             return Err(wrong("images.pull_policy names no policy".to_owned()));
         }
+        let auth_ttl = file.images.auth_ttl.map_or(DEFAULT_AUTH_TTL, |s| s.0);
         let home = sources.home.as_deref();
         let auth_files = match file.images.auth_files {
             named if !named.is_empty() => named,
@@ -306,6 +323,16 @@ impl Settings {
                 host_credentials: file.images.host_credentials,
                 auth_files,
                 max_disk: file.images.max_disk.unwrap_or(DEFAULT_MAX_DISK).bytes(),
+                max_size: file.images.max_size.map(Size::bytes),
+                keep_free: file.images.keep_free.unwrap_or(DEFAULT_KEEP_FREE).bytes(),
+                prune_after: file
+                    .images
+                    .prune_after
+                    .map(|s| s.0)
+                    .filter(|after| !after.is_zero()),
+                auth_ttl,
+                offline_ttl: file.images.offline_ttl.map_or(auth_ttl, |s| s.0),
+                prewarm: file.images.prewarm,
             },
             network,
             history_keep: file.history.keep.map_or(DEFAULT_HISTORY_KEEP, |s| s.0),

@@ -127,6 +127,18 @@ pub struct ImagesTable {
     pub auth_files: Vec<PathBuf>,
     /// The largest disk that an image may have.
     pub max_disk: Option<Size>,
+    /// How much room all images may take.
+    pub max_size: Option<Size>,
+    /// What must stay free on the store's file system.
+    pub keep_free: Option<Size>,
+    /// How long an image is kept that nobody uses.
+    pub prune_after: Option<Span>,
+    /// For how long a registry's word is good that a job may have a private image.
+    pub auth_ttl: Option<Span>,
+    /// For how long it is good while the registry cannot be reached.
+    pub offline_ttl: Option<Span>,
+    /// Images that `cannery image prewarm` fetches.
+    pub prewarm: Vec<String>,
 }
 
 /// GitLab's three words for when the registry is asked.

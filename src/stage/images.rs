@@ -1,7 +1,7 @@
 //! Images outside a job: what the operator asks for by hand goes the way that a job's image goes.
 
 use super::order;
-use crate::image::{Credentials, Limits, PullPolicy, Reference, Request, Store};
+use crate::image::{Asker, Credentials, Limits, PullPolicy, Reference, Request, Store};
 use crate::outcome::Failure;
 use crate::settings::Settings;
 use crate::start;
@@ -23,19 +23,19 @@ pub fn request(
     reference: Reference,
     policies: Vec<PullPolicy>,
     credentials: Credentials,
+    asker: Asker,
 ) -> Result<Request, Failure> {
-    let plain_http = matches!(&reference, Reference::Registry { registry, .. } if settings.images.plain_http.contains(registry));
     Ok(Request {
         architecture: start::host_arch()?.name().to_owned(),
         policies,
         credentials,
-        plain_http,
-        ca_files: settings.images.ca_files.clone(),
+        registries: order::registries(&settings.images)?,
         limits: Limits {
             max_disk: settings.images.max_disk,
-            ..Limits::default()
+            keep_free: settings.images.keep_free,
         },
         reference,
+        asker,
     })
 }
 

@@ -7,7 +7,7 @@ use jiff::{SignedDuration, Timestamp};
 use super::order::Order;
 use crate::history::{self, Entry, Removal};
 use crate::host::{self, Capacity, Slots};
-use crate::image::{Disk, Event, Progress};
+use crate::image::{Asker, Disk, Event, Progress};
 use crate::job::{Bounds, Environment, Granted, Job, Masked, Wants};
 use crate::machine::{Libvirt, network};
 use crate::outcome::Failure;
@@ -130,6 +130,7 @@ async fn get_ready(
         order.reference.clone(),
         order.policies.clone(),
         credentials,
+        asker(job, settings),
     )?;
     let store = super::images::store(settings)?;
     let disk = store
@@ -193,6 +194,15 @@ async fn get_ready(
     })?);
     log.line(format!("Ready: {}", phases.line()));
     Ok(())
+}
+
+/// For whom the image is asked: what a registry allows one project, another still has to ask for.
+fn asker(job: &Job, settings: &Settings) -> Asker {
+    Asker::Job {
+        project: format!("{} {}", job.identity.coordinator, job.project),
+        auth_ttl: settings.images.auth_ttl,
+        offline_ttl: settings.images.offline_ttl,
+    }
 }
 
 /// The record of a job that begins; its attempt's number is given by the folder of jobs.
@@ -340,6 +350,11 @@ impl Progress for PullLog<'_> {
             Event::Fetching { done, total } if self.throttle.due() => {
                 format!("Fetching {}: {} of {}.", self.image, bytes(done), bytes(total))
             }
+            Event::Offline { error, ago } => format!(
+                "{error}. {} is taken from the cache: its registry allowed this project to have it {} ago.",
+                self.image,
+                crate::report::age(ago)
+            ),
             Event::PolicyFailed { error } => format!("{}. Trying the next pull policy.", error),
             _ => return,
         };

@@ -3,7 +3,7 @@ use clap::ValueEnum;
 use super::progress::Lines;
 use super::{reference, shown};
 use crate::cli::{Context, print};
-use crate::image::{Progress, PullPolicy, Reference, Silent};
+use crate::image::{Asker, Progress, PullPolicy, Reference, Silent};
 use crate::outcome::Failure;
 use crate::stage::images;
 
@@ -59,6 +59,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             reference,
             vec![arguments.policy.into()],
             credentials.clone(),
+            Asker::Operator,
         )?;
         let lines = Lines::new(&name, &context.log);
         let progress: &dyn Progress = if arguments.quiet { &Silent } else { &lines };

@@ -72,6 +72,13 @@ pub enum Event<'a> {
         /// Its digest.
         digest: &'a Digest,
     },
+    /// The registry is out of reach; the image is given from the store, since the registry allowed it a short while ago.
+    Offline {
+        /// How it is out of reach.
+        error: &'a Error,
+        /// How long ago.
+        ago: Duration,
+    },
     /// A pull policy failed and the next of the list is tried.
     PolicyFailed {
         /// Why.

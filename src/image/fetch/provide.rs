@@ -2,7 +2,7 @@
 
 use std::any::Any;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -15,7 +15,6 @@ use super::progress::{Event, Meter, Progress};
 use super::room::Limits;
 use super::source::{Source, told};
 use super::stream::{CHECKPOINT_EVERY, Stream};
-use crate::image::credentials::Credentials;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::format::{
@@ -27,8 +26,9 @@ use crate::image::layout::Layout;
 use crate::image::manifest::{self, Document, Manifest, NoChoice};
 use crate::image::platform::{self, Platform};
 use crate::image::reference::Reference;
-use crate::image::registry::{Session, Target};
-use crate::image::store::{self, Disk, Record, RecordedFile, Store};
+use crate::image::registry::credentials::{Credentials, Origin};
+use crate::image::registry::{Purpose, Registries, Session, Target};
+use crate::image::store::{self, Asker, Disk, Plea, Record, RecordedFile, Standing, Store};
 use crate::kill::{self, Point};
 
 /// When to ask the registry, spelled as GitLab spells it.
@@ -55,12 +55,12 @@ pub struct Request {
     pub policies: Vec<PullPolicy>,
     /// Logins that this job may use.
     pub credentials: Credentials,
-    /// Speak HTTP without TLS to this image's registry.
-    pub plain_http: bool,
-    /// PEM files of further certificate authorities.
-    pub ca_files: Vec<PathBuf>,
+    /// How registries are spoken to.
+    pub registries: Registries,
     /// What the image may cost.
     pub limits: Limits,
+    /// On whose behalf.
+    pub asker: Asker,
 }
 
 /// How often those who wait are shown how far we are: they look more often than a person reads.
@@ -72,9 +72,10 @@ impl Store {
     /// At most one process fetches an image at a time; the others wait and say so. Cancelling (dropping the
     /// future) or killing the process leaves no half of an image behind that anybody would use.
     ///
-    /// A digest in the reference needs no network when its disk is here. Whether *this job* may have an image
-    /// that another one fetched is not asked then, nor with [`PullPolicy::IfNotPresent`]; with
-    /// [`PullPolicy::Always`] the registry is asked with the job's own credentials each time.
+    /// A digest in the reference needs no network when its disk is here, nor does [`PullPolicy::IfNotPresent`]; but a job is
+    /// given a private image only if its registry lets the job's own credentials have it, now or a short while ago (see
+    /// [`Asker`]). [`PullPolicy::Never`] does not ask, and so gives a job a private image only by what is remembered, or where
+    /// the operator lends the host's own login.
     ///
     /// # Errors
     /// See [`Error`]: each variant says whose fault it is.
@@ -99,7 +100,10 @@ impl Store {
         let mut first: Option<Error> = None;
         for policy in policies {
             match pull.by(*policy).await {
-                Ok(disk) => return Ok(disk),
+                Ok(disk) => {
+                    self.touch(&disk.digest);
+                    return Ok(disk);
+                }
                 Err(error) => {
                     let last = !error.lets_the_next_policy_try();
                     // "Not here" explains less than whatever another policy found out.
@@ -168,12 +172,10 @@ struct Pull<'a> {
 
 impl Pull<'_> {
     async fn by(&self, policy: PullPolicy) -> Result<Disk, Error> {
-        let pinned = matches!(
-            self.request.reference,
-            Reference::Registry { digest: Some(_), .. }
-        );
+        let pinned = self.request.reference.digest().is_some();
         if (policy != PullPolicy::Always || pinned)
             && let Some(disk) = self.known()?
+            && self.may_have(&disk.digest, policy).await?
         {
             self.progress.event(Event::Cached { digest: &disk.digest });
             return Ok(disk);
@@ -188,9 +190,7 @@ impl Pull<'_> {
 
     /// What the store knows under this name; a digest in it is known by itself.
     fn known(&self) -> Result<Option<Disk>, Error> {
-        if let Reference::Registry {
-            digest: Some(digest), ..
-        } = &self.request.reference
+        if let Some(digest) = self.request.reference.digest()
             && let Some(disk) = self.here(digest)?
         {
             return Ok(Some(disk));
@@ -206,7 +206,7 @@ impl Pull<'_> {
 
     /// A disk of the store, if it is allowed by this request.
     fn here(&self, digest: &Digest) -> Result<Option<Disk>, Error> {
-        let Some(mut disk) = self.store.find(digest)? else {
+        let Some(mut disk) = self.store.take(digest)? else {
             return Ok(None);
         };
         let limit = self.request.limits.max_disk;
@@ -229,42 +229,176 @@ impl Pull<'_> {
         self.progress.event(Event::Resolved { digest: &digest });
         let disk = match self.here(&digest)? {
             Some(disk) => {
+                self.vouch(&source, &digest, &manifest).await?;
                 self.progress.event(Event::Cached { digest: &digest });
                 disk
             }
             None => self.make(&source, &digest, manifest).await?,
         };
+        self.note_access(&source, &digest).await?;
         self.store
             .remember(&self.request.reference, &self.request.architecture, &digest)?;
         Ok(disk)
     }
 
     async fn source(&self) -> Result<Source, Error> {
+        self.source_of(self.request.reference.version()).await
+    }
+
+    /// The same place, asked for another of its images.
+    async fn source_of(&self, version: String) -> Result<Source, Error> {
         match &self.request.reference {
             Reference::Layout { dir, tag } => Ok(Source::Layout(Layout::new(&self.image, dir, tag))),
             Reference::Registry {
-                registry,
-                repository,
-                tag,
-                digest,
+                registry, repository, ..
             } => {
-                let name = match (digest, tag) {
-                    (Some(digest), _) => digest.to_string(),
-                    (None, Some(tag)) => tag.clone(),
-                    (None, None) => "latest".to_owned(),
-                };
-                let session = Session::new(Target {
+                let session = Session::open(Target {
                     image: &self.image,
                     registry,
                     repository,
-                    name,
-                    login: self.request.credentials.find(registry, repository).await?,
-                    plain_http: self.request.plain_http,
-                    ca_files: &self.request.ca_files,
-                })?;
+                    name: version,
+                    credentials: &self.request.credentials,
+                    registries: &self.request.registries,
+                    purpose: Purpose::Read,
+                })
+                .await?;
                 Ok(Source::Registry(Box::new(session)))
             }
         }
+    }
+
+    /// May whoever asks have this image, which is here? False where it must be fetched from where the reference says.
+    async fn may_have(&self, digest: &Digest, policy: PullPolicy) -> Result<bool, Error> {
+        let Asker::Job {
+            project,
+            auth_ttl,
+            offline_ttl,
+        } = &self.request.asker
+        else {
+            return Ok(true);
+        };
+        let Reference::Registry {
+            registry, repository, ..
+        } = &self.request.reference
+        else {
+            // The operator lists which folders a job may name.
+            return Ok(true);
+        };
+        let place = self.request.reference.place();
+        match self.store.standing(digest, &place)? {
+            Standing::Public => return Ok(true),
+            Standing::Elsewhere => return Ok(false),
+            Standing::Private => {}
+        }
+        let login = self.request.credentials.find(registry, repository).await?;
+        let plea = Plea {
+            project,
+            place: &place,
+            login: login.as_ref(),
+            digest,
+        };
+        let granted = self.store.granted(&plea);
+        if granted.is_some_and(|ago| ago <= *auth_ttl) {
+            return Ok(true);
+        }
+        if policy == PullPolicy::Never {
+            // What is the host's own, the operator lends to every job that names the image.
+            return if login.is_some_and(|login| login.origin == Origin::Host) {
+                Ok(true)
+            } else {
+                Err(Error::NotGranted {
+                    image: self.image.clone(),
+                })
+            };
+        }
+        let source = self.source_of(digest.to_string()).await?;
+        match source.root().await {
+            Ok(_) => {
+                self.note_access(&source, digest).await?;
+                Ok(true)
+            }
+            // It is gone there, or was never there for this login: what the name means now is another question.
+            Err(Error::NotFound { .. }) => Ok(false),
+            Err(error @ Error::Unreachable { .. }) => match granted {
+                Some(ago) if ago <= *offline_ttl => {
+                    self.progress.event(Event::Offline { error: &error, ago });
+                    Ok(true)
+                }
+                _ => Err(error),
+            },
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Remembers to whom the image was given, now that its source has given it.
+    async fn note_access(&self, source: &Source, digest: &Digest) -> Result<(), Error> {
+        let (
+            Source::Registry(session),
+            Reference::Registry {
+                registry, repository, ..
+            },
+        ) = (source, &self.request.reference)
+        else {
+            return Ok(());
+        };
+        let place = self.request.reference.place();
+        let anonymous = session.is_anonymous().await;
+        self.store.renew_origin(digest, &place, anonymous)?;
+        if anonymous {
+            return Ok(());
+        }
+        if let Asker::Job {
+            project,
+            auth_ttl,
+            offline_ttl,
+        } = &self.request.asker
+        {
+            let login = self.request.credentials.find(registry, repository).await?;
+            let plea = Plea {
+                project,
+                place: &place,
+                login: login.as_ref(),
+                digest,
+            };
+            self.store.grant(&plea, *auth_ttl.max(offline_ttl))?;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that a place has an image that is here already, and does not only know its digest: all bytes are read from
+    /// there once. What everybody may have needs no proof.
+    async fn vouch(&self, source: &Source, digest: &Digest, manifest: &Manifest) -> Result<(), Error> {
+        let place = self.request.reference.place();
+        if matches!(source, Source::Layout(_)) || self.store.standing(digest, &place)? != Standing::Elsewhere
+        {
+            return Ok(());
+        }
+        let meter = Arc::new(Meter::default());
+        let total = packed_size(manifest);
+        for descriptor in &manifest.layers {
+            let image = self.image.clone();
+            let read = move |packed: &mut dyn std::io::Read| match std::io::copy(packed, &mut std::io::sink())
+            {
+                Ok(_) => Ok(()),
+                // What it was is told by whoever sent it.
+                Err(error) => Err(Error::Malformed {
+                    image,
+                    reason: error.to_string(),
+                }),
+            };
+            let verified = source.verified(std::slice::from_ref(descriptor), &meter, read);
+            told(self.progress, &meter, total, verified).await?;
+        }
+        self.note_origin(source, digest).await
+    }
+
+    /// Remembers that all bytes of an image came from this source.
+    async fn note_origin(&self, source: &Source, digest: &Digest) -> Result<(), Error> {
+        if let Source::Registry(session) = source {
+            let (place, anonymous) = (self.request.reference.place(), session.is_anonymous().await);
+            self.store.note_origin(digest, &place, anonymous)?;
+        }
+        Ok(())
     }
 
     /// Follows the reference to the manifest for our platform.
@@ -358,6 +492,7 @@ impl Pull<'_> {
         // Shared with the threads that write there: a cancelled one must be gone before others take the lock.
         let work = Arc::new(work);
         if let Some(disk) = self.here(digest)? {
+            self.vouch(source, digest, &manifest).await?;
             self.progress.event(Event::Cached { digest });
             return Ok(disk);
         }
@@ -386,11 +521,7 @@ impl Pull<'_> {
             meter: Arc::clone(&meter),
             ledger: Arc::default(),
         };
-        let total = manifest
-            .layers
-            .iter()
-            .map(|layer| layer.size)
-            .fold(0, u64::saturating_add);
+        let total = packed_size(&manifest);
         let boot = recipe.boot;
         let (format, selected) = match recipe.parts {
             Parts::Streams(layers) => {
@@ -408,6 +539,8 @@ impl Pull<'_> {
                 (guess, selected)
             }
         };
+        // Before the image can be seen: whoever waits for it must not think that it came from nowhere.
+        self.note_origin(source, digest).await?;
         let finished = Finished {
             store: self.store.clone(),
             place,
@@ -491,6 +624,12 @@ impl Pull<'_> {
     }
 }
 
+/// Packed bytes of all layers.
+fn packed_size(manifest: &Manifest) -> u64 {
+    let sizes = manifest.layers.iter().map(|layer| layer.size);
+    sizes.fold(0, u64::saturating_add)
+}
+
 /// An image whose bytes are all here and verified.
 struct Finished {
     store: Store,
@@ -532,7 +671,7 @@ impl Finished {
             hints: self.hints.clone(),
             created: Timestamp::now(),
         };
-        self.store.commit(&self.place.dir, &record)?;
+        self.store.commit(&self.place.dir, record)?;
         drop(self.work);
         Ok(())
     }
@@ -544,6 +683,7 @@ impl Finished {
         Ok(RecordedFile {
             name: name.to_owned(),
             length,
+            sum: None,
         })
     }
 

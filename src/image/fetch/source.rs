@@ -37,7 +37,7 @@ pub(super) const PIECES_IN_FLIGHT: usize = 16;
 const PART: u64 = 8 << 20;
 const PARTS_IN_FLIGHT: usize = 4;
 
-/// Connections to a registry at once.
+/// Most connections to a registry at once; it may want fewer.
 const CONNECTIONS: usize = 6;
 
 /// How often progress is told while bytes flow.
@@ -114,7 +114,7 @@ impl Source {
     /// How many parts may be on their way at once.
     pub(super) fn width(&self) -> usize {
         match self {
-            Self::Registry(_) => CONNECTIONS,
+            Self::Registry(session) => session.width().clamp(1, CONNECTIONS),
             Self::Layout(_) => 2,
         }
     }

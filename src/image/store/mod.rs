@@ -8,15 +8,19 @@
 //!     kernel, initrd      where the image brings them
 //!     image.json          what is known about it
 //!   refs/…                which digest a name had when it was last asked for
-//!   partial/              what is being made: HEX/ and HEX.lock
+//!   pins/HEX@NAME.json    which images the operator wants kept
+//!   used/HEX              when an image was last used: the file's time
+//!   origins/HEX/…         which repositories an image came from, and whether everybody may have it there
+//!   grants/UID/…          which project was allowed which image, for a while
+//!   damaged/HEX           images whose bytes have changed since they were put here
+//!   partial/              what is being made: HEX/ and HEX.lock; what is being removed: trash-…
 //! ```
 //!
 //! An image becomes visible by one `rename` of its finished, synced folder, and a process that dies leaves
 //! nothing but a folder in `partial/` whose lock the kernel has let go; whoever comes next sweeps it.
 
 use std::fs::{self, File, Permissions};
-use std::io::{self, Read, Write as _};
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
@@ -24,19 +28,36 @@ use serde::{Deserialize, Serialize};
 
 use super::digest::Digest;
 use super::error::Error;
+use super::fetch::partial;
 use super::format::Format;
 use super::hints::Hints;
 use super::inspect::DiskFormat;
-use super::partial;
-use super::reference::Reference;
 use crate::kill::{self, Point};
-use crate::record::{hidden, make_finished};
+use crate::record::hidden;
+
+mod access;
+mod collect;
+mod files;
+mod inventory;
+mod leases;
+mod names;
+mod pins;
+mod sum;
+mod verify;
+
+pub use access::Asker;
+pub(super) use access::{Plea, Standing};
+pub use collect::{Candidate, Going, Policy, Reason, plan};
+pub(super) use files::{inherited_mode, remove};
+use files::{make_dirs, read_record, serialised, sync_dir, write_synced};
+pub use inventory::Held;
+pub use leases::Lease;
+pub use names::Name;
+pub use pins::{InvalidPinName, PinName};
+pub use verify::Verdict;
 
 /// Version of `image.json` and of the files in `refs/`.
 pub(super) const VERSION: u32 = 1;
-
-/// Largest `image.json` or ref that is read, in bytes.
-const RECORD_MAX: u64 = 64 * 1024;
 
 /// The store of one host, shared by all processes that open the same folder.
 #[derive(Debug, Clone)]
@@ -67,6 +88,8 @@ pub struct Disk {
     pub fetched_bytes: u64,
     /// Was it there already?
     pub from_cache: bool,
+    /// Keeps it from being removed while this value lives; only [`Store::provide`] gives one.
+    pub lease: Option<Lease>,
 }
 
 /// What a machine boots without a boot loader.
@@ -101,15 +124,9 @@ pub(super) struct Record {
 pub(super) struct RecordedFile {
     pub(super) name: String,
     pub(super) length: u64,
-}
-
-/// A file in `refs/`.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-struct Ref {
-    version: u32,
-    reference: String,
-    digest: Digest,
-    asked: Timestamp,
+    /// What its data hashes to, as [`sum`] defines it; filled in when the image is put into the store.
+    #[serde(default)]
+    pub(super) sum: Option<Digest>,
 }
 
 pub(super) const KERNEL: &str = "kernel";
@@ -145,11 +162,10 @@ impl Store {
     /// [`Error::Storage`] when its record cannot be read.
     pub fn find(&self, digest: &Digest) -> Result<Option<Disk>, Error> {
         let dir = self.disk_dir(digest);
-        let Some(record) = read_record::<Record>(&dir.join(RECORD))? else {
+        let Some(record) = self.record(digest)? else {
             return Ok(None);
         };
-        let whole = record.version == VERSION
-            && record.digest == *digest
+        let whole = !self.is_damaged(digest)
             && record.files.iter().all(|file| {
                 fs::metadata(dir.join(&file.name))
                     .is_ok_and(|data| data.is_file() && data.len() == file.length)
@@ -174,6 +190,7 @@ impl Store {
             hints: record.hints,
             fetched_bytes: 0,
             from_cache: true,
+            lease: None,
         }))
     }
 
@@ -196,43 +213,31 @@ impl Store {
         Ok(disks)
     }
 
+    /// The same, and nobody removes it while the lease in it is held.
+    pub(super) fn take(&self, digest: &Digest) -> Result<Option<Disk>, Error> {
+        // Before it is looked at: what is leased stays as it is found.
+        let Some(lease) = self.lease(digest)? else {
+            return Ok(None);
+        };
+        let disk = self.find(digest)?;
+        Ok(disk.map(|disk| Disk {
+            lease: Some(lease),
+            ..disk
+        }))
+    }
+
+    /// What is known about an image, whether its files are whole or not.
+    fn record(&self, digest: &Digest) -> Result<Option<Record>, Error> {
+        let record: Option<Record> = read_record(&self.disk_dir(digest).join(RECORD))?;
+        Ok(record.filter(|record| record.version == VERSION && record.digest == *digest))
+    }
+
     pub(super) fn disk_dir(&self, digest: &Digest) -> PathBuf {
         self.dir.join("disks").join(digest.hex())
     }
 
     pub(super) fn partial(&self) -> PathBuf {
         self.dir.join("partial")
-    }
-
-    /// The digest that a name had when it was last asked for, whether its disk is here or not.
-    pub(super) fn reference(
-        &self,
-        reference: &Reference,
-        architecture: &str,
-    ) -> Result<Option<Digest>, Error> {
-        let path = self.dir.join("refs").join(ref_path(reference, architecture));
-        let written: Option<Ref> = read_record(&path)?;
-        let same = |found: &Ref| found.version == VERSION && found.reference == reference.to_string();
-        Ok(written.filter(same).map(|found| found.digest))
-    }
-
-    /// Remembers the digest of a name.
-    pub(super) fn remember(
-        &self,
-        reference: &Reference,
-        architecture: &str,
-        digest: &Digest,
-    ) -> Result<(), Error> {
-        let path = self.dir.join("refs").join(ref_path(reference, architecture));
-        let written = Ref {
-            version: VERSION,
-            reference: reference.to_string(),
-            digest: *digest,
-            asked: Timestamp::now(),
-        };
-        self.write_small(&path, &serialised(&written, &path)?)?;
-        kill::point(Point::ReferenceKept);
-        Ok(())
     }
 
     /// Keeps a manifest or config.
@@ -247,45 +252,9 @@ impl Store {
         }
     }
 
-    /// Writes a small file whole or not at all.
-    fn write_small(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
-        let parent = path.parent().unwrap_or(&self.dir);
-        // There are too many of them to look through for what a killed process began.
-        make_dirs(parent, &|_| {
-            self.partial().join(format!("folder-{}", uuid::Uuid::new_v4()))
-        })?;
-        let (mut file, temporary) = self.begin_small().map_err(Error::storage(path))?;
-        let mut write = || {
-            fill(&mut file, bytes)?;
-            kill::point(Point::BlobBegun);
-            fs::rename(&temporary, path)?;
-            File::open(parent)?.sync_all()
-        };
-        write().map_err(|error| {
-            // The rename may not have happened; a leftover would wait for the sweep.
-            drop(fs::remove_file(&temporary));
-            Error::Storage {
-                path: path.to_owned(),
-                source: error,
-            }
-        })
-    }
-
-    /// A new file in `partial/`, locked for as long as it is open: by that a sweep knows that it is still being written.
-    fn begin_small(&self) -> io::Result<(File, PathBuf)> {
-        loop {
-            let path = self.partial().join(format!("small-{}", uuid::Uuid::new_v4()));
-            let file = File::create_new(&path)?;
-            file.lock()?;
-            // A sweep may have come before the lock.
-            if path.exists() {
-                return Ok((file, path));
-            }
-        }
-    }
-
     /// Turns a finished work folder into a disk of the store. The caller holds the digest's lock.
-    pub(super) fn commit(&self, work: &Path, record: &Record) -> Result<(), Error> {
+    pub(super) fn commit(&self, work: &Path, record: Record) -> Result<(), Error> {
+        let record = &summed(work, record)?;
         let json = work.join(RECORD);
         write_synced(&json, &serialised(record, &json)?).map_err(Error::storage(&json))?;
         for name in record.files.iter().map(|file| file.name.as_str()).chain([RECORD]) {
@@ -305,6 +274,7 @@ impl Store {
         }
         fs::rename(work, &target).map_err(Error::storage(&target))?;
         kill::point(Point::DiskStored);
+        self.is_whole(&record.digest)?;
         sync_dir(&self.dir.join("disks"))?;
         sync_dir(&partial)
     }
@@ -325,6 +295,9 @@ impl Store {
                     remove(&entry.path())?;
                     kill::point(Point::RemainSwept);
                 }
+            } else if name.starts_with(collect::TRASH) {
+                remove(&entry.path())?;
+                kill::point(Point::RemainSwept);
             } else if name.starts_with("folder-") {
                 // Whoever is just making it makes another; one that another user began is empty, too.
                 if fs::remove_dir(entry.path()).is_ok() {
@@ -343,111 +316,20 @@ impl Store {
     }
 }
 
-/// Where a name's digest is written down, below `refs/`.
-///
-/// No part of a repository begins with an underscore, so names and repositories cannot meet.
-fn ref_path(reference: &Reference, architecture: &str) -> PathBuf {
-    match reference {
-        Reference::Registry {
-            registry,
-            repository,
-            tag,
-            digest,
-        } => {
-            let name = match (digest, tag) {
-                (Some(digest), _) => digest.hex(),
-                (None, tag) => tag.clone().unwrap_or_default(),
-            };
-            Path::new(registry)
-                .join(repository)
-                .join("_")
-                .join(format!("{name}@{architecture}.json"))
-        }
-        Reference::Layout { .. } => {
-            let name = Digest::of(reference.to_string().as_bytes()).hex();
-            Path::new("_layouts").join(format!("{name}@{architecture}.json"))
-        }
+/// The record with the sums of its files, which are all in the folder.
+fn summed(work: &Path, mut record: Record) -> Result<Record, Error> {
+    for file in &mut record.files {
+        let path = work.join(&file.name);
+        let sum = File::open(&path).and_then(|file| sum::of_file(&file));
+        file.sum = Some(sum.map_err(Error::storage(path))?);
     }
-}
-
-/// A small JSON file; none when it is missing, or is not what it should be and so is worth nothing.
-fn read_record<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Option<T>, Error> {
-    let mut bytes = Vec::new();
-    match File::open(path).and_then(|file| file.take(RECORD_MAX).read_to_end(&mut bytes)) {
-        Ok(_) => Ok(serde_json::from_slice(&bytes).ok()),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::Storage {
-            path: path.to_owned(),
-            source: error,
-        }),
-    }
-}
-
-fn serialised(value: &impl Serialize, path: &Path) -> Result<Vec<u8>, Error> {
-    let mut bytes = serde_json::to_vec_pretty(value).map_err(|error| Error::Storage {
-        path: path.to_owned(),
-        source: error.into(),
-    })?;
-    bytes.push(b'\n');
-    Ok(bytes)
-}
-
-fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    fill(&mut File::create_new(path)?, bytes)
-}
-
-/// Writes a file's content, which is not to change any more.
-fn fill(file: &mut File, bytes: &[u8]) -> io::Result<()> {
-    file.write_all(bytes)?;
-    file.set_permissions(Permissions::from_mode(0o444))?;
-    file.sync_all()
-}
-
-fn sync_dir(dir: &Path) -> Result<(), Error> {
-    File::open(dir)
-        .and_then(|dir| dir.sync_all())
-        .map_err(Error::storage(dir))
-}
-
-/// Removes a file or a folder, whoever was quicker.
-pub(super) fn remove(path: &Path) -> Result<(), Error> {
-    let removed = match fs::symlink_metadata(path) {
-        Ok(data) if data.is_dir() => fs::remove_dir_all(path),
-        Ok(_) => fs::remove_file(path),
-        Err(error) => Err(error),
-    };
-    match removed {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::Storage {
-            path: path.to_owned(),
-            source: error,
-        }),
-        _ => Ok(()),
-    }
-}
-
-/// The mode for a new folder in `parent`: whoever may write there may write in it (a store that is shared by a
-/// group is made by giving its folder that group and mode), and everybody may pass, for QEMU runs as somebody
-/// else.
-pub(super) fn inherited_mode(parent: &Path) -> u32 {
-    let mode = fs::metadata(parent).map_or(0, |data| data.mode() & 0o2777);
-    // Never writable for everybody, even below /tmp.
-    (mode & !0o002) | 0o755
-}
-
-/// Makes a folder and those above it, where they are missing; `begun_as` is what each is called until it is finished.
-fn make_dirs(dir: &Path, begun_as: &dyn Fn(&Path) -> PathBuf) -> Result<(), Error> {
-    if dir.is_dir() {
-        return Ok(());
-    }
-    let parent = dir.parent().unwrap_or(Path::new("/"));
-    make_dirs(parent, begun_as)?;
-    // The umask would take from the mode.
-    let finish = |dir: &Path| fs::set_permissions(dir, Permissions::from_mode(inherited_mode(parent)));
-    make_finished(dir, &begun_as(dir), finish).map_err(Error::storage(dir))
+    Ok(record)
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::MetadataExt as _;
+
     use super::*;
 
     #[test]

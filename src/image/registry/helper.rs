@@ -40,13 +40,7 @@ pub(super) async fn ask(helper: &str, registry: &str) -> Result<Option<Login>, C
         .await
         .map_err(|_| failed(format!("no answer within {} s", DEADLINE.as_secs())))?
         .map_err(|error| failed(error.to_string()))?;
-    match parse(success, &answer).map_err(|reason| failed(reason.to_owned()))? {
-        Some(login) if login.user == "<token>" => Err(CredentialsError::IdentityToken {
-            registry: registry.to_owned(),
-            origin: Origin::Host,
-        }),
-        login => Ok(login),
-    }
+    parse(success, &answer).map_err(|reason| failed(reason.to_owned()))
 }
 
 /// Whether the helper ended well, and what it wrote.
@@ -91,10 +85,11 @@ fn parse(success: bool, answer: &[u8]) -> Result<Option<Login>, &'static str> {
     if answer.username.is_empty() && answer.secret.is_empty() {
         return Ok(None);
     }
-    Ok(Some(Login {
-        user: answer.username,
-        password: Secret::new(answer.secret),
-    }))
+    Ok(Some(Login::new(
+        answer.username,
+        Secret::new(answer.secret),
+        Origin::Host,
+    )))
 }
 
 #[cfg(test)]

@@ -8,8 +8,9 @@ use std::collections::BTreeMap;
 use base64::Engine as _;
 use serde::Deserialize;
 
-use super::error::quoted;
+use super::super::error::quoted;
 use super::helper;
+use super::token::IDENTITY_TOKEN_USER;
 use crate::secret::Secret;
 
 /// Largest file of logins, in bytes.
@@ -49,10 +50,8 @@ pub enum CredentialsError {
         /// What happened.
         reason: String,
     },
-    /// The login is an OAuth identity token, which is not implemented. Operator or author.
-    #[error(
-        "the login for {registry} is an identity token, which cannot be used; log in with user and password"
-    )]
+    /// The login is an identity token, and the registry has no token service that would take it. Operator or author.
+    #[error("the login for {registry} is an identity token, and it asks for user and password")]
     IdentityToken {
         /// For which registry.
         registry: String,
@@ -96,8 +95,10 @@ impl Origin {
 pub struct Login {
     /// The account's name.
     pub user: String,
-    /// Its password or token.
+    /// Its password or token; an identity token where the user is `<token>`, as docker's helpers write it.
     pub password: Secret,
+    /// Who gave it.
+    pub origin: Origin,
 }
 
 /// All logins that may be used for one image, best first.
@@ -109,20 +110,12 @@ pub struct Credentials {
 /// One file's worth of logins.
 #[derive(Debug, Clone, Default)]
 struct File {
-    /// Who gave it.
-    origin: Origin,
     /// `host[:port][/path]` → login.
-    auths: BTreeMap<String, Entry>,
+    auths: BTreeMap<String, Login>,
     /// `host[:port]` → helper.
     helpers: BTreeMap<String, String>,
     /// The helper for all others.
     store: Option<String>,
-}
-
-#[derive(Debug, Clone)]
-enum Entry {
-    Login(Login),
-    IdentityToken,
 }
 
 impl Credentials {
@@ -135,11 +128,8 @@ impl Credentials {
     /// One login for one registry (`host[:port]`, or `host[:port]/path` for a part of it).
     #[must_use]
     pub fn basic(registry: &str, user: impl Into<String>, password: Secret) -> Self {
-        let login = Login {
-            user: user.into(),
-            password,
-        };
-        let auths = BTreeMap::from([(key(registry), Entry::Login(login))]);
+        let login = Login::new(user, password, Origin::JobGiven);
+        let auths = BTreeMap::from([(key(registry), login)]);
         Self {
             files: vec![File {
                 auths,
@@ -193,8 +183,8 @@ impl Credentials {
         }
         let mut auths = BTreeMap::new();
         for (server, auth) in config.auths {
-            if let Some(entry) = auth.entry().map_err(unreadable)? {
-                auths.insert(key(&server), entry);
+            if let Some(login) = auth.login(origin).map_err(unreadable)? {
+                auths.insert(key(&server), login);
             }
         }
         let helpers = helpers
@@ -203,7 +193,6 @@ impl Credentials {
             .collect();
         Ok(Self {
             files: vec![File {
-                origin,
                 auths,
                 helpers,
                 store,
@@ -219,7 +208,7 @@ impl Credentials {
     }
 
     /// The login for a repository: the first file that knows one, in it the longest path that fits.
-    pub(super) async fn find(
+    pub(in crate::image) async fn find(
         &self,
         registry: &str,
         repository: &str,
@@ -231,15 +220,8 @@ impl Credentials {
                 }
                 continue;
             }
-            match file.entry(registry, repository) {
-                Some(Entry::Login(login)) => return Ok(Some(login.clone())),
-                Some(Entry::IdentityToken) => {
-                    return Err(CredentialsError::IdentityToken {
-                        registry: registry.to_owned(),
-                        origin: file.origin,
-                    });
-                }
-                None => {}
+            if let Some(login) = file.login(registry, repository) {
+                return Ok(Some(login.clone()));
             }
             if let Some(helper) = &file.store
                 && let Some(login) = helper::ask(helper, registry).await?
@@ -252,12 +234,12 @@ impl Credentials {
 }
 
 impl File {
-    fn entry(&self, registry: &str, repository: &str) -> Option<&Entry> {
+    fn login(&self, registry: &str, repository: &str) -> Option<&Login> {
         names(registry).find_map(|name| {
             let mut path = format!("{name}/{repository}");
             loop {
-                if let Some(entry) = self.auths.get(&path) {
-                    return Some(entry);
+                if let Some(login) = self.auths.get(&path) {
+                    return Some(login);
                 }
                 path.truncate(path.rfind('/')?);
             }
@@ -315,9 +297,9 @@ struct DockerAuth {
 
 impl DockerAuth {
     /// None for the empty entry that docker leaves beside a helper.
-    fn entry(self) -> Result<Option<Entry>, &'static str> {
-        if self.identitytoken.is_some_and(|token| !token.is_empty()) {
-            return Ok(Some(Entry::IdentityToken));
+    fn login(self, origin: Origin) -> Result<Option<Login>, &'static str> {
+        if let Some(token) = self.identitytoken.filter(|token| !token.is_empty()) {
+            return Ok(Some(Login::new(IDENTITY_TOKEN_USER, Secret::new(token), origin)));
         }
         if let Some(auth) = self.auth.filter(|auth| !auth.is_empty()) {
             let engine = base64::engine::general_purpose::STANDARD;
@@ -330,21 +312,13 @@ impl DockerAuth {
                 .trim_end_matches('\0')
                 .split_once(':')
                 .ok_or("an `auth` is not the base64 of user:password")?;
-            return Ok(Some(Entry::Login(Login {
-                user: user.to_owned(),
-                password: Secret::new(password),
-            })));
+            return Ok(Some(Login::new(user, Secret::new(password), origin)));
         }
         Ok(self
             .username
             .filter(|user| !user.is_empty())
             .zip(self.password)
-            .map(|(user, password)| {
-                Entry::Login(Login {
-                    user,
-                    password: Secret::new(password),
-                })
-            }))
+            .map(|(user, password)| Login::new(user, Secret::new(password), origin)))
     }
 }
 
@@ -389,8 +363,12 @@ mod tests {
                 "{registry}/{repository}"
             );
         }
-        let error = credentials.find("token.example.com", "vm").await.unwrap_err();
-        assert!(matches!(error, CredentialsError::IdentityToken { .. }), "{error}");
+        let login = credentials
+            .find("token.example.com", "vm")
+            .await
+            .unwrap()
+            .unwrap();
+        assert!(login.is_identity_token() && login.password.reveal() == "abc");
     }
 
     #[tokio::test]

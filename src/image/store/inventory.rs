@@ -1,0 +1,112 @@
+//! What is in the store, as people and whoever tidies up see it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use jiff::Timestamp;
+
+use super::files::entries;
+use super::names::Name;
+use super::pins::PinName;
+use super::{Disk, Store};
+use crate::image::digest::Digest;
+use crate::image::error::Error;
+
+/// What the system counts a file's blocks in, in bytes (stat(2)).
+const BLOCK: u64 = 512;
+
+/// One image, and what is known about it here.
+#[derive(Debug, Clone)]
+pub struct Held {
+    /// Its digest.
+    pub digest: Digest,
+    /// The disk, if it is whole.
+    pub disk: Option<Disk>,
+    /// The names that lead to it.
+    pub names: Vec<Name>,
+    /// What it takes on the file system, in bytes. What it shares with other images counts for each.
+    pub size: u64,
+    /// What removing it would free, in bytes.
+    pub frees: u64,
+    /// When it came.
+    pub created: Timestamp,
+    /// When a job last used it; when it came, if none has.
+    pub used: Timestamp,
+    /// The pins on it.
+    pub pins: Vec<PinName>,
+    /// The processes that lease it.
+    pub leases: Vec<u32>,
+}
+
+impl Store {
+    /// All images, whole or damaged, by digest.
+    ///
+    /// # Errors
+    /// [`Error::Storage`] when the store cannot be read.
+    pub fn inventory(&self) -> Result<Vec<Held>, Error> {
+        let mut names: BTreeMap<Digest, Vec<Name>> = BTreeMap::new();
+        for name in self.names()? {
+            names.entry(name.digest).or_default().push(name);
+        }
+        let mut held = Vec::new();
+        for digest in self.digests()? {
+            let names = names.remove(&digest).unwrap_or_default();
+            held.extend(self.held(digest, names)?);
+        }
+        Ok(held)
+    }
+
+    /// The digests of all images, whole or damaged, in order.
+    pub(super) fn digests(&self) -> Result<Vec<Digest>, Error> {
+        let mut digests: Vec<Digest> = entries(&self.dir.join("disks"))?
+            .iter()
+            .filter_map(|entry| Digest::from_hex(entry.file_name().to_str()?).ok())
+            .collect();
+        digests.sort_unstable();
+        Ok(digests)
+    }
+
+    /// None when it was removed meanwhile.
+    fn held(&self, digest: Digest, names: Vec<Name>) -> Result<Option<Held>, Error> {
+        let dir = self.disk_dir(&digest);
+        let Ok(folder) = fs::metadata(&dir) else {
+            return Ok(None);
+        };
+        let (size, frees) = room(&dir)?;
+        let created = match self.record(&digest)? {
+            Some(record) => record.created,
+            None => folder
+                .modified()
+                .ok()
+                .and_then(|time| time.try_into().ok())
+                .unwrap_or(Timestamp::UNIX_EPOCH),
+        };
+        Ok(Some(Held {
+            disk: self.find(&digest)?,
+            names,
+            size,
+            frees,
+            created,
+            used: self.used(&digest).unwrap_or(created).max(created),
+            pins: self.pins(&digest)?,
+            leases: self.leased_by(&digest),
+            digest,
+        }))
+    }
+}
+
+/// What a folder's files take, and what of it no other name has, in bytes.
+fn room(dir: &Path) -> Result<(u64, u64), Error> {
+    let (mut size, mut frees) = (0, 0);
+    for entry in entries(dir)? {
+        let Ok(data) = entry.metadata() else { continue };
+        let bytes = data.blocks() * BLOCK;
+        size += bytes;
+        if data.nlink() == 1 {
+            frees += bytes;
+        }
+    }
+    Ok((size, frees))
+}
