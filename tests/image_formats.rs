@@ -41,12 +41,12 @@ impl Bench {
             architecture: "x86_64".to_owned(),
             policies: vec![PullPolicy::Always],
             credentials: Credentials::none(),
-            plain_http: false,
-            ca_files: Vec::new(),
+            registries: cannery::image::Registries::default(),
             limits: Limits {
                 max_disk: 64 << 20,
                 keep_free: 0,
             },
+            asker: cannery::image::Asker::Operator,
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

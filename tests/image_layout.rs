@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
 
 #[path = "support/image_fixture.rs"]
+#[allow(dead_code, reason = "shared with other tests")]
 mod image_fixture;
 
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt};

@@ -37,6 +37,11 @@ impl Digest {
         &self.0
     }
 
+    /// A digest that is written down as 32 bytes.
+    pub(super) fn from_bytes(bytes: [u8; 32]) -> Self {
+        Self(bytes)
+    }
+
     /// Reads what [`Digest::hex`] writes.
     pub(super) fn from_hex(text: &str) -> Result<Self, NoDigest> {
         let lower = text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
@@ -85,6 +90,12 @@ impl<'de> Deserialize<'de> for Digest {
 /// A digest in the making, fed piece by piece.
 #[derive(Clone, Default)]
 pub(super) struct Hasher(Sha256);
+
+impl fmt::Debug for Hasher {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Hasher")
+    }
+}
 
 impl Hasher {
     pub(super) fn update(&mut self, bytes: &[u8]) {

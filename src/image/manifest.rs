@@ -17,8 +17,8 @@ pub(super) use oci_client::manifest::{
     IMAGE_MANIFEST_MEDIA_TYPE, OCI_IMAGE_INDEX_MEDIA_TYPE, OCI_IMAGE_MEDIA_TYPE,
 };
 
-/// Most layers that are looked at; Docker stops at 127, some builders go higher.
-const LAYERS_MAX: usize = 1024;
+/// Most layers that are looked at: what an image in our own format can have. Docker stops at 127, some builders go higher.
+const LAYERS_MAX: usize = 16_384;
 
 /// A blob by name: what its bytes must hash to, and how many there are.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -111,8 +111,8 @@ pub struct OwnNetwork {
 /// The hardware for one image.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MachineSettings {
-    /// Virtual CPUs.
-    pub cpus: u32,
+    /// Virtual CPUs; none means what the image asks for, else [`MachineSettings::DEFAULT_CPUS`].
+    pub cpus: Option<u32>,
     /// Memory; none means what the image asks for, else [`MachineSettings::DEFAULT_MEMORY`].
     pub memory: Option<Size>,
     /// The least size of the disk, if any.
@@ -121,15 +121,15 @@ pub struct MachineSettings {
     pub cpu: Option<String>,
     /// The firmware; none means what the image asks for, else the architecture's usual one.
     pub firmware: Option<Firmware>,
-    /// What the disk is attached to.
-    pub disk_bus: DiskBus,
-    /// The network card.
-    pub nic: Nic,
+    /// What the disk is attached to; none means what the image asks for, else virtio.
+    pub disk_bus: Option<DiskBus>,
+    /// The network card; none means what the image asks for, else virtio.
+    pub nic: Option<Nic>,
     /// A versioned machine type, if it was chosen.
     pub machine_type: Option<String>,
     /// Whether hardware virtualisation is used.
     pub accelerator: Accelerator,
-    /// The most that a job may ask for.
+    /// The most that a job, or an image, may ask for.
     pub max_cpus: u32,
     /// The most memory that a job, or an image, may ask for.
     pub max_memory: Size,
@@ -354,10 +354,9 @@ impl Settings {
             } else {
                 format!("image.\"{name}\".machine")
             };
-            if machine.cpus == 0 || machine.cpus > MAX_CPUS {
+            if let Some(cpus) = machine.cpus.filter(|cpus| !(1..=MAX_CPUS).contains(cpus)) {
                 return Err(wrong(format!(
-                    "{table}.cpus = {} is not between 1 and {MAX_CPUS}",
-                    machine.cpus
+                    "{table}.cpus = {cpus} is not between 1 and {MAX_CPUS}"
                 )));
             }
             if machine.memory.is_some_and(|m| m < MIN_MEMORY) {
@@ -379,18 +378,21 @@ impl Settings {
         let table = self
             .layers(image)
             .fold(self.machine.clone(), |base, (over, _)| base.with(over));
-        let cpus = table.cpus.unwrap_or(MachineSettings::DEFAULT_CPUS);
         MachineSettings {
-            cpus,
+            cpus: table.cpus,
             memory: table.memory,
             disk: table.disk,
             cpu: table.cpu,
             firmware: table.firmware,
-            disk_bus: table.disk_bus.unwrap_or_default(),
-            nic: table.nic.unwrap_or_default(),
+            disk_bus: table.disk_bus,
+            nic: table.nic,
             machine_type: table.machine_type,
             accelerator: table.accelerator.unwrap_or_default(),
-            max_cpus: self.limits.cpus.unwrap_or(cpus),
+            max_cpus: self
+                .limits
+                .cpus
+                .or(table.cpus)
+                .unwrap_or(MachineSettings::DEFAULT_CPUS),
             max_memory: self
                 .limits
                 .memory

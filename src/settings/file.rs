@@ -188,11 +188,10 @@ pub enum Firmware {
 }
 
 /// `disk_bus`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum DiskBus {
     /// virtio-blk: `/dev/vda`.
-    #[default]
     Virtio,
     /// virtio-scsi: `/dev/sda`.
     Scsi,
@@ -201,11 +200,10 @@ pub enum DiskBus {
 }
 
 /// `nic`
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Deserialize)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Nic {
     /// virtio-net.
-    #[default]
     Virtio,
     /// Intel 82574L, for guests without virtio drivers.
     E1000e,

@@ -21,7 +21,7 @@ fn an_empty_file_gives_the_defaults() {
     let off = settings("[history]\nkeep = 0\nmax_size = \"1G\"").unwrap();
     assert_eq!((off.history_keep.as_secs(), off.history_size), (0, 1 << 30));
     let m = s.machine("registry.example.com/vm/debian:12");
-    assert_eq!((m.cpus, m.max_cpus, m.accelerator), (2, 2, Accelerator::Auto));
+    assert_eq!((m.cpus, m.max_cpus, m.accelerator), (None, 2, Accelerator::Auto));
     assert_eq!(m.max_memory, MachineSettings::DEFAULT_MEMORY);
 }
 
@@ -44,11 +44,14 @@ fn of_the_tables_that_fit_the_longest_wins_key_by_key() {
     )
     .unwrap();
     let big = s.machine("registry.example.com/vm/big:1");
-    assert_eq!((big.cpus, big.memory, big.max_cpus), (4, Some(Size::gib(2)), 8));
+    assert_eq!(
+        (big.cpus, big.memory, big.max_cpus),
+        (Some(4), Some(Size::gib(2)), 8)
+    );
     let small = s.machine("registry.example.com/vm/small:1");
-    assert_eq!((small.cpus, small.memory), (2, Some(Size::gib(2))));
+    assert_eq!((small.cpus, small.memory), (Some(2), Some(Size::gib(2))));
     let other = s.machine("other.example.com/x:1");
-    assert_eq!((other.cpus, other.memory), (1, Some(Size::gib(1))));
+    assert_eq!((other.cpus, other.memory), (Some(1), Some(Size::gib(1))));
     assert_eq!(
         s.guest("registry.example.com/vm/big:1").user.as_deref(),
         Some("ci")

@@ -305,9 +305,15 @@ fn grant(wants: &Wants, settings: &MachineSettings, disk: &Disk) -> Result<Grant
 fn bounds(settings: &MachineSettings, disk: Option<&Disk>) -> Bounds {
     let hinted = disk.and_then(|d| d.hints.memory).map(Size::from_bytes);
     let memory = settings.memory.or(hinted.map(|h| h.min(settings.max_memory)));
+    let cpus = disk
+        .and_then(|d| d.hints.cpus)
+        .map(|hinted| hinted.min(settings.max_cpus));
     let virtual_size = Size::from_bytes(disk.map_or(0, |d| d.virtual_size));
     Bounds {
-        cpus: (settings.cpus, settings.max_cpus),
+        cpus: (
+            settings.cpus.or(cpus).unwrap_or(MachineSettings::DEFAULT_CPUS),
+            settings.max_cpus,
+        ),
         memory: (
             memory.unwrap_or(MachineSettings::DEFAULT_MEMORY),
             settings.max_memory,

@@ -103,15 +103,8 @@ fn describe(
         memory_mib: granted.memory.to_mib(),
         cpu,
         firmware,
-        disk_bus: match settings.disk_bus {
-            file::DiskBus::Virtio => DiskBus::Virtio,
-            file::DiskBus::Scsi => DiskBus::Scsi,
-            file::DiskBus::Sata => DiskBus::Sata,
-        },
-        nic_model: Some(match settings.nic {
-            file::Nic::Virtio => NicModel::Virtio,
-            file::Nic::E1000e => NicModel::E1000e,
-        }),
+        disk_bus: disk_bus(settings, disk, arch),
+        nic_model: Some(nic(settings, disk)),
         boot,
         seed_disk: true,
         graphics: Graphics::Spice,
@@ -121,4 +114,71 @@ fn describe(
             .hint("Mend the machine table in the settings")
     })?;
     Ok(description)
+}
+
+/// The operator's word before the image's; of an image nothing is taken that its machine cannot have.
+fn disk_bus(settings: &MachineSettings, disk: &Disk, arch: Arch) -> DiskBus {
+    match (settings.disk_bus, disk.hints.disk_bus) {
+        (Some(file::DiskBus::Virtio), _) | (None, None | Some(image::DiskBus::Virtio)) => DiskBus::Virtio,
+        (Some(file::DiskBus::Scsi), _) | (None, Some(image::DiskBus::Scsi)) => DiskBus::Scsi,
+        (Some(file::DiskBus::Sata), _) => DiskBus::Sata,
+        (None, Some(image::DiskBus::Sata)) if arch == Arch::X86_64 => DiskBus::Sata,
+        (None, Some(image::DiskBus::Sata)) => DiskBus::Virtio,
+    }
+}
+
+fn nic(settings: &MachineSettings, disk: &Disk) -> NicModel {
+    match (settings.nic, disk.hints.nic) {
+        (Some(file::Nic::E1000e), _) | (None, Some(image::Nic::E1000e)) => NicModel::E1000e,
+        _ => NicModel::Virtio,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::image::{Digest, DiskFormat, Hints};
+    use crate::settings::{self, Settings, Sources};
+
+    fn settings(text: &str) -> MachineSettings {
+        let path = Path::new("/etc/cannery/cannery.toml");
+        let settings = Settings::resolve(settings::parse(text, path).unwrap(), path, &Sources::default());
+        settings.unwrap().machine("r/vm:1")
+    }
+
+    #[test]
+    fn an_image_chooses_only_where_the_operator_has_not() {
+        let disk = |disk_bus, nic| Disk {
+            reference: "r/vm:1".to_owned(),
+            digest: Digest::of(b""),
+            path: "/disk".into(),
+            format: DiskFormat::Raw,
+            image_format: None,
+            virtual_size: 1 << 20,
+            boot: None,
+            hints: Hints {
+                disk_bus,
+                nic,
+                ..Hints::default()
+            },
+            fetched_bytes: 0,
+            from_cache: true,
+            lease: None,
+        };
+        let silent = disk(None, None);
+        let old = disk(Some(image::DiskBus::Sata), Some(image::Nic::E1000e));
+        let open = settings("");
+        let fixed = settings("[machine]\ndisk_bus = \"scsi\"\nnic = \"virtio\"");
+        for (settings, disk, arch, hardware) in [
+            (&open, &silent, Arch::X86_64, (DiskBus::Virtio, NicModel::Virtio)),
+            (&open, &old, Arch::X86_64, (DiskBus::Sata, NicModel::E1000e)),
+            (&open, &old, Arch::Aarch64, (DiskBus::Virtio, NicModel::E1000e)),
+            (&fixed, &old, Arch::X86_64, (DiskBus::Scsi, NicModel::Virtio)),
+            (&fixed, &silent, Arch::X86_64, (DiskBus::Scsi, NicModel::Virtio)),
+        ] {
+            assert_eq!((disk_bus(settings, disk, arch), nic(settings, disk)), hardware);
+        }
+    }
 }

@@ -2,7 +2,7 @@
 
 /// One way to prove who we are.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub(super) enum Challenge {
+pub(in crate::image) enum Challenge {
     /// A token from `realm` (the distribution project's token authentication).
     Bearer { realm: String, service: Option<String> },
     /// User and password with each request.
@@ -10,7 +10,7 @@ pub(super) enum Challenge {
 }
 
 /// Reads one header; unknown schemes are passed over.
-pub(super) fn parse(header: &str) -> Vec<Challenge> {
+pub(in crate::image) fn parse(header: &str) -> Vec<Challenge> {
     let mut found: Vec<(String, Vec<(String, String)>)> = Vec::new();
     let mut rest = header;
     loop {

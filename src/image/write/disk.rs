@@ -9,7 +9,7 @@ use std::path::Path;
 use rustix::fs::SeekFrom;
 
 /// What a guest sees of a disk.
-pub(super) trait Guest {
+pub(in crate::image) trait Guest {
     /// Bytes.
     fn size(&self) -> u64;
     /// Fills `buffer` from `offset`; all of it lies within the disk.
@@ -20,13 +20,13 @@ pub(super) trait Guest {
 
 /// A raw disk, holes and all.
 #[derive(Debug)]
-pub(super) struct Raw {
+pub(in crate::image) struct Raw {
     file: File,
     size: u64,
 }
 
 impl Raw {
-    pub(super) fn open(path: &Path) -> io::Result<Self> {
+    pub(in crate::image) fn open(path: &Path) -> io::Result<Self> {
         let file = File::open(path)?;
         let size = file.metadata()?.len();
         Ok(Self { file, size })

@@ -10,4 +10,5 @@ mod pack;
 mod qcow2;
 mod sardinecake;
 
+pub(super) use disk::Guest;
 pub use pack::Packing;
