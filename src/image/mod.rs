@@ -48,7 +48,7 @@ mod store;
 mod write;
 
 pub use fetch::look::{Part, Sight};
-use fetch::{decompress, progress, provide, room, source, sparse};
+use fetch::{decompress, ledger, progress, provide, room, source, sparse};
 
 pub use digest::{Digest, NoDigest};
 pub use error::Error;
