@@ -48,7 +48,7 @@ mod store;
 #[allow(dead_code, reason = "what is written has no destination yet")]
 mod write;
 
-use fetch::{decompress, progress, provide, room, source, sparse};
+use fetch::{decompress, ledger, progress, provide, room, source, sparse};
 
 pub use digest::{Digest, NoDigest};
 pub use error::Error;

@@ -125,7 +125,6 @@ impl Session {
     }
 
     /// How many transfers at once the registry takes now; fewer after it has answered that it has too much.
-    #[allow(dead_code, reason = "the engine does not fetch in parallel yet")]
     pub(super) fn width(&self) -> usize {
         let endpoint = self.endpoint();
         // One that sends the whole for each part is better asked for one at a time.
