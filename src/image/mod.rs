@@ -44,6 +44,7 @@ mod plan;
 mod platform;
 mod reference;
 mod registry;
+mod single;
 mod store;
 #[allow(dead_code, reason = "what is written has no destination yet")]
 mod write;
