@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use cannery::image::{
     Asker, Credentials, Disk, DiskBus, DiskFormat, Error, Firmware, Format, Limits, Nic, PullPolicy,
-    Registries, Request, Silent, Store,
+    Registries, Request, Requirements, Silent, Store,
 };
 use image_fixture::{Image, Layout, gzip, noise, qcow2_disk, raw_disk, sha256, zstd};
 use serde_json::json;
@@ -52,6 +52,7 @@ impl Bench {
                 max_disk: 64 << 20,
                 keep_free: 0,
             },
+            requirements: Requirements::default(),
             asker: Asker::Operator,
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
