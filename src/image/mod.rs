@@ -44,6 +44,7 @@ mod platform;
 mod policy;
 mod reference;
 mod registry;
+mod single;
 mod store;
 mod write;
 

@@ -29,7 +29,8 @@ use crate::image::platform::{self, Platform};
 use crate::image::policy::{Requirements, Rules};
 use crate::image::reference::Reference;
 use crate::image::registry::credentials::{Credentials, Origin};
-use crate::image::registry::{Purpose, Registries, Session, Target};
+use crate::image::registry::{Address, Purpose, Registries, Session, Target, WebFile};
+use crate::image::single::LocalFile;
 use crate::image::store::{self, Asker, Disk, Plea, Record, RecordedFile, Standing, Store};
 use crate::kill::{self, Point};
 
@@ -275,6 +276,22 @@ impl Pull<'_> {
     async fn source_of(&self, version: String) -> Result<Source, Error> {
         match &self.request.reference {
             Reference::Layout { dir, tag } => Ok(Source::Layout(Layout::new(&self.image, dir, tag))),
+            Reference::File { path, digest } => Ok(Source::File(LocalFile::new(&self.image, path, *digest))),
+            Reference::Web {
+                plain,
+                host,
+                path,
+                digest,
+            } => {
+                let address = Address {
+                    image: &self.image,
+                    plain: *plain,
+                    host,
+                    path,
+                };
+                let file = WebFile::open(&address, *digest, &self.request.registries)?;
+                Ok(Source::Web(Box::new(file)))
+            }
             Reference::Registry {
                 registry, repository, ..
             } => {
@@ -395,7 +412,8 @@ impl Pull<'_> {
     /// there once. What everybody may have needs no proof.
     async fn vouch(&self, source: &Source, digest: &Digest, manifest: &Manifest) -> Result<(), Error> {
         let place = self.request.reference.place();
-        if matches!(source, Source::Layout(_)) || self.store.standing(digest, &place)? != Standing::Elsewhere
+        if !matches!(source, Source::Registry(_))
+            || self.store.standing(digest, &place)? != Standing::Elsewhere
         {
             return Ok(());
         }

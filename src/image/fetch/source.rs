@@ -24,7 +24,8 @@ use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::layout::Layout;
 use crate::image::manifest::Descriptor;
-use crate::image::registry::Session;
+use crate::image::registry::{Session, WebFile};
+use crate::image::single::LocalFile;
 
 /// Largest manifest, index or config, in bytes: what registries allow, too.
 pub(in crate::image) const DOCUMENT_MAX: u64 = 4 << 20;
@@ -48,6 +49,10 @@ const TELL_EVERY: Duration = Duration::from_millis(250);
 pub(in crate::image) enum Source {
     Registry(Box<Session>),
     Layout(Layout),
+    /// A file of this host.
+    File(LocalFile),
+    /// A file on a web server.
+    Web(Box<WebFile>),
 }
 
 impl Source {
@@ -56,6 +61,11 @@ impl Source {
         match self {
             Self::Registry(session) => session.root().await,
             Self::Layout(layout) => layout.root(),
+            Self::File(file) => {
+                let file = file.clone();
+                blocking(move || file.root()).await
+            }
+            Self::Web(file) => file.root().await,
         }
     }
 
@@ -65,6 +75,7 @@ impl Source {
         let bytes = match self {
             Self::Registry(session) => session.manifest(&descriptor.digest).await?,
             Self::Layout(layout) => layout.document(&descriptor.digest)?,
+            Self::File(_) | Self::Web(_) => return Err(self.no_document()),
         };
         self.verify(descriptor, &bytes, "its manifest")?;
         Ok(bytes)
@@ -76,9 +87,18 @@ impl Source {
         let bytes = match self {
             Self::Registry(session) => session.document(descriptor).await?,
             Self::Layout(layout) => layout.document(&descriptor.digest)?,
+            Self::File(_) | Self::Web(_) => return Err(self.no_document()),
         };
         self.verify(descriptor, &bytes, "its config")?;
         Ok(bytes)
+    }
+
+    /// A single file has one manifest, which is ours and names no other document.
+    fn no_document(&self) -> Error {
+        Error::Malformed {
+            image: self.image().to_owned(),
+            reason: "a single file has no documents beside it".to_owned(),
+        }
     }
 
     fn check_document(&self, descriptor: &Descriptor, what: &'static str) -> Result<(), Error> {
@@ -115,7 +135,8 @@ impl Source {
     pub(super) fn width(&self) -> usize {
         match self {
             Self::Registry(session) => session.width().clamp(1, CONNECTIONS),
-            Self::Layout(_) => 2,
+            Self::Web(file) => file.session.width().clamp(1, CONNECTIONS),
+            Self::Layout(_) | Self::File(_) => 2,
         }
     }
 
@@ -128,6 +149,12 @@ impl Source {
                 left: range,
                 image: layout.image(),
             },
+            Self::File(file) => Part::File {
+                file: Arc::new(file.open(descriptor)?),
+                left: range,
+                image: file.image(),
+            },
+            Self::Web(file) => Part::Registry(Box::new(file.session.range(descriptor, range))),
         })
     }
 
@@ -237,6 +264,8 @@ impl Source {
         match self {
             Self::Registry(session) => session.image(),
             Self::Layout(layout) => layout.image(),
+            Self::File(file) => file.image(),
+            Self::Web(file) => file.session.image(),
         }
     }
 }

@@ -33,11 +33,13 @@ mod token;
 mod transport;
 mod trust;
 mod weather;
+mod web;
 
 pub(super) use endpoint::Purpose;
 pub(super) use push::Upload;
 pub(super) use referrers::Referrer;
 pub use trust::{Private, Registries, RegistryOptions};
+pub(super) use web::{Address, WebFile};
 
 use self::endpoint::{Answer, Ask, Endpoint};
 pub(super) use self::range::Ranged;
@@ -118,6 +120,16 @@ impl Session {
             endpoints,
             serving: AtomicUsize::new(0),
         })
+    }
+
+    /// A conversation with one endpoint, in which no manifest is asked for.
+    fn with(image: &str, endpoint: Endpoint) -> Self {
+        Self {
+            image: image.to_owned(),
+            name: String::new(),
+            endpoints: vec![Arc::new(endpoint)],
+            serving: AtomicUsize::new(0),
+        }
     }
 
     pub(super) fn image(&self) -> &str {
