@@ -18,6 +18,8 @@ mod reader;
 mod writer;
 
 pub(super) use base::Known;
+#[cfg(any(test, fuzzing))]
+pub(super) use index::fuzz as fuzz_index;
 pub(super) use push::{Order, push, read_base};
 pub(super) use reader::{Reader, is_native};
 pub(super) use writer::{LEVEL, Written};
