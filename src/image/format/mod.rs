@@ -189,23 +189,7 @@ pub(super) fn recipe(format: Format, facts: &Facts<'_>) -> Result<Recipe, Error>
     })
 }
 
-/// Reads an archive to its end; for fuzzers.
-#[cfg(any(test, fuzzing))]
-pub(super) fn fuzz_archive(bytes: &[u8]) {
-    let mut archive = archive::Archive::new(bytes, "vm");
-    let mut total = 0;
-    loop {
-        match archive.next() {
-            Ok(Some(entry)) => {
-                super::fuzz::inside(&entry.path);
-                total += std::io::copy(&mut archive.body(), &mut std::io::sink()).unwrap_or_default();
-                assert!(total <= bytes.len() as u64, "more content than bytes");
-            }
-            Ok(None) => return,
-            Err(error) => return super::fuzz::one_line(&error.to_string()),
-        }
-    }
-}
-
 #[cfg(test)]
 mod fixture;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzz;

@@ -40,6 +40,8 @@ pub(super) use push::Upload;
 pub(super) use referrers::Referrer;
 pub use trust::{Private, Registries, RegistryOptions};
 pub(super) use web::{Address, WebFile};
+#[cfg(any(test, fuzzing))]
+pub(super) use weather::fuzz as fuzz_retry_after;
 
 use self::endpoint::{Answer, Ask, Endpoint};
 pub(super) use self::range::Ranged;
