@@ -84,7 +84,15 @@ fn a_machine_becomes_an_image_and_the_image_a_machine() {
     let top = desk.path("top.qcow2");
     let machine = Machine::define(&desk, &name, &description(&name, &[(&top, "qcow2", "vda")]));
     let image = desk.layout("kept");
-    desk.cannery(&["image", "export", "--quiet", "--format", "containerdisk", &name, &image]);
+    desk.cannery(&[
+        "image",
+        "export",
+        "--quiet",
+        "--format",
+        "containerdisk",
+        &name,
+        &image,
+    ]);
     let back = desk.path("back.raw");
     desk.cannery(&["image", "convert", "--quiet", &image, &back]);
     desk.same((&back, "raw"), (&top, "qcow2"));
@@ -146,7 +154,9 @@ fn a_machine_whose_disk_cannot_be_taken_is_refused_with_what_to_do() {
     );
     let said = desk.refusal(&["image", "export", &name, &image]);
     assert!(said.contains("vda, vdb") && said.contains("--disk"), "{said}");
-    desk.cannery(&["image", "export", "--quiet", "--format", "qcow2", "--disk", "vdb", &name, &image]);
+    desk.cannery(&[
+        "image", "export", "--quiet", "--format", "qcow2", "--disk", "vdb", &name, &image,
+    ]);
     drop(machine);
 
     // A guest that wrote a header of its own into its raw disk gets no file of the host.

@@ -155,7 +155,13 @@ pub async fn import(
         let hardware = Hardware {
             libvirt: &libvirt,
             granted: &Granted {
-                cpus: machine.cpus,
+                cpus: machine
+                    .cpus
+                    .or(disk
+                        .hints
+                        .cpus
+                        .map(|wished| wished.min(machine.max_cpus.max(MachineSettings::DEFAULT_CPUS))))
+                    .unwrap_or(MachineSettings::DEFAULT_CPUS),
                 memory: memory(&machine, disk),
                 disk: Size::from_bytes(disk.virtual_size),
             },

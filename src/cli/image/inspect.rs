@@ -16,11 +16,11 @@ pub(in crate::cli) struct Arguments {
     #[arg(long, value_enum, default_value = "text")]
     format: Format,
     /// Print the manifest as it is
-    #[arg(long, conflicts_with = "config")]
+    #[arg(long, conflicts_with = "image_config")]
     raw: bool,
     /// Print the image's own configuration as it is
     #[arg(long)]
-    config: bool,
+    image_config: bool,
 }
 
 /// How an image is described.
@@ -40,8 +40,12 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     let policies = vec![PullPolicy::Always];
     let request = images::request(&settings, reference, policies, credentials, Asker::Operator)?;
     let sight = store.look(&request).await?;
-    if arguments.raw || arguments.config {
-        let text = if arguments.raw { &sight.manifest } else { &sight.config };
+    if arguments.raw || arguments.image_config {
+        let text = if arguments.raw {
+            &sight.manifest
+        } else {
+            &sight.config
+        };
         print(&format!("{}\n", String::from_utf8_lossy(text)));
         return Ok(());
     }
@@ -82,7 +86,10 @@ fn text(sight: &Sight) -> String {
         ("Image", shown(&sight.reference)),
         ("Digest", sight.digest.to_string()),
         ("Format", sight.format.clone()),
-        ("Size", format!("{} in {} blobs", bytes(sight.size), sight.layers.len())),
+        (
+            "Size",
+            format!("{} in {} blobs", bytes(sight.size), sight.layers.len()),
+        ),
     ];
     if !sight.platform.is_empty() {
         lines.push(("Platform", plain(&sight.platform, 60)));
@@ -115,7 +122,10 @@ fn text(sight: &Sight) -> String {
                 plain(&layer.media_type, 80),
                 bytes(layer.size),
                 layer.digest.to_string().chars().take(19).collect(),
-                layer.title.as_deref().map_or(String::new(), |title| plain(title, 60)),
+                layer
+                    .title
+                    .as_deref()
+                    .map_or(String::new(), |title| plain(title, 60)),
             ]
         })
         .collect();

@@ -8,7 +8,7 @@ use super::progress::Lines;
 use super::{reference, shown};
 use crate::cli::Context;
 use crate::image::{
-    Asker, Boot, Draft, Packing, Progress, PullPolicy, Reference, Silent, Store, WriteFormat,
+    Asker, Boot, Draft, Native, Packing, Progress, PullPolicy, Reference, Silent, Store, WriteFormat,
 };
 use crate::outcome::Failure;
 use crate::settings::Settings;

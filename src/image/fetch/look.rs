@@ -98,7 +98,10 @@ impl Store {
             reference: image,
             digest,
             format: kind.to_string(),
-            platform: [read.os, read.architecture].join("/").trim_matches('/').to_owned(),
+            platform: [read.os, read.architecture]
+                .join("/")
+                .trim_matches('/')
+                .to_owned(),
             size: manifest
                 .layers
                 .iter()

@@ -490,7 +490,12 @@ impl Pull<'_> {
     }
 
     /// Reads all that is said about the image, and decides how it becomes a disk.
-    pub(super) async fn recipe(&self, source: &Source, manifest: &Manifest, format: Format) -> Result<Recipe, Error> {
+    pub(super) async fn recipe(
+        &self,
+        source: &Source,
+        manifest: &Manifest,
+        format: Format,
+    ) -> Result<Recipe, Error> {
         let config = self.config(source, manifest, format).await?;
         let mut documents = Vec::new();
         for descriptor in format::documents(format, manifest) {
