@@ -20,6 +20,7 @@ use crate::image::inspect;
 use crate::image::layout::Layout;
 use crate::image::manifest::{self, Document, Manifest, NoChoice};
 use crate::image::platform::{self, Platform};
+use crate::image::policy::{Requirements, Rules};
 use crate::image::reference::Reference;
 use crate::image::registry::credentials::{Credentials, Origin};
 use crate::image::registry::{Purpose, Registries, Session, Target};
@@ -56,6 +57,8 @@ pub struct Request {
     pub limits: Limits,
     /// On whose behalf.
     pub asker: Asker,
+    /// What it must be to be used at all.
+    pub requirements: Requirements,
 }
 
 impl Store {
@@ -72,7 +75,9 @@ impl Store {
     /// # Errors
     /// See [`Error`]: each variant says whose fault it is.
     pub async fn provide(&self, request: &Request, progress: &dyn Progress) -> Result<Disk, Error> {
-        let pull = Pull::new(self, request, progress)?;
+        let image = request.reference.to_string();
+        let rules = Rules::new(&request.requirements, &request.reference, &image)?;
+        let pull = Pull::new(self, request, &rules, progress)?;
         let policies = if request.policies.is_empty() {
             &[PullPolicy::Always][..]
         } else {
@@ -114,6 +119,7 @@ pub(super) struct Pull<'a> {
     request: &'a Request,
     platform: Platform,
     image: String,
+    rules: &'a Rules<'a>,
     progress: &'a dyn Progress,
 }
 
@@ -121,6 +127,7 @@ impl<'a> Pull<'a> {
     pub(super) fn new(
         store: &'a Store,
         request: &'a Request,
+        rules: &'a Rules<'a>,
         progress: &'a dyn Progress,
     ) -> Result<Self, Error> {
         let platform = Platform::of_machine(&request.architecture).ok_or_else(|| Error::WrongPlatform {
@@ -133,6 +140,7 @@ impl<'a> Pull<'a> {
             request,
             platform,
             image: request.reference.to_string(),
+            rules,
             progress,
         })
     }
@@ -145,8 +153,13 @@ impl Pull<'_> {
             && let Some(disk) = self.known()?
             && self.may_have(&disk.digest, policy).await?
         {
-            self.progress.event(Event::Cached { digest: &disk.digest });
-            return Ok(disk);
+            if self.rules.are_met(self.store, &disk.digest)? {
+                self.progress.event(Event::Cached { digest: &disk.digest });
+                return Ok(disk);
+            }
+            if policy == PullPolicy::Never {
+                return Err(self.rules.unknown());
+            }
         }
         if policy == PullPolicy::Never {
             return Err(Error::NotCached {
@@ -193,8 +206,9 @@ impl Pull<'_> {
 
     async fn fetch(&self) -> Result<Disk, Error> {
         let source = self.source().await?;
-        let (digest, manifest) = self.resolve(&source).await?;
+        let (root, digest, manifest) = self.resolve(&source).await?;
         self.progress.event(Event::Resolved { digest: &digest });
+        let verdict = self.rules.check(self.store, &source, &root, &digest).await?;
         let disk = match self.here(&digest)? {
             Some(disk) => {
                 self.vouch(&source, &digest, &manifest).await?;
@@ -204,6 +218,9 @@ impl Pull<'_> {
             None => self.make(&source, &digest, manifest).await?,
         };
         self.note_access(&source, &digest).await?;
+        if let Some(verdict) = verdict {
+            verdict.keep(self.store)?;
+        }
         self.store
             .remember(&self.request.reference, &self.request.architecture, &digest)?;
         Ok(disk)
@@ -376,13 +393,13 @@ impl Pull<'_> {
         Ok(())
     }
 
-    /// Follows the reference to the manifest for our platform.
-    pub(super) async fn resolve(&self, source: &Source) -> Result<(Digest, Manifest), Error> {
+    /// Follows the reference to the manifest for our platform; what it leads to first, and that manifest.
+    pub(super) async fn resolve(&self, source: &Source) -> Result<(Digest, Digest, Manifest), Error> {
         let (root, bytes) = source.root().await?;
         let entries = match self.parsed(&bytes)? {
             Document::Image(manifest) => {
                 self.store.keep_blob(&bytes)?;
-                return Ok((root, manifest));
+                return Ok((root, root, manifest));
             }
             Document::Index(entries) => entries,
         };
@@ -396,7 +413,7 @@ impl Pull<'_> {
             Document::Image(mut manifest) => {
                 self.store.keep_blob(&bytes)?;
                 manifest.described_as(chosen.annotations);
-                Ok((chosen.digest, manifest))
+                Ok((root, chosen.digest, manifest))
             }
             Document::Index(_) => Err(self.malformed("its index holds another index".to_owned())),
         }
