@@ -12,6 +12,7 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
+use sha2::Digest as _;
 use support::desk::Desk;
 use support::table;
 
@@ -149,6 +150,90 @@ fn a_kernel_goes_with_the_disk_and_comes_back() {
         desk.cannery(&["image", "pull", "--quiet", &again]),
         digest,
         "an image that is written as it was read is the same one"
+    );
+}
+
+/// Bytes of all blobs of the test's layout.
+fn blobs(desk: &Desk) -> u64 {
+    let blobs = fs::read_dir(desk.at("layout/blobs/sha256")).unwrap();
+    blobs.map(|blob| blob.unwrap().metadata().unwrap().len()).sum()
+}
+
+#[test]
+fn an_image_of_our_own_format_sends_what_changed_and_is_the_same_from_every_file() {
+    let desk = Desk::new("");
+    let disk = desk.raw();
+    let [one, two, three] = ["one", "two", "three"].map(|tag| desk.layout(tag));
+    let first = desk.cannery(&push(&disk, &one, "native", &[]));
+    let before = blobs(&desk);
+    assert_eq!(
+        desk.cannery(&push(&disk, &two, "native", &["--base", &one])),
+        first
+    );
+    assert_eq!(blobs(&desk), before, "nothing is sent twice");
+    let mut changed = fs::read(&disk).unwrap();
+    changed[2 << 20..][..100_000].fill(0x77);
+    fs::write(&disk, &changed).unwrap();
+    // Upon what the name means now, without being told.
+    assert_ne!(desk.cannery(&push(&disk, &one, "native", &[])), first);
+    let sent = blobs(&desk) - before;
+    assert!(sent < 400_000, "{sent} bytes for 100000 that changed");
+    let said = desk.refusal(&push(&disk, &three, "native", &["--base", &three]));
+    assert!(said.contains("does not exist"), "{said}");
+}
+
+#[test]
+fn what_an_image_is_can_be_asked_without_fetching_it() {
+    let desk = Desk::new("");
+    let disk = desk.raw();
+    let image = desk.layout("seen");
+    let wishes = [
+        "--memory",
+        "512M",
+        "--firmware",
+        "uefi",
+        "--user",
+        "ci",
+        "--label",
+        "a=b\u{1b}[31m",
+    ];
+    let digest = desk.cannery(&push(&disk, &image, "containerdisk", &wishes));
+    let output = desk.call(&["image", "inspect", &image]);
+    let text = String::from_utf8(output.stdout).unwrap();
+    for part in [
+        digest.as_str(),
+        "container-disk",
+        "linux/amd64",
+        "512 MiB",
+        "uefi",
+        "User:     ci",
+        "a = b",
+    ] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    assert!(
+        !text.contains('\u{1b}'),
+        "nothing of an image reaches the terminal"
+    );
+    let output = desk.call(&["image", "inspect", "--format", "json", &image]);
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["digest"], digest);
+    assert_eq!(json["hints"]["memory"], 512 << 20);
+    assert_eq!(json["layers"].as_array().unwrap().len(), 1);
+    let manifest = desk.call(&["image", "inspect", "--raw", &image]).stdout;
+    assert_eq!(
+        format!(
+            "sha256:{}",
+            hex::encode(sha2::Sha256::digest(&manifest[..manifest.len() - 1]))
+        ),
+        digest
+    );
+    let config = desk.call(&["image", "inspect", "--image-config", &image]).stdout;
+    let config: serde_json::Value = serde_json::from_slice(&config).unwrap();
+    assert_eq!(config["config"]["Labels"]["io.cannery.user"], "ci");
+    assert!(
+        !desk.at("state/store/disks").read_dir().unwrap().any(|_| true),
+        "no disk was fetched"
     );
 }
 

@@ -182,8 +182,8 @@ pub enum Error {
         /// What it cannot hold, and what can.
         what: &'static str,
     },
-    /// A name that cannot be given to an image. Whoever writes it.
-    #[error("{image} cannot be written to: a digest is what an image turns out to have")]
+    /// A name that cannot be given to an image, such as a digest. Whoever writes it.
+    #[error("{image} cannot be written to; images are written to tags of registries and layouts")]
     Unnameable {
         /// The reference.
         image: String,

@@ -16,11 +16,11 @@ pub(in crate::cli) struct Arguments {
     #[arg(long, value_enum, default_value = "text")]
     format: Format,
     /// Print the manifest as it is
-    #[arg(long, conflicts_with = "config")]
+    #[arg(long, conflicts_with = "image_config")]
     raw: bool,
     /// Print the image's own configuration as it is
     #[arg(long)]
-    config: bool,
+    image_config: bool,
 }
 
 /// How an image is described.
@@ -40,7 +40,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     let policies = vec![PullPolicy::Always];
     let request = images::request(&settings, reference, policies, credentials, Asker::Operator)?;
     let sight = store.look(&request).await?;
-    if arguments.raw || arguments.config {
+    if arguments.raw || arguments.image_config {
         let text = if arguments.raw {
             &sight.manifest
         } else {

@@ -33,7 +33,7 @@ pub(super) async fn tagged(
                 Err(error) => Err(error),
             }
         }
-        (Source::Layout(_), _) => Ok(None),
+        (Source::Layout(_) | Source::File(_) | Source::Web(_), _) => Ok(None),
     }
 }
 
