@@ -76,8 +76,15 @@ impl Progress for Lines<'_> {
         match event {
             Event::Fetching { done, total } => self.moving(done, total, ""),
             Event::Writing { done, total } => self.moving(done, total, " (writing)"),
-            Event::Waiting { waited, .. } => {
-                let text = format!("another process fetches it; waiting since {}", span(waited));
+            Event::Waiting {
+                waited, done, total, ..
+            } => {
+                let text = format!(
+                    "another process fetches it: {} of {}; waiting since {}",
+                    bytes(done),
+                    bytes(total),
+                    span(waited)
+                );
                 match &self.bar {
                     Some(bar) => bar.set_message(text),
                     None if self.throttle.due() => self.line(&text),

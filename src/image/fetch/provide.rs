@@ -594,7 +594,7 @@ impl Pull<'_> {
         let meter = Arc::new(Meter::default());
         let place = Workplace {
             image: self.image.clone(),
-            dir: work.dir()?.to_owned(),
+            dir: work.dir(&self.request.reference.place())?.to_owned(),
             limits: self.request.limits,
             meter: Arc::clone(&meter),
             ledger: Arc::default(),

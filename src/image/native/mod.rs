@@ -21,9 +21,9 @@ mod writer;
 
 pub(super) use base::Known;
 pub(super) use catalogue::NAME as CHUNKS;
-pub(super) use pull::{Pull, pull};
 #[cfg(any(test, fuzzing))]
 pub(super) use index::fuzz as fuzz_index;
+pub(super) use pull::{Pull, pull};
 pub(super) use push::{Order, push, read_base};
 pub(super) use reader::{Reader, is_native};
 pub(super) use writer::LEVEL;

@@ -39,9 +39,9 @@ pub(super) use endpoint::Purpose;
 pub(super) use push::Upload;
 pub(super) use referrers::Referrer;
 pub use trust::{Private, Registries, RegistryOptions};
-pub(super) use web::{Address, WebFile};
 #[cfg(any(test, fuzzing))]
 pub(super) use weather::fuzz as fuzz_retry_after;
+pub(super) use web::{Address, WebFile};
 
 use self::endpoint::{Answer, Ask, Endpoint};
 pub(super) use self::range::Ranged;
