@@ -1,8 +1,14 @@
 //! Images outside a job: what the operator asks for by hand goes the way that a job's image goes.
 
+use std::pin::Pin;
+use std::sync::Arc;
+
 use super::order;
-use crate::image::{Asker, Credentials, Limits, PullPolicy, Reference, Request, Requirements, Store};
+use crate::image::{
+    Asker, Credentials, Limits, MakeRoom, PullPolicy, Reference, Request, Requirements, Store,
+};
 use crate::outcome::Failure;
+use crate::reap::Images;
 use crate::settings::Settings;
 use crate::start;
 
@@ -11,7 +17,29 @@ use crate::start;
 /// # Errors
 /// It cannot be made or read.
 pub fn store(settings: &Settings) -> Result<Store, Failure> {
-    Ok(Store::open(&settings.state_dir.join("store"))?)
+    let store = Store::open(&settings.state_dir.join("store"))?;
+    Ok(store.with_room_by(Arc::new(Tidier(settings.clone()))))
+}
+
+/// Removes images as these settings want them kept.
+#[derive(Debug)]
+struct Tidier(Settings);
+
+impl MakeRoom for Tidier {
+    fn make_room(&self, coming: u64, lacking: u64) -> Pin<Box<dyn Future<Output = u64> + Send + '_>> {
+        Box::pin(async move {
+            let max_size = self.0.images.max_size;
+            if lacking == 0 && max_size.is_none() {
+                return 0;
+            }
+            let made = async { Images::open(&self.0)?.make_room(coming, lacking, max_size).await };
+            made.await.unwrap_or_else(|failure: Failure| {
+                // Whoever needs the room says that there is none.
+                tracing::warn!("no room is made in the store: {failure}");
+                0
+            })
+        })
+    }
 }
 
 /// What guests of this host are made for: `x86_64` or `aarch64`.
