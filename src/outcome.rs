@@ -246,6 +246,9 @@ impl From<image::Error> for Failure {
             E::TooLarge { .. } => author.hint("Build a smaller image, or ask the runner's operator to raise images.max_disk"),
             E::Hostile { .. } => author.hint("Build the image anew, from a disk that you trust"),
             E::Label { .. } => author.hint("Mend the label where the image is built"),
+            E::AgainstRule { rule: "require_digest", .. } => author.hint("Name the image as repository@sha256:…"),
+            E::AgainstRule { .. } => author.hint("Use an image that the runner's operator has signed, or ask for its signature"),
+            E::KeyFile { .. } => system.hint("Mend signed_by in the settings"),
             E::NotCached { .. } | E::NotGranted { .. } => author.hint("Use the pull policy if-not-present or always"),
             E::NotHere { .. } => system.hint("`cannery image list` shows those that are"),
             E::Credentials(e) => match e.origin() {

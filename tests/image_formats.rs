@@ -46,6 +46,7 @@ impl Bench {
                 max_disk: 64 << 20,
                 keep_free: 0,
             },
+            requirements: cannery::image::Requirements::default(),
             asker: cannery::image::Asker::Operator,
         };
         let runtime = tokio::runtime::Builder::new_current_thread()

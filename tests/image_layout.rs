@@ -11,7 +11,7 @@ use std::path::Path;
 
 use cannery::image::{
     Credentials, Disk, DiskFormat, Error, Firmware, Hostility, Limits, PullPolicy, Registries, Request,
-    Silent, Store,
+    Requirements, Silent, Store,
 };
 use image_fixture::{
     Image, Layout, OCI_TAR, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, gzip, noise, qcow2_disk, raw_disk, sha256, zstd,
@@ -44,6 +44,7 @@ impl Bench {
             policies: vec![PullPolicy::Always],
             credentials: Credentials::none(),
             registries: Registries::default(),
+            requirements: Requirements::default(),
             limits: LIMITS,
             asker: cannery::image::Asker::Operator,
         }

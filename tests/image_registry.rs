@@ -20,8 +20,8 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use cannery::image::{
-    Credentials, Digest, Disk, Error, Event, Limits, Origin, Progress, PullPolicy, Registries, Request,
-    Silent, Store,
+    Credentials, Digest, Disk, Error, Event, Limits, Origin, Policy, Progress, PullPolicy, Registries,
+    Request, Requirements, Silent, Store,
 };
 use cannery::secret::Secret;
 use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, noise, raw_disk, sha256, zstd};
@@ -34,6 +34,7 @@ fn request(reference: &str, policies: &[PullPolicy]) -> Request {
         policies: policies.to_vec(),
         credentials: Credentials::none(),
         registries: Registries::without_tls([reference.split('/').next().unwrap()]),
+        requirements: Requirements::default(),
         limits: Limits {
             max_disk: 1 << 30,
             keep_free: 0,

@@ -14,7 +14,9 @@ use axum::body::{Body, Bytes};
 use axum::extract::{Path, State};
 use axum::http::{HeaderMap, Response, StatusCode, Uri, header};
 use axum::routing::get;
-use cannery::image::{Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Silent, Store};
+use cannery::image::{
+    Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Requirements, Silent, Store,
+};
 use cannery::secret::Secret;
 use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar, noise};
 
@@ -218,6 +220,7 @@ impl Bench {
             policies: vec![PullPolicy::Always],
             credentials: Credentials::basic(&self.host, "ci", Secret::new("sesame")),
             registries: Registries::without_tls([&self.host]),
+            requirements: Requirements::default(),
             limits: Limits {
                 max_disk: 64 << 20,
                 keep_free: 0,

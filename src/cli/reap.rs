@@ -31,6 +31,15 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     }
     if !arguments.dry_run {
         reaper.sweep_remains();
+        // Images, as the settings have them kept.
+        if let Some(policy) = reap::standing_policy(&settings) {
+            match reap::Images::open(&settings)?.prune(&policy).await {
+                Ok(gone) => gone
+                    .iter()
+                    .for_each(|going| print(&format!("removed image {}: {}\n", going.digest, going.reason))),
+                Err(failure) => failures.push(failure),
+            }
+        }
         // Whoever asks by name wants it now.
         if let Err(e) = reap::history(&settings).tidy() {
             failures.push(e.into());

@@ -137,6 +137,24 @@ pub enum Error {
         /// The digest.
         digest: Digest,
     },
+    /// A rule of the operator's for this image is not met. Author.
+    #[error("{image} is refused by the rule {rule}: {reason}")]
+    AgainstRule {
+        /// The reference.
+        image: String,
+        /// The rule, as the settings spell it.
+        rule: &'static str,
+        /// What is missing.
+        reason: String,
+    },
+    /// A key of the settings cannot be used. Operator.
+    #[error("the key {} cannot be used: {reason}", path.display())]
+    KeyFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        reason: String,
+    },
     /// Another process fetches the same image and does not come to an end. Weather.
     #[error("{image} is being fetched by another process, which was not done after {seconds} s")]
     WaitedTooLong {

@@ -10,7 +10,7 @@ use super::platform::Platform;
 use super::reference::Reference;
 use super::registry::challenge;
 use super::registry::credentials::{Credentials, Origin};
-use super::{decompress, format, hints, inspect};
+use super::{decompress, format, hints, inspect, lz4, policy};
 
 /// Largest virtual disk that the targets allow, in bytes.
 const DISK_MAX: u64 = 1 << 40;
@@ -27,10 +27,13 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("challenge", challenge),
     ("config", config),
     ("labels", labels),
+    ("lz4_apple", lz4_apple),
+    ("lz4_frame", lz4_frame),
     ("manifest", manifest),
     ("qcow2", disk),
     ("raw", disk),
     ("reference", reference),
+    ("signature", policy::fuzz_payload),
     ("stream", stream),
     ("tar", format::fuzz_archive),
 ];
@@ -121,6 +124,21 @@ fn stream(bytes: &[u8]) {
             &mut unpacked.take(UNPACKED_MAX),
             &mut std::io::sink(),
         ));
+    }
+}
+
+fn lz4_apple(bytes: &[u8]) {
+    unpacked(lz4::Apple::new(bytes));
+}
+
+fn lz4_frame(bytes: &[u8]) {
+    unpacked(lz4::Frames::new(bytes));
+}
+
+/// Reads what comes out, as far as it tells something.
+fn unpacked(stream: impl std::io::Read) {
+    if let Err(error) = std::io::copy(&mut stream.take(UNPACKED_MAX), &mut std::io::sink()) {
+        one_line(&error.to_string());
     }
 }
 

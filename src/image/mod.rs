@@ -18,6 +18,7 @@
 //! | what it is | `manifest`, `platform`, `format`, `hints` |
 //! | how it is fetched and unpacked | `fetch`; for images in pieces by a `plan` |
 //! | whether it is harmless | `inspect` |
+//! | whether the operator wants it | [`Requirements`] |
 //! | where it stays | [`Store`], `fetch::partial` |
 //! | in which order | `fetch::provide` |
 //!
@@ -42,6 +43,7 @@ mod manifest;
 mod native;
 mod plan;
 mod platform;
+mod policy;
 mod reference;
 mod registry;
 mod store;
@@ -55,6 +57,7 @@ pub use error::Error;
 pub use format::Format;
 pub use hints::{DiskBus, Firmware, Hints, Nic};
 pub use inspect::{DiskFormat, Hostility};
+pub use policy::Requirements;
 pub use progress::{Event, Progress, Silent};
 pub use provide::{PullPolicy, Request};
 pub use reference::{InvalidReference, Reference};

@@ -19,6 +19,7 @@ mod link;
 mod machines;
 mod networks;
 mod offer;
+mod used;
 
 pub use kept::Kept;
 pub use machines::Known;

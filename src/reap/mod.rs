@@ -10,8 +10,10 @@ use std::path::{Path, PathBuf};
 
 use jiff::Timestamp;
 
+mod images;
 mod plan;
 
+pub use images::{Images, Keeper, Users, in_use, standing_policy};
 use plan::judge;
 pub use plan::{Action, Found, Why, World, plan};
 

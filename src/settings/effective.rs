@@ -46,6 +46,16 @@ pub struct Settings {
     guest: GuestTable,
     limits: LimitsTable,
     per_image: Vec<(Pattern, MachineTable, GuestTable)>,
+    rules: Vec<(Pattern, ImageRules)>,
+}
+
+/// What an image must be to be used at all, as far as one table says.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct ImageRules {
+    /// It must be named by its digest.
+    pub require_digest: Option<bool>,
+    /// PEM files of public keys, one of which must have signed it; an empty list asks for no signature.
+    pub signed_by: Option<Vec<PathBuf>>,
 }
 
 /// `[images]`, with defaults.
@@ -84,6 +94,8 @@ pub struct ImageSettings {
     pub offline_ttl: Duration,
     /// Images that are fetched before a job asks for them.
     pub prewarm: Vec<String>,
+    /// What every image must be to be used at all, unless a table for it says otherwise.
+    pub rules: ImageRules,
 }
 
 /// Which network machines are on.
@@ -296,7 +308,33 @@ impl Settings {
                 })
                 .unwrap_or_default(),
         };
+        let rules: Vec<(Pattern, ImageRules)> = file
+            .image
+            .0
+            .iter()
+            .map(|(pattern, table)| {
+                let rules = ImageRules {
+                    require_digest: table.require_digest,
+                    signed_by: table.signed_by.clone(),
+                };
+                (pattern.clone(), rules)
+            })
+            .collect();
+        let general = ImageRules {
+            require_digest: file.images.require_digest,
+            signed_by: file.images.signed_by,
+        };
+        let keys = rules.iter().map(|(_, rules)| rules).chain([&general]);
+        for key in keys.filter_map(|rules| rules.signed_by.as_ref()).flatten() {
+            if !key.is_absolute() {
+                let key = key.display();
+                return Err(wrong(format!(
+                    "signed_by names \"{key}\", which is not an absolute path"
+                )));
+            }
+        }
         let settings = Settings {
+            rules,
             file: path.to_owned(),
             state_dir,
             builds_dir,
@@ -333,6 +371,7 @@ impl Settings {
                 auth_ttl,
                 offline_ttl: file.images.offline_ttl.map_or(auth_ttl, |s| s.0),
                 prewarm: file.images.prewarm,
+                rules: general,
             },
             network,
             history_keep: file.history.keep.map_or(DEFAULT_HISTORY_KEEP, |s| s.0),
@@ -371,6 +410,21 @@ impl Settings {
     /// Is there a table for this image?
     pub fn names_image(&self, image: &str) -> bool {
         self.per_image.iter().any(|(pattern, ..)| pattern.fits(image))
+    }
+
+    /// What an image must be to be used at all. `names` are all by which patterns may mean it: a digest or a tag that a job
+    /// writes behind the name must not take the image out of its rules.
+    pub fn rules(&self, names: &[&str]) -> ImageRules {
+        let fits = |pattern: &Pattern| {
+            names
+                .iter()
+                .any(|name| pattern.fits(name) || pattern.as_str() == *name)
+        };
+        let tables = self.rules.iter().filter(|(pattern, _)| fits(pattern));
+        tables.fold(self.images.rules.clone(), |base, (_, over)| ImageRules {
+            require_digest: over.require_digest.or(base.require_digest),
+            signed_by: over.signed_by.clone().or(base.signed_by),
+        })
     }
 
     /// The hardware for an image, by its full name.

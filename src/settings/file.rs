@@ -139,6 +139,10 @@ pub struct ImagesTable {
     pub offline_ttl: Option<Span>,
     /// Images that `cannery image prewarm` fetches.
     pub prewarm: Vec<String>,
+    /// An image must be named by its digest.
+    pub require_digest: Option<bool>,
+    /// PEM files of public keys, one of which must have signed an image.
+    pub signed_by: Option<Vec<PathBuf>>,
 }
 
 /// GitLab's three words for when the registry is asked.
@@ -371,6 +375,10 @@ pub struct ImageTable {
     pub machine: MachineTable,
     /// How guests of these images are entered.
     pub guest: GuestTable,
+    /// They must be named by their digest.
+    pub require_digest: Option<bool>,
+    /// PEM files of public keys, one of which must have signed them; an empty list asks for no signature.
+    pub signed_by: Option<Vec<PathBuf>>,
 }
 
 /// The `[image."PATTERN"]` tables, the shortest pattern first.

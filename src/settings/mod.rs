@@ -10,7 +10,9 @@ mod effective;
 pub mod file;
 mod pattern;
 
-pub use effective::{GuestSettings, ImageSettings, MachineSettings, Network, OwnNetwork, Settings};
+pub use effective::{
+    GuestSettings, ImageRules, ImageSettings, MachineSettings, Network, OwnNetwork, Settings,
+};
 pub use pattern::Pattern;
 
 /// Why the settings cannot be used.

@@ -1,11 +1,14 @@
+use std::time::Duration;
+
+use jiff::Timestamp;
 use serde::Serialize;
 
 use super::shown;
 use crate::cli::{Context, Format, print, print_json};
-use crate::image::{Disk, DiskFormat};
+use crate::image::{DiskFormat, Held};
 use crate::outcome::Failure;
-use crate::report::{bytes, table};
-use crate::stage::images;
+use crate::reap::{Images, Keeper, Users};
+use crate::report::{age, bytes, table};
 
 /// List the images that are here
 #[derive(Debug, clap::Args)]
@@ -21,51 +24,129 @@ pub(in crate::cli) struct Arguments {
 /// One line of the list; the JSON's keys are these names.
 #[derive(Debug, Serialize)]
 struct Row {
-    reference: String,
+    references: Vec<String>,
     digest: String,
-    format: DiskFormat,
-    virtual_size: u64,
+    /// None where the image is damaged.
+    format: Option<DiskFormat>,
+    virtual_size: Option<u64>,
+    size: u64,
+    created: Timestamp,
+    last_used: Timestamp,
+    pins: Vec<String>,
+    jobs: Vec<String>,
+    domains: Vec<String>,
+    processes: Vec<u32>,
 }
 
 impl Row {
-    fn of(disk: Disk) -> Self {
-        Self {
-            digest: disk.digest.to_string(),
-            format: disk.format,
-            virtual_size: disk.virtual_size,
-            reference: disk.reference,
+    fn of(held: &Held, users: &Users) -> Self {
+        let mut row = Self {
+            references: held.names.iter().map(|name| name.reference.clone()).collect(),
+            digest: held.digest.to_string(),
+            format: held.disk.as_ref().map(|disk| disk.format),
+            virtual_size: held.disk.as_ref().map(|disk| disk.virtual_size),
+            size: held.size,
+            created: held.created,
+            last_used: held.used,
+            pins: Vec::new(),
+            jobs: Vec::new(),
+            domains: Vec::new(),
+            processes: Vec::new(),
+        };
+        for keeper in users.keepers(held) {
+            match keeper {
+                Keeper::Pin(name) => row.pins.push(name),
+                Keeper::Job(key) => row.jobs.push(key.to_string()),
+                Keeper::Domain(name) => row.domains.push(name),
+                Keeper::Process(pid) => row.processes.push(pid),
+            }
         }
+        row
     }
 
-    fn cells(&self, digests: bool) -> Vec<String> {
+    /// A line for each name; what no name leads to has one, too.
+    fn lines(&self, digests: bool, now: Timestamp) -> Vec<Vec<String>> {
         let length = if digests { self.digest.len() } else { SHORT_DIGEST };
-        vec![
-            shown(&self.reference),
-            self.digest.chars().take(length).collect(),
-            match self.format {
-                DiskFormat::Raw => "raw".to_owned(),
-                DiskFormat::Qcow2 => "qcow2".to_owned(),
-            },
-            bytes(self.virtual_size),
-        ]
+        let ago = |at: Timestamp| age(Duration::try_from(now.duration_since(at)).unwrap_or_default());
+        let format = match self.format {
+            Some(DiskFormat::Raw) => "raw",
+            Some(DiskFormat::Qcow2) => "qcow2",
+            None => "damaged",
+        };
+        let mut kept = Vec::new();
+        if !self.pins.is_empty() {
+            kept.push("pinned");
+        }
+        if !(self.jobs.is_empty() && self.domains.is_empty() && self.processes.is_empty()) {
+            kept.push("in use");
+        }
+        let line = |name: String| {
+            vec![
+                name,
+                self.digest.chars().take(length).collect(),
+                format.to_owned(),
+                self.virtual_size.map_or_else(|| "-".to_owned(), bytes),
+                bytes(self.size),
+                ago(self.created),
+                ago(self.last_used),
+                if kept.is_empty() {
+                    "-".to_owned()
+                } else {
+                    kept.join(", ")
+                },
+            ]
+        };
+        if self.references.is_empty() {
+            return vec![line("<none>".to_owned())];
+        }
+        self.references.iter().map(|name| line(shown(name))).collect()
     }
 }
 
 /// `sha256:` and twelve digits, as docker and podman show them.
 const SHORT_DIGEST: usize = 19;
 
-pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
+pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
     let settings = context.settings()?;
-    let rows: Vec<Row> = images::store(&settings)?
-        .list()?
-        .into_iter()
-        .map(Row::of)
+    let images = Images::open(&settings)?;
+    let users = match images.users().await {
+        Ok(users) => users,
+        // A list is good for something without it.
+        Err(failure) => {
+            context.log.line(format!(
+                "cannery: which machines use an image is not known: {failure}"
+            ));
+            Users::default()
+        }
+    };
+    let rows: Vec<Row> = images
+        .store()
+        .inventory()?
+        .iter()
+        .map(|held| Row::of(held, &users))
         .collect();
     match arguments.format {
         Format::Json => print_json(&rows),
         Format::Table => {
-            let cells: Vec<_> = rows.iter().map(|row| row.cells(arguments.digests)).collect();
-            print(&table(&["REFERENCE", "DIGEST", "FORMAT", "VIRTUAL"], &cells));
+            let now = Timestamp::now();
+            let mut lines: Vec<_> = rows
+                .iter()
+                .flat_map(|row| row.lines(arguments.digests, now))
+                .collect();
+            lines.sort();
+            print(&table(
+                &[
+                    "REFERENCE",
+                    "DIGEST",
+                    "FORMAT",
+                    "VIRTUAL",
+                    "ON DISK",
+                    "CREATED",
+                    "USED",
+                    "KEPT",
+                ],
+                &lines,
+            ));
             Ok(())
         }
     }

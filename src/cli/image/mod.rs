@@ -3,9 +3,19 @@ use crate::image::Reference;
 use crate::outcome::Failure;
 use crate::report::plain;
 
+mod choose;
 mod list;
+mod pin;
+mod pipeline;
+mod prewarm;
 mod progress;
+mod prune;
 mod pull;
+mod rm;
+mod tag;
+mod unpin;
+mod verify;
+mod why;
 
 /// Fetch, see and keep the images of this host
 #[derive(Debug, clap::Subcommand)]
@@ -13,12 +23,28 @@ pub(super) enum Command {
     Pull(pull::Arguments),
     #[command(visible_alias = "ls")]
     List(list::Arguments),
+    Prewarm(prewarm::Arguments),
+    Prune(prune::Arguments),
+    Verify(verify::Arguments),
+    Rm(rm::Arguments),
+    Pin(pin::Arguments),
+    Unpin(unpin::Arguments),
+    Tag(tag::Arguments),
+    Why(why::Arguments),
 }
 
 pub(super) async fn run(context: &Context, command: Command) -> Result<(), Failure> {
     match command {
         Command::Pull(arguments) => pull::run(context, &arguments).await,
-        Command::List(arguments) => list::run(context, &arguments),
+        Command::List(arguments) => list::run(context, &arguments).await,
+        Command::Prewarm(arguments) => prewarm::run(context, &arguments).await,
+        Command::Prune(arguments) => prune::run(context, &arguments).await,
+        Command::Verify(arguments) => verify::run(context, &arguments).await,
+        Command::Rm(arguments) => rm::run(context, &arguments).await,
+        Command::Pin(arguments) => pin::run(context, &arguments),
+        Command::Unpin(arguments) => unpin::run(context, &arguments),
+        Command::Tag(arguments) => tag::run(context, &arguments),
+        Command::Why(arguments) => why::run(context, &arguments).await,
     }
 }
 
@@ -36,3 +62,14 @@ fn shown(reference: &impl ToString) -> String {
 
 /// What is shown of a reference, in characters: a digest and a long name fit.
 const SHOWN_LENGTH: usize = 250;
+
+/// The lowest priority there is (nice(2)): what may take its time must not take it from machines that run.
+const LOWEST_PRIORITY: i32 = 19;
+
+/// From now on all that this process does comes after everything else on the host; the kernel orders its reads and writes
+/// likewise. Where that is not allowed it goes on as it is.
+fn step_back() {
+    if let Err(error) = rustix::process::nice(LOWEST_PRIORITY) {
+        tracing::debug!(%error, "the priority stays as it is");
+    }
+}

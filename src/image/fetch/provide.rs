@@ -21,6 +21,7 @@ use crate::image::layout::Layout;
 use crate::image::manifest::{self, Document, Manifest, NoChoice};
 use crate::image::native;
 use crate::image::platform::{self, Platform};
+use crate::image::policy::{Requirements, Rules};
 use crate::image::reference::Reference;
 use crate::image::registry::credentials::{Credentials, Origin};
 use crate::image::registry::{Purpose, Registries, Session, Target};
@@ -57,6 +58,8 @@ pub struct Request {
     pub limits: Limits,
     /// On whose behalf.
     pub asker: Asker,
+    /// What it must be to be used at all.
+    pub requirements: Requirements,
 }
 
 impl Store {
@@ -78,11 +81,13 @@ impl Store {
             wanted: request.architecture.clone(),
             found: "x86_64 and aarch64 only".to_owned(),
         })?;
+        let image = request.reference.to_string();
         let pull = Pull {
+            rules: &Rules::new(&request.requirements, &request.reference, &image)?,
             store: self,
             request,
             platform,
-            image: request.reference.to_string(),
+            image: image.clone(),
             progress,
         };
         let policies = if request.policies.is_empty() {
@@ -126,6 +131,7 @@ struct Pull<'a> {
     request: &'a Request,
     platform: Platform,
     image: String,
+    rules: &'a Rules<'a>,
     progress: &'a dyn Progress,
 }
 
@@ -136,8 +142,13 @@ impl Pull<'_> {
             && let Some(disk) = self.known()?
             && self.may_have(&disk.digest, policy).await?
         {
-            self.progress.event(Event::Cached { digest: &disk.digest });
-            return Ok(disk);
+            if self.rules.are_met(self.store, &disk.digest)? {
+                self.progress.event(Event::Cached { digest: &disk.digest });
+                return Ok(disk);
+            }
+            if policy == PullPolicy::Never {
+                return Err(self.rules.unknown());
+            }
         }
         if policy == PullPolicy::Never {
             return Err(Error::NotCached {
@@ -184,8 +195,9 @@ impl Pull<'_> {
 
     async fn fetch(&self) -> Result<Disk, Error> {
         let source = self.source().await?;
-        let (digest, manifest) = self.resolve(&source).await?;
+        let (root, digest, manifest) = self.resolve(&source).await?;
         self.progress.event(Event::Resolved { digest: &digest });
+        let verdict = self.rules.check(self.store, &source, &root, &digest).await?;
         let disk = match self.here(&digest)? {
             Some(disk) => {
                 self.vouch(&source, &digest, &manifest).await?;
@@ -195,6 +207,9 @@ impl Pull<'_> {
             None => self.make(&source, &digest, manifest).await?,
         };
         self.note_access(&source, &digest).await?;
+        if let Some(verdict) = verdict {
+            verdict.keep(self.store)?;
+        }
         self.store
             .remember(&self.request.reference, &self.request.architecture, &digest)?;
         Ok(disk)
@@ -380,13 +395,13 @@ impl Pull<'_> {
         Ok(())
     }
 
-    /// Follows the reference to the manifest for our platform.
-    async fn resolve(&self, source: &Source) -> Result<(Digest, Manifest), Error> {
+    /// Follows the reference to the manifest for our platform; what it leads to first, and that manifest.
+    async fn resolve(&self, source: &Source) -> Result<(Digest, Digest, Manifest), Error> {
         let (root, bytes) = source.root().await?;
         let entries = match self.parsed(&bytes)? {
             Document::Image(manifest) => {
                 self.store.keep_blob(&bytes)?;
-                return Ok((root, manifest));
+                return Ok((root, root, manifest));
             }
             Document::Index(entries) => entries,
         };
@@ -400,7 +415,7 @@ impl Pull<'_> {
             Document::Image(mut manifest) => {
                 self.store.keep_blob(&bytes)?;
                 manifest.described_as(chosen.annotations);
-                Ok((chosen.digest, manifest))
+                Ok((root, chosen.digest, manifest))
             }
             Document::Index(_) => Err(self.malformed("its index holds another index".to_owned())),
         }

@@ -28,7 +28,6 @@ mod helper;
 #[allow(dead_code, reason = "nothing writes images yet")]
 mod push;
 mod range;
-#[allow(dead_code, reason = "no signature is looked for yet")]
 mod referrers;
 mod token;
 mod transport;
@@ -37,6 +36,7 @@ mod weather;
 
 pub(super) use endpoint::Purpose;
 pub(super) use push::Upload;
+pub(super) use referrers::Referrer;
 pub use trust::{Private, Registries, RegistryOptions};
 
 use self::endpoint::{Answer, Ask, Endpoint};

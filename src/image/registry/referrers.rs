@@ -5,7 +5,7 @@ use serde::Deserialize;
 use super::super::digest::Digest;
 use super::super::error::Error;
 use super::super::manifest::{Descriptor, OCI_IMAGE_INDEX_MEDIA_TYPE};
-use super::Session;
+use super::{MANIFESTS, Session};
 
 /// Most pages of referrers that are read.
 const PAGES_MAX: usize = 16;
@@ -21,6 +21,14 @@ pub(in crate::image) struct Referrer {
 }
 
 impl Session {
+    /// The manifest or index with another tag of the repository; none when there is none.
+    pub(in crate::image) async fn tagged(&self, tag: &str) -> Result<Option<Vec<u8>>, Error> {
+        let endpoint = self.endpoint();
+        let url = endpoint.url(&format!("manifests/{tag}"))?;
+        let page = endpoint.page(url, &MANIFESTS.join(", ")).await?;
+        Ok(page.map(|(bytes, _)| bytes))
+    }
+
     /// Everything that refers to a manifest of the repository. A registry that does not know the question is asked for the
     /// tag that stands in for it.
     pub(in crate::image) async fn referrers(&self, digest: &Digest) -> Result<Vec<Referrer>, Error> {

@@ -13,6 +13,7 @@
 //!   origins/HEX/…         which repositories an image came from, and whether everybody may have it there
 //!   grants/UID/…          which project was allowed which image, for a while
 //!   damaged/HEX           images whose bytes have changed since they were put here
+//!   verdicts/HEX.json     whose signature an image has, where the settings ask for one
 //!   partial/              what is being made: HEX/ and HEX.lock; what is being removed: trash-…
 //! ```
 //!
@@ -43,6 +44,7 @@ mod leases;
 mod names;
 mod pins;
 mod sum;
+mod verdicts;
 mod verify;
 
 pub use access::Asker;

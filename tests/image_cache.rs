@@ -1,0 +1,501 @@
+//! The cache by hand: what is listed, kept, pruned, verified and mended, and fetched ahead. Images come from a layout folder, and
+//! libvirt's own test driver stands in for the daemon.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot go on panics"
+)]
+
+#[path = "support/image_fixture.rs"]
+#[allow(dead_code, reason = "each suite uses its part of the fixture")]
+mod image_fixture;
+
+use std::fs;
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+
+use cannery::image::{
+    Asker, Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Silent, Store,
+};
+use cannery::record::{Caller, JobKey, Jobs, Record};
+use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, Tar, noise};
+use jiff::Timestamp;
+use serde_json::Value;
+
+/// A host with a state folder, a layout folder of images, and settings.
+struct Host {
+    dir: tempfile::TempDir,
+    layout: Layout,
+}
+
+impl Host {
+    fn new(images: &str) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout::new(&dir.path().join("layout"));
+        let host = Self { dir, layout };
+        host.write_settings("test:///default", images);
+        host
+    }
+
+    fn write_settings(&self, uri: &str, images: &str) {
+        let text = format!(
+            "state_dir = \"{}\"\n[libvirt]\nuri = \"{uri}\"\n[images]\nkeep_free = 0\n{images}\n",
+            self.state().display()
+        );
+        fs::write(self.at("cannery.toml"), text).unwrap();
+    }
+
+    fn at(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn state(&self) -> PathBuf {
+        self.at("state")
+    }
+
+    fn store(&self) -> Store {
+        Store::open(&self.state().join("store")).unwrap()
+    }
+
+    /// Adds an image to the layout; its reference.
+    fn add(&self, tag: &str, seed: u64) -> String {
+        let disk = disk(seed);
+        let image = Image::container_disk(
+            &Tar::new().dir("disk/").file("disk/disk.img", &disk).bytes(),
+            if seed % 2 == 0 { OCI_TAR } else { OCI_TAR_GZIP },
+        );
+        self.layout.add(tag, &image);
+        self.layout.reference(tag)
+    }
+
+    fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_cannery"));
+        command
+            .arg("--config")
+            .arg(self.at("cannery.toml"))
+            .args(arguments)
+            .env("HOME", self.dir.path());
+        command
+    }
+
+    fn run(&self, arguments: &[&str]) -> Output {
+        self.command(arguments).output().unwrap()
+    }
+
+    /// What a call prints that ends well.
+    fn says(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert!(output.status.success(), "{arguments:?}: {output:?}");
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    /// What a call complains about.
+    fn refuses(&self, arguments: &[&str]) -> String {
+        let output = self.run(arguments);
+        assert_eq!(output.status.code(), Some(1), "{arguments:?}: {output:?}");
+        format!(
+            "{}{}",
+            String::from_utf8(output.stdout).unwrap(),
+            String::from_utf8(output.stderr).unwrap()
+        )
+    }
+
+    fn list(&self) -> Vec<Value> {
+        serde_json::from_str(&self.says(&["image", "list", "--format", "json"])).unwrap()
+    }
+
+    fn pull(&self, reference: &str) -> String {
+        self.says(&["image", "pull", "--quiet", reference])
+            .trim()
+            .to_owned()
+    }
+
+    fn disk(&self, digest: &str) -> PathBuf {
+        self.state()
+            .join("store/disks")
+            .join(digest.trim_start_matches("sha256:"))
+            .join("disk.raw")
+    }
+
+    fn partial(&self) -> usize {
+        fs::read_dir(self.state().join("store/partial")).unwrap().count()
+    }
+
+    /// A job that is here and uses an image.
+    fn job(&self, id: u64, digest: &str) -> cannery::record::JobDir {
+        let now = Timestamp::now();
+        let key = JobKey::new("https://gitlab.example.com", id, 0);
+        let session = self.at(&format!("response-{id}.json"));
+        fs::write(&session, "{}").unwrap();
+        let deadline = now.saturating_add(jiff::SignedDuration::from_hours(1)).unwrap();
+        let mut record = Record::new(key, session, Caller::of_this_call(), now, deadline);
+        record.digest = Some(digest.to_owned());
+        Jobs::open(&self.state()).unwrap().create(record).unwrap()
+    }
+}
+
+/// A raw disk with a hole.
+fn disk(seed: u64) -> Vec<u8> {
+    let mut disk = noise(seed, 200 * 1024);
+    disk[510] = 0x55;
+    disk[511] = 0xaa;
+    disk.resize(4 << 20, 0);
+    disk
+}
+
+fn request(reference: &str) -> Request {
+    Request {
+        reference: reference.parse().unwrap(),
+        architecture: "x86_64".to_owned(),
+        policies: vec![PullPolicy::IfNotPresent],
+        credentials: Credentials::none(),
+        registries: Registries::without_tls([] as [&str; 0]),
+        limits: Limits {
+            max_disk: 1 << 30,
+            keep_free: 0,
+        },
+        asker: Asker::Operator,
+    }
+}
+
+fn provide(store: &Store, reference: &str) -> Result<Disk, Error> {
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(store.provide(&request(reference), &Silent))
+}
+
+/// Changes one byte of a file of the store, as a bad medium would.
+fn damage(path: &Path) {
+    fs::set_permissions(path, fs::Permissions::from_mode(0o644)).unwrap();
+    let file = fs::OpenOptions::new().read(true).write(true).open(path).unwrap();
+    let mut byte = [0];
+    file.read_exact_at(&mut byte, 1000).unwrap();
+    file.write_all_at(&[byte[0] ^ 1], 1000).unwrap();
+    fs::set_permissions(path, fs::Permissions::from_mode(0o444)).unwrap();
+}
+
+#[test]
+fn images_are_listed_named_pinned_and_removed() {
+    let host = Host::new("");
+    let (one, two) = (host.add("one", 1), host.add("two", 2));
+    let digest = host.pull(&one);
+    let other = host.pull(&two);
+    let alias = "r.example.com/vm:stable";
+    assert_eq!(host.says(&["image", "tag", &one, alias]).trim(), digest);
+    assert_eq!(
+        host.says(&["image", "pin", &digest[7..15], "--name", "release"])
+            .trim(),
+        digest
+    );
+    let rows = host.list();
+    let row = rows.iter().find(|row| row["digest"] == digest.as_str()).unwrap();
+    assert_eq!(row["references"], serde_json::json!([one, alias]));
+    assert_eq!(
+        (&row["format"], &row["virtual_size"]),
+        (&"raw".into(), &(4 << 20).into())
+    );
+    assert_eq!(row["pins"], serde_json::json!(["release"]));
+    let size = row["size"].as_u64().unwrap();
+    assert!((200 << 10..1 << 20).contains(&size), "holes take no room: {size}");
+    let table = host.says(&["image", "ls", "--digests"]);
+    assert!(
+        table
+            .lines()
+            .any(|line| line.contains(alias) && line.contains(&digest) && line.ends_with("pinned")),
+        "{table}"
+    );
+    // A job that names the alias is given the image without a registry, as its policy says.
+    assert_eq!(provide(&host.store(), alias).unwrap().digest.to_string(), digest);
+
+    let why = host.says(&["image", "why", alias]);
+    assert!(why.contains("kept by the pin release"), "{why}");
+    assert_eq!(host.says(&["image", "rm", alias]), format!("Untagged: {alias}\n"));
+    let kept = host.refuses(&["image", "rm", &one]);
+    assert!(kept.contains("kept by the pin release"), "{kept}");
+    assert!(
+        host.refuses(&["image", "unpin", &one, "--name", "other"])
+            .contains("not pinned")
+    );
+    host.says(&["image", "unpin", &one]);
+    assert_eq!(
+        host.says(&["image", "rm", &one]),
+        format!("Untagged: {one}\nDeleted: {digest}\n")
+    );
+    assert!(!host.disk(&digest).exists());
+    assert!(host.refuses(&["image", "rm", &one]).contains("is on this host"));
+    assert_eq!(host.list().len(), 1);
+    assert!(host.says(&["image", "why", &other]).contains("nothing keeps it"));
+    assert_eq!(host.partial(), 0);
+}
+
+#[test]
+fn prune_takes_what_nothing_keeps_and_says_so() {
+    let host = Host::new("");
+    let (moved, kept) = (host.add("moved", 1), host.add("kept", 3));
+    let old = host.pull(&moved);
+    let kept = host.pull(&kept);
+    host.add("moved", 5);
+    let new = host.pull(&moved);
+    // The old image of a tag that has moved has no name any more.
+    let would = host.says(&["image", "prune", "--dry-run"]);
+    assert!(
+        would.contains(&format!("would delete {old}")) && would.contains("no name"),
+        "{would}"
+    );
+    assert!(host.disk(&old).exists());
+    let did = host.says(&["image", "prune"]);
+    assert!(
+        did.contains(&format!("Deleted: {old}")) && did.ends_with("freed.\n"),
+        "{did}"
+    );
+    assert!(!host.disk(&old).exists() && host.disk(&new).exists() && host.disk(&kept).exists());
+
+    // Of two images the one that was used last stays.
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    host.pull(&moved);
+    let gone: Vec<Value> =
+        serde_json::from_str(&host.says(&["image", "prune", "--max-size", "300K", "--format", "json"]))
+            .unwrap();
+    assert_eq!(gone.len(), 1, "{gone:?}");
+    assert_eq!(gone[0]["digest"], kept.as_str());
+    // A job and its record keep an image, whatever is asked for.
+    let job = host.job(7, &new);
+    assert_eq!(host.says(&["image", "prune", "--all"]), "0 B freed.\n");
+    let why = host.says(&["image", "why", &new]);
+    assert!(why.contains(&format!("kept by the job {}", job.key())), "{why}");
+    fs::remove_dir_all(host.state().join("jobs").join(job.key().to_string())).unwrap();
+    // So does whoever was given it and has not said so in a record yet.
+    let given = provide(&host.store(), &moved).unwrap();
+    assert_eq!(host.says(&["image", "prune", "--all"]), "0 B freed.\n");
+    let why = host.says(&["image", "why", &new]);
+    assert!(
+        why.contains(&format!("kept by the process {}", std::process::id())),
+        "{why}"
+    );
+    drop(given);
+    assert!(host.says(&["image", "prune", "--all"]).contains(&new));
+    assert!(host.list().is_empty());
+}
+
+#[test]
+fn what_a_domain_names_is_kept_down_its_whole_chain() {
+    let host = Host::new("");
+    let digest = host.pull(&host.add("vm", 1));
+    // A domain that is none of ours, on a layer on a layer on the image.
+    let base = host.disk(&digest);
+    let mut below = base.display().to_string();
+    for name in ["lower.qcow2", "upper.qcow2"] {
+        let layer = host.at(name);
+        let mut file = vec![0; 4096];
+        file[..8].copy_from_slice(b"QFI\xfb\0\0\0\x03");
+        file[8..16].copy_from_slice(&512_u64.to_be_bytes());
+        file[16..20].copy_from_slice(&u32::try_from(below.len()).unwrap().to_be_bytes());
+        file[512..512 + below.len()].copy_from_slice(below.as_bytes());
+        fs::write(&layer, file).unwrap();
+        below = layer.display().to_string();
+    }
+    let node = format!(
+        "<node><domain type='test' xmlns:test='http://libvirt.org/schemas/domain/test/1.0'><name>holder</name><memory>65536</memory>\
+         <os><type>hvm</type></os><devices><disk type='file' device='disk'><driver name='qemu' type='qcow2'/>\
+         <source file='{below}'/><target dev='vda' bus='virtio'/></disk></devices></domain></node>"
+    );
+    fs::write(host.at("node.xml"), node).unwrap();
+    host.write_settings(&format!("test://{}", host.at("node.xml").display()), "");
+    assert_eq!(host.says(&["image", "prune", "--all"]), "0 B freed.\n");
+    let why = host.says(&["image", "why", &digest]);
+    assert!(why.contains("kept by the libvirt domain holder"), "{why}");
+    // Where libvirt cannot be asked, nobody knows, and nothing goes.
+    host.write_settings("test:///nonexistent/node.xml", "");
+    host.refuses(&["image", "prune", "--all"]);
+    assert!(base.exists());
+}
+
+#[test]
+fn a_damaged_image_is_given_to_nobody_and_mended_unless_it_is_in_use() {
+    let host = Host::new("");
+    let reference = host.add("vm", 1);
+    let digest = host.pull(&reference);
+    let whole = fs::read(host.disk(&digest)).unwrap();
+    assert_eq!(host.says(&["image", "verify"]), format!("{digest} whole\n"));
+
+    damage(&host.disk(&digest));
+    let said = host.says(&["image", "verify", &reference]);
+    assert!(
+        said.starts_with(&format!("{digest} mended (disk.raw has other bytes")),
+        "{said}"
+    );
+    assert_eq!(fs::read(host.disk(&digest)).unwrap(), whole);
+    assert_eq!(host.says(&["image", "verify"]), format!("{digest} whole\n"));
+    let names: Vec<Value> = host.list().remove(0)["references"].as_array().unwrap().clone();
+    assert_eq!(names, [reference.as_str()], "mending leaves no name");
+
+    // Never under a running job; but no other job is given it.
+    let job = host.job(7, &digest);
+    damage(&host.disk(&digest));
+    let said = host.refuses(&["image", "verify"]);
+    assert!(
+        said.contains("not mended") && said.contains(&format!("the job {}", job.key())),
+        "{said}"
+    );
+    assert_ne!(fs::read(host.disk(&digest)).unwrap(), whole);
+    assert_eq!(host.list()[0]["format"], Value::Null);
+    assert!(host.store().find(&digest.parse().unwrap()).unwrap().is_none());
+    // The next that asks has it fetched anew; what the job has open stays as it is.
+    let open = fs::File::open(host.disk(&digest)).unwrap();
+    assert!(!provide(&host.store(), &reference).unwrap().from_cache);
+    assert_eq!(fs::read(host.disk(&digest)).unwrap(), whole);
+    let mut byte = [0];
+    open.read_exact_at(&mut byte, 1000).unwrap();
+    assert_ne!(byte[0], whole[1000]);
+    assert_eq!(host.says(&["image", "verify"]), format!("{digest} whole\n"));
+
+    // What is missing or cut is damage as well, and what cannot be fetched is said.
+    fs::remove_dir_all(host.state().join("jobs").join(job.key().to_string())).unwrap();
+    fs::remove_file(host.disk(&digest)).unwrap();
+    assert!(
+        host.says(&["image", "verify"])
+            .contains("mended (disk.raw is missing)")
+    );
+    fs::remove_dir_all(&host.layout.dir).unwrap();
+    damage(&host.disk(&digest));
+    let said = host.refuses(&["image", "verify", "--format", "json"]);
+    assert!(
+        said.contains("\"damaged\"") && said.contains("1 of 1 images are damaged"),
+        "{said}"
+    );
+}
+
+#[test]
+fn prewarm_fetches_what_lists_settings_and_pipelines_name_and_tries_all() {
+    let host = Host::new("");
+    let [a, b, c] = [("a", 1), ("b", 3), ("c", 5)].map(|(tag, seed)| host.add(tag, seed));
+    host.write_settings("test:///default", &format!("prewarm = [\"{a}\"]"));
+    host.says(&["image", "prewarm"]);
+    assert_eq!(host.list().len(), 1);
+    fs::write(host.at("list"), format!("# ours\n{b}\n\noci:/nowhere/at/all:1\n")).unwrap();
+    let pipeline = format!(
+        "variables: {{ DIR: \"{}\" }}\nbuild: {{ image: \"oci:$DIR:c\" }}\nother: {{ image: $CI_REGISTRY_IMAGE }}\n",
+        host.layout.dir.display()
+    );
+    fs::write(host.at("ci.yml"), pipeline).unwrap();
+    let (list, ci) = (
+        host.at("list").display().to_string(),
+        host.at("ci.yml").display().to_string(),
+    );
+    let said = host.refuses(&["image", "prewarm", "--file", &list, "--gitlab-ci", &ci]);
+    for part in [
+        "oci:/nowhere/at/all:1",
+        "1 of 3 images could not be fetched",
+        "passed over: $CI_REGISTRY_IMAGE",
+    ] {
+        assert!(said.contains(part), "{part}: {said}");
+    }
+    let mut names: Vec<String> = host
+        .list()
+        .iter()
+        .map(|row| row["references"][0].as_str().unwrap().to_owned())
+        .collect();
+    names.sort_unstable();
+    assert_eq!(names, [a, b, c]);
+}
+
+#[test]
+fn nobody_loses_an_image_that_was_given_while_others_prune() {
+    let host = Host::new("");
+    let reference = host.add("vm", 2);
+    host.pull(&reference);
+    let expected = disk(2);
+    let store = host.store();
+    let (removed, given) = std::thread::scope(|scope| {
+        let jobs: Vec<_> = (0..3)
+            .map(|_| {
+                scope.spawn(|| {
+                    let mut given = 0;
+                    for _ in 0..40 {
+                        let disk = provide(&store, &reference).unwrap();
+                        assert_eq!(fs::read(&disk.path).unwrap(), expected);
+                        given += 1;
+                    }
+                    given
+                })
+            })
+            .collect();
+        let pruner = scope.spawn(|| {
+            let mut removed = 0;
+            while !jobs.iter().all(std::thread::ScopedJoinHandle::is_finished) {
+                for held in store.inventory().unwrap() {
+                    let gone = store.collect(&held.digest, || Ok::<_, Error>(false)).unwrap();
+                    removed += u32::from(gone);
+                }
+            }
+            (removed, jobs)
+        });
+        let (removed, jobs) = pruner.join().unwrap();
+        let given: u32 = jobs.into_iter().map(|job| job.join().unwrap()).sum();
+        (removed, given)
+    });
+    assert_eq!(given, 120);
+    assert!(removed > 1, "the pruner got in {removed} times");
+    drop(Store::open(&host.state().join("store")).unwrap());
+    assert_eq!(host.partial(), 0);
+}
+
+#[cfg(debug_assertions)]
+#[test]
+fn a_kill_in_any_command_leaves_each_image_whole_or_gone() {
+    use std::os::unix::process::ExitStatusExt as _;
+
+    let host = Host::new("");
+    let reference = host.add("vm", 1);
+    let again = "r.example.com/vm:again";
+    for (point, nth, arguments) in [
+        ("blob-begun", 1, &["image", "tag", &reference, again][..]),
+        ("reference-kept", 1, &["image", "tag", &reference, again]),
+        ("blob-begun", 1, &["image", "pin", &reference]),
+        ("pin-kept", 1, &["image", "pin", &reference]),
+        ("pin-removed", 1, &["image", "unpin", &reference]),
+        ("reference-forgotten", 1, &["image", "rm", again]),
+        ("image-hidden", 1, &["image", "rm", &reference]),
+        ("reference-forgotten", 1, &["image", "rm", &reference]),
+        ("image-removed", 1, &["image", "rm", &reference]),
+        ("image-hidden", 1, &["image", "prune", "--all"]),
+        ("reference-forgotten", 1, &["image", "prune", "--all"]),
+        ("image-removed", 1, &["image", "prune", "--all"]),
+    ] {
+        let digest = host.pull(&reference);
+        if point == "pin-removed" {
+            host.says(&["image", "pin", &reference]);
+        }
+        if arguments.contains(&"rm") && arguments.contains(&again) {
+            host.says(&["image", "tag", &reference, again]);
+        }
+        let status = host
+            .command(arguments)
+            .env("CANNERY_KILL_AT", format!("{point}:{nth}"))
+            .output()
+            .unwrap()
+            .status;
+        assert_eq!(status.signal(), Some(9), "{point} {arguments:?}: {status:?}");
+        // Whoever comes next sweeps.
+        let rows = host.list();
+        assert_eq!(host.partial(), 0, "{point} {arguments:?}");
+        match rows.as_slice() {
+            [] => assert!(!host.disk(&digest).exists()),
+            [row] => {
+                assert_eq!(row["format"], "raw");
+                assert_eq!(host.says(&["image", "verify"]), format!("{digest} whole\n"));
+                // It can be let go and removed without more ado.
+                drop(host.run(&["image", "unpin", &reference]));
+                host.says(&["image", "rm", &digest]);
+            }
+            rows => panic!("{rows:?}"),
+        }
+        // Names of what is gone are gone after the next prune.
+        host.says(&["image", "prune"]);
+        assert!(host.store().names().unwrap().is_empty(), "{point} {arguments:?}");
+    }
+}
