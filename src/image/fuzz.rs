@@ -10,7 +10,7 @@ use super::platform::Platform;
 use super::reference::Reference;
 use super::registry::challenge;
 use super::registry::credentials::{Credentials, Origin};
-use super::{decompress, format, hints, inspect, lz4, policy};
+use super::{decompress, format, hints, inspect, lz4, native, policy};
 
 /// Largest virtual disk that the targets allow, in bytes.
 const DISK_MAX: u64 = 1 << 40;
@@ -26,6 +26,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("auth", auth),
     ("challenge", challenge),
     ("config", config),
+    ("index", native::fuzz_index),
     ("labels", labels),
     ("lz4_apple", lz4_apple),
     ("lz4_frame", lz4_frame),

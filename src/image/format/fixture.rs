@@ -49,13 +49,13 @@ pub(super) fn recipe_of(manifest: &Manifest, config: &Config, documents: &[&str]
 pub(super) fn pieces(recipe: Recipe) -> Pieces {
     match recipe.parts {
         Parts::Pieces(pieces) => pieces,
-        Parts::Streams(layers) => panic!("{layers:?}"),
+        other => panic!("{other:?}"),
     }
 }
 
 pub(super) fn streams(recipe: Recipe) -> Vec<Layer> {
     match recipe.parts {
         Parts::Streams(layers) => layers,
-        Parts::Pieces(pieces) => panic!("{pieces:?}"),
+        other => panic!("{other:?}"),
     }
 }

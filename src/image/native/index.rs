@@ -209,6 +209,22 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Segment, &'static str> {
     })
 }
 
+/// Reads a segment, packed or not; for fuzzers. What is taken has one spelling.
+#[cfg(any(test, fuzzing))]
+pub(in crate::image) fn fuzz(bytes: &[u8]) {
+    if let Ok(segment) = parse(bytes) {
+        assert_eq!(plain(&segment), bytes);
+        let end = segment
+            .chunks
+            .last()
+            .map_or(0, |chunk| chunk.at + u64::from(chunk.length));
+        assert!(end <= segment.file_length);
+    }
+    if let Err(reason) = decode(bytes) {
+        crate::image::fuzz::one_line(&reason);
+    }
+}
+
 /// A number of things that take `each` bytes at least.
 fn count(rest: &mut &[u8], each: usize) -> Result<usize, &'static str> {
     let count = usize::try_from(take(rest)?).map_err(|_| "counts more than it has")?;
