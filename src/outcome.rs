@@ -263,6 +263,8 @@ impl From<image::Error> for Failure {
             E::ClientCertificate { .. } => system.hint("Mend client_cert and client_key in the settings' table for this registry"),
             E::ScopeMissing { .. } => author.hint("Log in with cannery login as somebody who may push there"),
             E::Refused { .. } => author.hint("The registry's own log says more"),
+            E::CannotHold { .. } => system.hint("Choose another --format"),
+            E::Unnameable { .. } => system.hint("Name a tag"),
             E::Storage { source, .. } => permission_hint(system, &source),
         }
     }

@@ -174,6 +174,20 @@ pub enum Error {
         /// Why.
         reason: String,
     },
+    /// What is to be written does not fit the format that was asked for. Whoever writes it: another format, or less.
+    #[error("{format} cannot hold {what}")]
+    CannotHold {
+        /// The format, with its article.
+        format: &'static str,
+        /// What it cannot hold, and what can.
+        what: &'static str,
+    },
+    /// A name that cannot be given to an image. Whoever writes it.
+    #[error("{image} cannot be written to: a digest is what an image turns out to have")]
+    Unnameable {
+        /// The reference.
+        image: String,
+    },
     /// The certificate that we should show a registry, or its key, cannot be used. Operator.
     #[error("the client certificate in {} cannot be used: {reason}", path.display())]
     ClientCertificate {

@@ -7,12 +7,12 @@ use serde::{Deserialize, Serialize};
 
 use super::error::Error;
 
-const KERNEL: &str = "io.cannery.kernel";
-const INITRD: &str = "io.cannery.initrd";
-const CMDLINE: &str = "io.cannery.cmdline";
-const MEMORY: &str = "io.cannery.memory";
-const FIRMWARE: &str = "io.cannery.firmware";
-const USER: &str = "io.cannery.user";
+pub(super) const KERNEL: &str = "io.cannery.kernel";
+pub(super) const INITRD: &str = "io.cannery.initrd";
+pub(super) const CMDLINE: &str = "io.cannery.cmdline";
+pub(super) const MEMORY: &str = "io.cannery.memory";
+pub(super) const FIRMWARE: &str = "io.cannery.firmware";
+pub(super) const USER: &str = "io.cannery.user";
 
 /// Longest kernel command line, in bytes: x86's COMMAND_LINE_SIZE.
 const CMDLINE_MAX: usize = 2048;

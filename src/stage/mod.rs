@@ -10,6 +10,7 @@ use crate::settings::OwnNetwork;
 mod cleanup;
 mod config;
 pub mod images;
+pub mod kept;
 mod order;
 mod prepare;
 mod run;

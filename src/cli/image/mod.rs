@@ -4,6 +4,10 @@ use crate::outcome::Failure;
 use crate::report::plain;
 
 mod choose;
+mod convert;
+mod export;
+mod import;
+mod inspect;
 mod list;
 mod pin;
 mod pipeline;
@@ -11,7 +15,9 @@ mod prewarm;
 mod progress;
 mod prune;
 mod pull;
+mod push;
 mod rm;
+mod source;
 mod tag;
 mod unpin;
 mod verify;
@@ -31,6 +37,11 @@ pub(super) enum Command {
     Unpin(unpin::Arguments),
     Tag(tag::Arguments),
     Why(why::Arguments),
+    Push(push::Arguments),
+    Convert(convert::Arguments),
+    Export(export::Arguments),
+    Import(import::Arguments),
+    Inspect(inspect::Arguments),
 }
 
 pub(super) async fn run(context: &Context, command: Command) -> Result<(), Failure> {
@@ -45,6 +56,22 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<(), Failu
         Command::Unpin(arguments) => unpin::run(context, &arguments),
         Command::Tag(arguments) => tag::run(context, &arguments),
         Command::Why(arguments) => why::run(context, &arguments).await,
+        Command::Push(arguments) => push::run(context, &arguments).await,
+        Command::Convert(arguments) => convert::run(context, &arguments).await,
+        Command::Export(arguments) => export::run(context, &arguments).await,
+        Command::Import(arguments) => import::run(context, &arguments).await,
+        Command::Inspect(arguments) => inspect::run(context, &arguments).await,
+    }
+}
+
+/// Does something long, unless Ctrl-C comes in between; `what` is a noun for the sentence.
+async fn interruptible(what: &str, work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    tokio::select! {
+        result = work => result,
+        interrupted = tokio::signal::ctrl_c() => Err(match interrupted {
+            Ok(()) => Failure::system(format!("the {what} was interrupted")),
+            Err(e) => Failure::system(format!("cannot listen for Ctrl-C: {e}")),
+        }),
     }
 }
 

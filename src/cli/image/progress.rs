@@ -36,6 +36,9 @@ impl Progress for Lines<'_> {
             Event::Fetching { done, total } if self.throttle.due() => {
                 format!("{name}: {} of {}", bytes(done), bytes(total))
             }
+            Event::Writing { done, total } if self.throttle.due() => {
+                format!("{name}: {} of {} written", bytes(done), bytes(total))
+            }
             Event::PolicyFailed { error } => format!("{name}: {error}; trying the next pull policy"),
             _ => return,
         };

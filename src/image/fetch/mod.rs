@@ -14,12 +14,14 @@
 //! | how pieces are fetched | [`pieces`]: `batch` divides them, `codec` unpacks, `placed` writes, `done` remembers |
 //! | who else makes the same image, and what is there of it | [`partial`] |
 //! | whether there is room | [`room`] |
+//! | what an image is, without fetching it | [`look`] |
 //! | what is told meanwhile | [`progress`] |
 
 mod batch;
 mod codec;
 pub(super) mod decompress;
 mod done;
+pub(super) mod look;
 mod part;
 pub(super) mod partial;
 pub(super) mod pieces;

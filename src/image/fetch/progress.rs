@@ -75,6 +75,13 @@ pub enum Event<'a> {
         /// How long ago.
         ago: Duration,
     },
+    /// A disk is being read to be written as an image.
+    Writing {
+        /// Bytes read so far.
+        done: u64,
+        /// Bytes that will be read.
+        total: u64,
+    },
     /// A pull policy failed and the next of the list is tried.
     PolicyFailed {
         /// Why.

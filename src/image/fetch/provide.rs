@@ -76,20 +76,7 @@ impl Store {
     /// # Errors
     /// See [`Error`]: each variant says whose fault it is.
     pub async fn provide(&self, request: &Request, progress: &dyn Progress) -> Result<Disk, Error> {
-        let platform = Platform::of_machine(&request.architecture).ok_or_else(|| Error::WrongPlatform {
-            image: request.reference.to_string(),
-            wanted: request.architecture.clone(),
-            found: "x86_64 and aarch64 only".to_owned(),
-        })?;
-        let image = request.reference.to_string();
-        let pull = Pull {
-            rules: &Rules::new(&request.requirements, &request.reference, &image)?,
-            store: self,
-            request,
-            platform,
-            image: image.clone(),
-            progress,
-        };
+        let pull = Pull::new(self, request, progress)?;
         let policies = if request.policies.is_empty() {
             &[PullPolicy::Always][..]
         } else {
@@ -126,13 +113,36 @@ impl Store {
 }
 
 /// One request on its way.
-struct Pull<'a> {
+pub(super) struct Pull<'a> {
     store: &'a Store,
     request: &'a Request,
     platform: Platform,
     image: String,
-    rules: &'a Rules<'a>,
+    rules: Rules<'a>,
     progress: &'a dyn Progress,
+}
+
+impl<'a> Pull<'a> {
+    pub(super) fn new(
+        store: &'a Store,
+        request: &'a Request,
+        progress: &'a dyn Progress,
+    ) -> Result<Self, Error> {
+        let platform = Platform::of_machine(&request.architecture).ok_or_else(|| Error::WrongPlatform {
+            image: request.reference.to_string(),
+            wanted: request.architecture.clone(),
+            found: "x86_64 and aarch64 only".to_owned(),
+        })?;
+        let image = request.reference.to_string();
+        Ok(Self {
+            rules: Rules::new(&request.requirements, &request.reference, &image)?,
+            store,
+            request,
+            platform,
+            image,
+            progress,
+        })
+    }
 }
 
 impl Pull<'_> {
@@ -215,7 +225,7 @@ impl Pull<'_> {
         Ok(disk)
     }
 
-    async fn source(&self) -> Result<Source, Error> {
+    pub(super) async fn source(&self) -> Result<Source, Error> {
         self.source_of(self.request.reference.version()).await
     }
 
@@ -396,7 +406,7 @@ impl Pull<'_> {
     }
 
     /// Follows the reference to the manifest for our platform; what it leads to first, and that manifest.
-    async fn resolve(&self, source: &Source) -> Result<(Digest, Digest, Manifest), Error> {
+    pub(super) async fn resolve(&self, source: &Source) -> Result<(Digest, Digest, Manifest), Error> {
         let (root, bytes) = source.root().await?;
         let entries = match self.parsed(&bytes)? {
             Document::Image(manifest) => {
@@ -521,7 +531,12 @@ impl Pull<'_> {
     }
 
     /// Reads all that is said about the image, and decides how it becomes a disk.
-    async fn recipe(&self, source: &Source, manifest: &Manifest, format: Format) -> Result<Recipe, Error> {
+    pub(super) async fn recipe(
+        &self,
+        source: &Source,
+        manifest: &Manifest,
+        format: Format,
+    ) -> Result<Recipe, Error> {
         let config = self.config(source, manifest, format).await?;
         let mut documents = Vec::new();
         for descriptor in format::documents(format, manifest) {

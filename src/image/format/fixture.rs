@@ -49,13 +49,15 @@ pub(super) fn recipe_of(manifest: &Manifest, config: &Config, documents: &[&str]
 pub(super) fn pieces(recipe: Recipe) -> Pieces {
     match recipe.parts {
         Parts::Pieces(pieces) => pieces,
-        other => panic!("{other:?}"),
+        Parts::Streams(layers) => panic!("{layers:?}"),
+        Parts::Indexed(indexed) => panic!("{indexed:?}"),
     }
 }
 
 pub(super) fn streams(recipe: Recipe) -> Vec<Layer> {
     match recipe.parts {
         Parts::Streams(layers) => layers,
-        other => panic!("{other:?}"),
+        Parts::Pieces(pieces) => panic!("{pieces:?}"),
+        Parts::Indexed(indexed) => panic!("{indexed:?}"),
     }
 }

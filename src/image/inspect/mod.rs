@@ -4,6 +4,7 @@
 //! file, and QEMU, which runs with more rights than the image's author, opens that file. So the header is read
 //! by us first, with bounds on everything that it claims.
 
+mod layer;
 mod qcow2;
 mod raw;
 
@@ -15,6 +16,8 @@ use std::path::Path;
 use serde::{Deserialize, Serialize};
 
 use super::error::{Error, quoted};
+
+pub(super) use layer::layer;
 
 /// How a disk's bytes are to be read. QEMU is always told, and never left to guess.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -133,7 +136,12 @@ pub(super) fn is_qcow2(head: &[u8]) -> bool {
 /// Costs at most 8 MiB of memory and one pass over the disk's tables.
 pub(super) fn disk(path: &Path, limit: u64, image: &str) -> Result<Inspected, Error> {
     let file = File::open(path).map_err(Error::storage(path))?;
-    check(&file, limit).map_err(|finding| match finding {
+    check(&file, limit).map_err(|finding| named(finding, path, limit, image))
+}
+
+/// A finding as the error that says whose it is.
+fn named(finding: Finding, path: &Path, limit: u64, image: &str) -> Error {
+    match finding {
         Finding::Hostile(class) => Error::Hostile {
             image: image.to_owned(),
             class,
@@ -148,7 +156,7 @@ pub(super) fn disk(path: &Path, limit: u64, image: &str) -> Result<Inspected, Er
             path: path.to_owned(),
             source,
         },
-    })
+    }
 }
 
 fn check(disk: &impl ReadAt, limit: u64) -> Result<Inspected, Finding> {

@@ -28,8 +28,8 @@ const EXTENDED_L2: u64 = 1 << 4;
 const RAW_DATA_FILE: u64 = 1 << 1;
 
 /// Header extensions that mean something to us.
-const EXTENSION_END: u32 = 0;
-const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
+pub(super) const EXTENSION_END: u32 = 0;
+pub(super) const EXTENSION_BACKING_FORMAT: u32 = 0xe279_2aca;
 const EXTENSION_DATA_FILE: u32 = 0x4441_5441;
 const EXTENSION_ENCRYPTION: u32 = 0x0537_be77;
 const EXTENSION_BITMAPS: u32 = 0x2385_2875;
@@ -59,14 +59,14 @@ struct Header {
     compression_type: u8,
 }
 
-fn be32(bytes: &[u8], at: usize) -> u32 {
+pub(super) fn be32(bytes: &[u8], at: usize) -> u32 {
     bytes
         .get(at..at + 4)
         .and_then(|b| b.try_into().ok())
         .map_or(0, u32::from_be_bytes)
 }
 
-fn be64(bytes: &[u8], at: usize) -> u64 {
+pub(super) fn be64(bytes: &[u8], at: usize) -> u64 {
     bytes
         .get(at..at + 8)
         .and_then(|b| b.try_into().ok())

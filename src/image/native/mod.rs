@@ -27,7 +27,7 @@ pub(super) use catalogue::NAME as CHUNKS;
 pub(super) use pull::{Pull, pull};
 pub(super) use push::{Order, push, read_base};
 pub(super) use reader::{Reader, is_native};
-pub(super) use writer::{LEVEL, Written};
+pub(super) use writer::LEVEL;
 
 /// The artifact type of an image.
 pub(super) const ARTIFACT_TYPE: &str = "application/vnd.cannery.image.v1";

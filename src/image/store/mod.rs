@@ -254,6 +254,12 @@ impl Store {
         }
     }
 
+    /// A manifest or config that was kept.
+    pub(super) fn blob(&self, digest: &Digest) -> Result<Vec<u8>, Error> {
+        let path = self.dir.join("blobs/sha256").join(digest.hex());
+        fs::read(&path).map_err(Error::storage(&path))
+    }
+
     /// Turns a finished work folder into a disk of the store. The caller holds the digest's lock.
     pub(super) fn commit(&self, work: &Path, record: Record) -> Result<(), Error> {
         let record = &summed(work, record)?;

@@ -18,40 +18,58 @@ const OWNER: u64 = 107;
 
 const BLOCK: u64 = 512;
 
-/// One file of the archive.
-pub(super) struct Entry<'a> {
-    pub(super) path: &'a str,
-    /// Bytes; exactly so many are written.
-    pub(super) length: u64,
-    /// Writes the content, and nothing but that.
-    pub(super) content: &'a mut dyn FnMut(&mut dyn Write) -> io::Result<()>,
+/// The archive in the making.
+pub(super) struct Archive<W> {
+    out: W,
+    folders: Vec<String>,
 }
 
-/// Writes the archive. Entries come in their order; a folder stands before its first file.
-pub(super) fn archive(entries: &mut [Entry<'_>], out: &mut dyn Write) -> io::Result<()> {
-    let mut folders: Vec<&str> = Vec::new();
-    for entry in entries.iter_mut() {
-        if let Some((folder, _)) = entry.path.rsplit_once('/')
-            && !folders.contains(&folder)
-        {
-            folders.push(folder);
-            header(&format!("{folder}/"), EntryType::Directory, 0o555, 0, out)?;
+impl<W: Write> Archive<W> {
+    pub(super) fn new(out: W) -> Self {
+        Self {
+            out,
+            folders: Vec::new(),
         }
-        header(entry.path, EntryType::Regular, 0o444, entry.length, out)?;
+    }
+
+    /// Adds a file, behind its folder if that is new. `content` must write exactly `length` bytes.
+    pub(super) fn add(
+        &mut self,
+        path: &str,
+        length: u64,
+        content: &mut dyn FnMut(&mut dyn Write) -> io::Result<()>,
+    ) -> io::Result<()> {
+        if let Some((folder, _)) = path.rsplit_once('/')
+            && !self.folders.iter().any(|known| known == folder)
+        {
+            self.folders.push(folder.to_owned());
+            header(
+                &format!("{folder}/"),
+                EntryType::Directory,
+                0o555,
+                0,
+                &mut self.out,
+            )?;
+        }
+        header(path, EntryType::Regular, 0o444, length, &mut self.out)?;
         let mut counted = Exactly {
-            inner: &mut *out,
-            left: entry.length,
+            inner: &mut self.out,
+            left: length,
         };
-        (entry.content)(&mut counted)?;
+        content(&mut counted)?;
         if counted.left > 0 {
             return Err(changed());
         }
-        let padding = entry.length.next_multiple_of(BLOCK) - entry.length;
-        io::copy(&mut io::repeat(0).take(padding), out)?;
+        let padding = length.next_multiple_of(BLOCK) - length;
+        io::copy(&mut io::repeat(0).take(padding), &mut self.out)?;
+        Ok(())
     }
-    // Two empty blocks are the end.
-    io::copy(&mut io::repeat(0).take(2 * BLOCK), out)?;
-    Ok(())
+
+    /// Two empty blocks are the end.
+    pub(super) fn finish(mut self) -> io::Result<()> {
+        io::copy(&mut io::repeat(0).take(2 * BLOCK), &mut self.out)?;
+        Ok(())
+    }
 }
 
 fn header(path: &str, kind: EntryType, mode: u32, length: u64, out: &mut dyn Write) -> io::Result<()> {
@@ -98,13 +116,9 @@ mod tests {
 
     fn one(length: u64, bytes: &[u8]) -> io::Result<Vec<u8>> {
         let mut out = Vec::new();
-        let mut content = |out: &mut dyn Write| out.write_all(bytes);
-        let mut entries = [Entry {
-            path: DISK,
-            length,
-            content: &mut content,
-        }];
-        archive(&mut entries, &mut out)?;
+        let mut archive = Archive::new(&mut out);
+        archive.add(DISK, length, &mut |out| out.write_all(bytes))?;
+        archive.finish()?;
         Ok(out)
     }
 
@@ -142,12 +156,7 @@ mod tests {
     fn a_size_beyond_eight_gib_stands_in_the_header() {
         let mut out = Vec::new();
         header(DISK, EntryType::Regular, 0o444, 20 << 30, &mut out).unwrap();
-        assert_eq!(
-            Header::from_byte_slice(out.as_slice().try_into().unwrap())
-                .size()
-                .unwrap(),
-            20 << 30
-        );
+        assert_eq!(Header::from_byte_slice(&out).size().unwrap(), 20 << 30);
     }
 
     #[test]

@@ -1,12 +1,19 @@
 //! The disk that is about to be written: a guest's bytes, and the file as it is.
 
 use std::fs::File;
-use std::io;
+use std::io::{self, Write};
 use std::ops::Range;
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-use rustix::fs::SeekFrom;
+use rustix::fs::{AtFlags, CWD, Mode, OFlags, SeekFrom};
+
+use super::draft::Draft;
+use super::feed::Read;
+use super::qcow2;
+use crate::image::error::Error;
+use crate::image::inspect::DiskFormat;
 
 /// What a guest sees of a disk.
 pub(in crate::image) trait Guest {
@@ -57,6 +64,173 @@ impl Guest for Raw {
         Ok((start < self.size).then(|| start..end.min(self.size)))
     }
 }
+
+/// A piece that is read at a time, in bytes.
+const PIECE: usize = 1 << 20;
+
+static ZEROS: [u8; PIECE] = [0; PIECE];
+
+/// Writes all bytes of a file; holes are not read.
+pub(super) fn copy(file: &Raw, read: &Read, out: &mut dyn Write) -> io::Result<()> {
+    let mut buffer = vec![0; PIECE];
+    let mut at = 0;
+    while at < file.size {
+        let data = file.next_data(at)?.unwrap_or(file.size..file.size);
+        while at < data.end {
+            let hole = data.start.saturating_sub(at);
+            let left = if hole > 0 { hole } else { data.end - at };
+            let take = usize::try_from(left).unwrap_or(PIECE).min(PIECE);
+            let piece = if hole > 0 {
+                &ZEROS[..take]
+            } else {
+                file.read(&mut buffer[..take], at)?;
+                &buffer[..take]
+            };
+            out.write_all(piece)?;
+            read.add(take);
+            at += take as u64;
+        }
+    }
+    Ok(())
+}
+
+/// The bytes of a disk's file, as an image carries them.
+pub(super) enum Body {
+    /// The file as it is.
+    Is(Raw),
+    /// A qcow2 that is made while it is read.
+    Made(Box<dyn Guest + Send>, qcow2::Plan),
+}
+
+impl Body {
+    /// The file as it is, where it stands alone; else a qcow2 of what a guest sees.
+    pub(super) fn of(draft: &Draft) -> Result<Self, Error> {
+        if draft.flattened {
+            return Self::made(draft);
+        }
+        Raw::open(&draft.disk)
+            .map(Self::Is)
+            .map_err(Error::storage(&draft.disk))
+    }
+
+    /// A qcow2 in any case.
+    pub(super) fn qcow2(draft: &Draft) -> Result<Self, Error> {
+        match draft.format {
+            DiskFormat::Qcow2 => Self::of(draft),
+            DiskFormat::Raw => Self::made(draft),
+        }
+    }
+
+    /// Looks through the disk once.
+    fn made(draft: &Draft) -> Result<Self, Error> {
+        let guest = draft.guest()?;
+        let plan = qcow2::Plan::of(&*guest).map_err(Error::storage(&draft.disk))?;
+        Ok(Self::Made(guest, plan))
+    }
+
+    /// What is written, in bytes.
+    pub(super) fn length(&self) -> u64 {
+        match self {
+            Self::Is(file) => file.size,
+            Self::Made(_, plan) => plan.length(),
+        }
+    }
+
+    pub(super) fn copy(&self, read: &Read, out: &mut dyn Write) -> io::Result<()> {
+        match self {
+            Self::Is(file) => copy(file, read, out),
+            Self::Made(guest, plan) => {
+                let mut counted = Counted { inner: out, read };
+                plan.write(&**guest, &mut counted)
+            }
+        }
+    }
+}
+
+/// Counts what passes through.
+struct Counted<'a> {
+    inner: &'a mut dyn Write,
+    read: &'a Read,
+}
+
+impl Write for Counted<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let written = self.inner.write(bytes)?;
+        self.read.add(written);
+        Ok(written)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.inner.flush()
+    }
+}
+
+/// Writes the disk into a new file, which appears under its name when it is whole.
+pub(super) fn save(draft: &Draft, format: DiskFormat, path: &Path, read: &Read) -> Result<(), Error> {
+    let done = match format {
+        DiskFormat::Qcow2 => {
+            let body = Body::qcow2(draft)?;
+            new_file(path, |file| {
+                let mut out = io::BufWriter::with_capacity(PIECE, file);
+                body.copy(read, &mut out)?;
+                out.flush()
+            })
+        }
+        DiskFormat::Raw => {
+            let guest = draft.guest()?;
+            new_file(path, |file| fill_raw(&*guest, file, read))
+        }
+    };
+    done.map_err(Error::storage(path))
+}
+
+/// Makes a file that has no name until it is whole, so that whatever ends us leaves nothing behind.
+fn new_file(path: &Path, fill: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
+    let dir = match path.parent() {
+        Some(dir) if dir != Path::new("") => dir,
+        _ => Path::new("."),
+    };
+    if path.symlink_metadata().is_ok() {
+        return Err(io::ErrorKind::AlreadyExists.into());
+    }
+    let file = rustix::fs::open(
+        dir,
+        OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC,
+        Mode::from_raw_mode(0o600),
+    )?;
+    let file = File::from(file);
+    fill(&file)?;
+    file.sync_all()?;
+    let open = format!("/proc/self/fd/{}", file.as_raw_fd());
+    rustix::fs::linkat(CWD, open, CWD, path, AtFlags::SYMLINK_FOLLOW)?;
+    File::open(dir)?.sync_all()
+}
+
+/// Writes a guest's bytes sector by sector; zeros become holes.
+fn fill_raw(guest: &dyn Guest, file: &File, read: &Read) -> io::Result<()> {
+    let mut buffer = vec![0; PIECE];
+    let mut next = 0;
+    while let Some(data) = guest.next_data(next)? {
+        let mut at = data.start;
+        while at < data.end {
+            let take = usize::try_from(data.end - at).unwrap_or(PIECE).min(PIECE);
+            let piece = &mut buffer[..take];
+            guest.read(piece, at)?;
+            for (number, block) in piece.chunks(HOLE).enumerate() {
+                if block != &ZEROS[..block.len()] {
+                    file.write_all_at(block, at + (number * HOLE) as u64)?;
+                }
+            }
+            read.add(take);
+            at += take as u64;
+        }
+        next = data.end;
+    }
+    file.set_len(guest.size())
+}
+
+/// Zeros of this length become a hole, in bytes.
+const HOLE: usize = 64 << 10;
 
 #[cfg(test)]
 impl<T: AsRef<[u8]>> Guest for T {

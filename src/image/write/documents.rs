@@ -141,7 +141,7 @@ mod tests {
             panic!("an image");
         };
         assert_eq!(read.config, config.descriptor);
-        assert_eq!(read.layers, [layer.clone()]);
+        assert_eq!(read.layers, std::slice::from_ref(&layer));
         assert_eq!(read.artifact_type.as_deref(), Some("application/y"));
         let read = crate::image::format::parse_config(&config.bytes, 1).unwrap();
         assert_eq!((read.architecture.as_str(), read.os.as_str()), ("amd64", "linux"));

@@ -11,13 +11,18 @@ use super::disk::Guest;
 /// log₂ of a cluster's size.
 const CLUSTER_BITS: u32 = 16;
 /// A cluster, in bytes.
-pub(super) const CLUSTER: u64 = 1 << CLUSTER_BITS;
+const CLUSTER: u64 = 1 << CLUSTER_BITS;
+/// The same, for memory.
+const CLUSTER_BYTES: usize = 1 << CLUSTER_BITS;
 /// Entries of a table of the second level: 8 bytes each.
 const L2_ENTRIES: u64 = CLUSTER / 8;
 /// Reference counts in a block: 2 bytes each.
 const COUNTS: u64 = CLUSTER / 2;
 /// An entry's cluster is used once, so that it may be written to in place.
 const COPIED: u64 = 1 << 63;
+
+/// Compared with, byte for byte, by the quickest way there is.
+static ZEROS: [u8; CLUSTER_BYTES] = [0; CLUSTER_BYTES];
 
 /// Where everything will stand in the file.
 #[derive(Debug)]
@@ -46,8 +51,8 @@ impl Plan {
                 let take = (disk.size() - offset).min(buffer.len() as u64);
                 let piece = &mut buffer[..usize::try_from(take).unwrap_or_default()];
                 disk.read(piece, offset)?;
-                for (number, cluster) in piece.chunks(CLUSTER as usize).enumerate() {
-                    if cluster.iter().any(|byte| *byte != 0) {
+                for (number, cluster) in piece.chunks(CLUSTER_BYTES).enumerate() {
+                    if cluster != &ZEROS[..cluster.len()] {
                         used.set(offset / CLUSTER + number as u64);
                     }
                 }
@@ -103,7 +108,7 @@ impl Plan {
         self.tables(out)?;
         let used = Bits(self.used.clone());
         let guest = self.virtual_size.div_ceil(CLUSTER);
-        let mut buffer = vec![0; CLUSTER as usize];
+        let mut buffer = vec![0; CLUSTER_BYTES];
         for cluster in (0..guest).filter(|cluster| used.get(*cluster)) {
             let offset = cluster * CLUSTER;
             let take = usize::try_from((self.virtual_size - offset).min(CLUSTER)).unwrap_or_default();
@@ -205,7 +210,7 @@ impl<'a> Table<'a> {
     fn new(out: &'a mut dyn Write) -> Self {
         Self {
             out,
-            buffer: Vec::with_capacity(CLUSTER as usize),
+            buffer: Vec::with_capacity(CLUSTER_BYTES),
         }
     }
 
@@ -221,7 +226,7 @@ impl<'a> Table<'a> {
 
     fn end(&mut self) -> io::Result<()> {
         if !self.buffer.is_empty() {
-            self.buffer.resize(CLUSTER as usize, 0);
+            self.buffer.resize(CLUSTER_BYTES, 0);
             self.out.write_all(&self.buffer)?;
             self.buffer.clear();
         }
@@ -282,10 +287,10 @@ mod tests {
         let at = |offset: u64| usize::try_from(offset & !COPIED).unwrap();
         let size = at(be64(24));
         let mut disk = vec![0; size];
-        for (number, piece) in disk.chunks_mut(CLUSTER as usize).enumerate() {
-            let l2 = at(be64(at(be64(40)) + number / L2_ENTRIES as usize * 8));
+        for (number, piece) in disk.chunks_mut(CLUSTER_BYTES).enumerate() {
+            let l2 = at(be64(at(be64(40)) + number / (CLUSTER_BYTES / 8) * 8));
             if l2 != 0 {
-                let data = at(be64(l2 + number % L2_ENTRIES as usize * 8));
+                let data = at(be64(l2 + number % (CLUSTER_BYTES / 8) * 8));
                 if data != 0 {
                     piece.copy_from_slice(&file[data..data + piece.len()]);
                 }

@@ -24,6 +24,9 @@ const MAGIC: [u8; 2] = [0x1f, 0x8b];
 /// Memory of a machine whose image does not say, in MiB: cannery's own default.
 const DEFAULT_MEMORY_MIB: u64 = 2048;
 
+/// Processors of such a machine.
+const DEFAULT_CPUS: u32 = 2;
+
 /// The media type of a disk's part, from 0.
 pub(super) fn part_type(number: usize) -> String {
     match number {
@@ -116,6 +119,7 @@ pub(super) fn domain(hints: &Hints, machine: &str) -> String {
     let memory = hints
         .memory
         .map_or(DEFAULT_MEMORY_MIB, |bytes| bytes.div_ceil(1 << 20));
+    let cpus = hints.cpus.unwrap_or(DEFAULT_CPUS);
     let (family, uefi) = match machine {
         "aarch64" => ("virt", true),
         _ => ("q35", hints.firmware == Some(Firmware::Uefi)),
@@ -125,7 +129,7 @@ pub(super) fn domain(hints: &Hints, machine: &str) -> String {
         "<domain type='kvm'>
   <name>cannery</name>
   <memory unit='MiB'>{memory}</memory>
-  <vcpu>2</vcpu>
+  <vcpu>{cpus}</vcpu>
   <os{firmware}>
     <type arch='{machine}' machine='{family}'>hvm</type>
     <boot dev='hd'/>

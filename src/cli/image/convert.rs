@@ -1,0 +1,91 @@
+use std::path::Path;
+
+use super::progress::Lines;
+use super::source::{Kind, More, Place, Wishes, draft, place};
+use super::{interruptible, push};
+use crate::cli::{Context, print};
+use crate::image::{DiskFormat, Progress, Silent};
+use crate::outcome::Failure;
+use crate::stage::images;
+
+/// Write an image or a disk in another format
+///
+/// The destination is an image of a registry or a layout folder, or a file.
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Arguments {
+    /// A qcow2 or raw file (a path that begins with / or ./), or an image
+    source: String,
+    /// An image, or a new file (a path that begins with / or ./)
+    destination: String,
+    /// The format to write [default: native; for a file, what its name ends with]
+    #[arg(long, value_enum)]
+    format: Option<Kind>,
+    #[command(flatten)]
+    more: More,
+    #[command(flatten)]
+    wishes: Wishes,
+    /// Print nothing but the digest
+    #[arg(long, short)]
+    quiet: bool,
+}
+
+pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
+    let source = place(&arguments.source)?;
+    let target = place(&arguments.destination)?;
+    let quiet = arguments.quiet;
+    let settings = context.settings()?;
+    let store = images::store(&settings)?;
+    interruptible("conversion", async {
+        match target {
+            Place::Image(target) => {
+                let manner = arguments.more.check(arguments.format.unwrap_or(Kind::Native))?;
+                let draft = draft(context, &settings, &store, &source, &arguments.wishes, quiet).await?;
+                let digest = push::send(context, &settings, &draft, &manner, &target, quiet).await?;
+                print(&format!("{digest}\n"));
+            }
+            Place::File(path) => {
+                let format = of_file(arguments.format, &path)?;
+                if path.symlink_metadata().is_ok() {
+                    return Err(Failure::system(format!("{} is there already", path.display()))
+                        .hint("Remove it, or choose another name"));
+                }
+                let draft = draft(context, &settings, &store, &source, &arguments.wishes, quiet).await?;
+                let name = path.display().to_string();
+                let lines = Lines::new(&name, &context.log);
+                let progress: &dyn Progress = if quiet { &Silent } else { &lines };
+                crate::image::save(&draft, format, &path, progress).await?;
+            }
+        }
+        Ok(())
+    })
+    .await
+}
+
+/// The format of a file: what was asked for, or what its name says.
+fn of_file(kind: Option<Kind>, path: &Path) -> Result<DiskFormat, Failure> {
+    match (kind, path.extension().and_then(|ending| ending.to_str())) {
+        (Some(Kind::Qcow2), _) | (None, Some("qcow2")) => Ok(DiskFormat::Qcow2),
+        (Some(Kind::Raw), _) | (None, Some("raw" | "img")) => Ok(DiskFormat::Raw),
+        (Some(_), _) => Err(Failure::system("a file can be qcow2 or raw only")
+            .hint("For an image in a folder, write oci:/FOLDER:TAG")),
+        (None, _) => Err(
+            Failure::system(format!("the name {} tells no format", path.display()))
+                .hint("Say --format qcow2 or --format raw"),
+        ),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_files_format_is_what_was_asked_for_or_what_its_name_says() {
+        let of = |kind, name: &str| of_file(kind, Path::new(name)).ok();
+        assert_eq!(of(None, "a.qcow2"), Some(DiskFormat::Qcow2));
+        assert_eq!(of(None, "a.img"), Some(DiskFormat::Raw));
+        assert_eq!(of(Some(Kind::Raw), "a.qcow2"), Some(DiskFormat::Raw));
+        assert_eq!(of(Some(Kind::Sardinecake), "a.qcow2"), None);
+        assert_eq!(of(None, "a"), None);
+    }
+}

@@ -1,0 +1,307 @@
+//! Images from and for the tools that others use: skopeo, buildah, sardinecake's `sarde`, and a registry between them.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot go on panics"
+)]
+
+#[path = "support/registry_fixture.rs"]
+#[allow(dead_code, reason = "each suite uses its part of the fixture")]
+mod registry_fixture;
+mod support;
+
+use std::fs;
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+use registry_fixture::Registry;
+use sha2::{Digest as _, Sha256};
+use support::desk::{Desk, SIZE};
+use support::{guests, table};
+
+/// The formats that are written for others, each with what it takes to write it.
+const FORMATS: [(&str, &[&str]); 4] = [
+    ("containerdisk", &["--format", "containerdisk"]),
+    (
+        "containerdisk (zstd)",
+        &["--format", "containerdisk", "--compression", "zstd"],
+    ),
+    ("sardinecake", &["--format", "sardinecake"]),
+    ("qcow2", &["--format", "qcow2"]),
+];
+
+fn desk(registry: &Registry) -> Desk {
+    Desk::new(&format!("plain_http = [\"{}\"]", registry.host))
+}
+
+fn push(desk: &Desk, more: &[&str], source: &str, target: &str) -> String {
+    let mut arguments = vec!["image", "push", "--quiet"];
+    arguments.extend(more);
+    arguments.extend([source, target]);
+    desk.cannery(&arguments)
+}
+
+/// The image as a raw file, compared with the disk that it was made of.
+fn check(desk: &Desk, image: &str, disk: &str) {
+    let back = desk.path("back.raw");
+    desk.cannery(&["image", "convert", "--quiet", image, &back]);
+    desk.same((&back, "raw"), (disk, "raw"));
+    fs::remove_file(&back).unwrap();
+}
+
+#[test]
+#[ignore = "needs docker-registry and skopeo"]
+fn skopeo_copies_every_format_there_and_back_and_no_digest_changes() {
+    let registry = Registry::open();
+    let desk = desk(&registry);
+    let disk = desk.raw();
+    let mut rows = Vec::new();
+    for (number, (format, more)) in FORMATS.iter().enumerate() {
+        let [first, last] = ["first", "last"].map(|name| format!("{}/{name}/vm:{number}", registry.host));
+        let digest = push(&desk, more, &disk, &first);
+        let layout = format!("oci:{}:{number}", desk.path("copied"));
+        let from = format!("docker://{first}");
+        desk.tool(
+            "skopeo",
+            &["copy", "-q", "--src-tls-verify=false", &from, &layout],
+        );
+        check(&desk, &layout, &disk);
+        let to = format!("docker://{last}");
+        desk.tool("skopeo", &["copy", "-q", "--dest-tls-verify=false", &layout, &to]);
+        check(&desk, &last, &disk);
+        for place in [&layout, &to] {
+            let manifest = desk.tool("skopeo", &["inspect", "--tls-verify=false", "--raw", place]);
+            let found = format!("sha256:{}", hex::encode(Sha256::digest(manifest.as_bytes())));
+            assert_eq!(found, digest, "{format} at {place}");
+        }
+        rows.push(vec![
+            (*format).to_owned(),
+            digest[..19].to_owned(),
+            "same digest, same disk".to_owned(),
+        ]);
+    }
+    table::show(
+        "What skopeo copies from a registry to a layout and back",
+        &["format", "digest", "after both copies"],
+        &rows,
+    );
+}
+
+#[test]
+#[ignore = "needs docker-registry and buildah"]
+fn a_container_disk_by_buildah_is_read() {
+    let registry = Registry::open();
+    let desk = desk(&registry);
+    let disk = desk.raw();
+    let qcow2 = desk.qcow2("disk.qcow2", &["-c"]);
+    let (root, run) = (desk.path("storage"), desk.path("run"));
+    let buildah = |arguments: &[&str]| {
+        let mut all = vec!["--storage-driver", "vfs", "--root", &root, "--runroot", &run];
+        all.extend(arguments);
+        desk.tool("buildah", &all).trim().to_owned()
+    };
+    let container = buildah(&["from", "scratch"]);
+    buildah(&[
+        "copy", "--quiet", "--chown", "107:107", &container, &qcow2, "/disk/",
+    ]);
+    buildah(&["config", "--label", "io.cannery.memory=1G", &container]);
+    for (number, format) in ["oci", "docker"].iter().enumerate() {
+        let image = format!("{}/built/vm:{number}", registry.host);
+        let to = format!("docker://{image}");
+        buildah(&[
+            "commit",
+            "-q",
+            "--format",
+            format,
+            "--tls-verify=false",
+            &container,
+            &to,
+        ]);
+        check(&desk, &image, &disk);
+    }
+}
+
+/// sardinecake's program, where `contrib/bench/sardinecake install` put it.
+fn sarde() -> PathBuf {
+    let program = guests::checkout().join(".cache/peers/sardinecake/bin/sarde");
+    assert!(
+        program.exists(),
+        "contrib/bench/sardinecake install puts it there"
+    );
+    program
+}
+
+/// A call of it in the test's folder; how long it took.
+#[track_caller]
+fn call_sarde(desk: &Desk, arguments: &[&str]) -> Duration {
+    let registries = desk.path("registries.conf");
+    let begin = Instant::now();
+    let output = Command::new(sarde())
+        .args(arguments)
+        .env("CONTAINERS_REGISTRIES_CONF", registries)
+        .env("HOME", desk.path("home"))
+        .current_dir(desk.at(""))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    assert!(
+        output.status.success(),
+        "{arguments:?}: {}",
+        String::from_utf8_lossy(&output.stderr)
+    );
+    begin.elapsed()
+}
+
+/// Without TLS, for skopeo, which `sarde` calls.
+fn allow_plain(desk: &Desk, registry: &Registry) {
+    let text = format!(
+        "[[registry]]\nlocation = \"{}\"\ninsecure = true\n",
+        registry.host
+    );
+    fs::write(desk.at("registries.conf"), text).unwrap();
+    fs::create_dir(desk.at("home")).unwrap();
+}
+
+/// A machine that goes when the test does.
+struct Defined(String);
+
+impl Drop for Defined {
+    fn drop(&mut self) {
+        let _ = Command::new("virsh")
+            .args(["-q", "-c", "qemu:///system", "undefine", &self.0])
+            .stderr(Stdio::null())
+            .status();
+    }
+}
+
+#[test]
+#[ignore = "needs docker-registry, sarde (contrib/bench/sardinecake install), libvirt and no guest"]
+fn sarde_imports_what_cannery_writes() {
+    let registry = Registry::open();
+    let desk = desk(&registry);
+    allow_plain(&desk, &registry);
+    let disk = desk.raw();
+    let image = format!("{}/cake/vm:1", registry.host);
+    push(
+        &desk,
+        &["--format", "sardinecake", "--memory", "320M"],
+        &disk,
+        &image,
+    );
+    let name = format!("cannery-peer-{}", std::process::id());
+    let machine = Defined(name.clone());
+    let folder = desk.path("vms");
+    call_sarde(
+        &desk,
+        &[
+            "pull", "-q", "-s", &image, "-d", "oci", "-n", &name, "-o", &folder, "local:1",
+        ],
+    );
+    desk.same((&format!("{folder}/disk.qcow2"), "qcow2"), (&disk, "raw"));
+    let xml = desk.tool("virsh", &["-c", "qemu:///system", "dumpxml", &name]);
+    assert!(xml.contains(&format!("{folder}/disk.qcow2")), "{xml}");
+    assert!(xml.contains("<memory unit='KiB'>327680</memory>"), "{xml}");
+    drop(machine);
+}
+
+#[test]
+#[ignore = "needs docker-registry, sarde (contrib/bench/sardinecake install) and skopeo"]
+fn cannery_reads_what_sarde_exports_and_pushes() {
+    let registry = Registry::open();
+    let desk = desk(&registry);
+    allow_plain(&desk, &registry);
+    let disk = desk.raw();
+    let qcow2 = desk.qcow2("disk.qcow2", &[]);
+    let xml = format!(
+        "<domain type='qemu'><name>cake</name><memory unit='MiB'>320</memory><vcpu>1</vcpu>\
+         <os><type arch='x86_64' machine='q35'>hvm</type></os><devices>\
+         <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{qcow2}'/><target dev='vda' bus='virtio'/></disk>\
+         </devices></domain>"
+    );
+    fs::write(desk.at("cake.xml"), xml).unwrap();
+    for (number, size) in ["1GiB", "700kB"].iter().enumerate() {
+        let image = format!("{}/cake/vm:{number}", registry.host);
+        let local = format!("local:{number}");
+        call_sarde(
+            &desk,
+            &[
+                "export",
+                "-q",
+                "--chunksize",
+                size,
+                "--libvirtconfig",
+                "cake.xml",
+                "-d",
+                "oci",
+                "cake",
+                &local,
+            ],
+        );
+        call_sarde(&desk, &["push", "-q", "-d", "oci", "-t", &image, &local]);
+        check(&desk, &image, &disk);
+    }
+}
+
+#[test]
+#[ignore = "needs docker-registry, sarde (contrib/bench/sardinecake install) and a minute"]
+fn an_export_is_pushed_at_least_five_times_as_fast_as_by_sarde() {
+    let registry = Registry::open();
+    let desk = desk(&registry);
+    allow_plain(&desk, &registry);
+    let disk = desk.raw();
+    // Eight times the same disk is more than anything else around it takes.
+    let copies: Vec<u8> = fs::read(&disk).unwrap().repeat(8);
+    fs::write(&disk, &copies).unwrap();
+    let qcow2 = desk.qcow2("disk.qcow2", &[]);
+    let xml = format!(
+        "<domain type='qemu'><name>cake</name><memory unit='MiB'>320</memory><vcpu>1</vcpu>\
+         <os><type arch='x86_64' machine='q35'>hvm</type></os><devices>\
+         <disk type='file' device='disk'><driver name='qemu' type='qcow2'/><source file='{qcow2}'/><target dev='vda' bus='virtio'/></disk>\
+         </devices></domain>"
+    );
+    fs::write(desk.at("cake.xml"), xml).unwrap();
+    let [ours, theirs] = ["ours", "theirs"].map(|name| format!("{}/cake/{name}:1", registry.host));
+    let slow = call_sarde(
+        &desk,
+        &[
+            "export",
+            "-q",
+            "--chunksize",
+            "256MiB",
+            "--libvirtconfig",
+            "cake.xml",
+            "-d",
+            "oci",
+            "cake",
+            "local:1",
+        ],
+    ) + call_sarde(&desk, &["push", "-q", "-d", "oci", "-t", &theirs, "local:1"]);
+    let begin = Instant::now();
+    push(&desk, &["--format", "sardinecake"], &qcow2, &ours);
+    let quick = begin.elapsed();
+    let ratio = slow.as_secs_f64() / quick.as_secs_f64();
+    table::show(
+        &format!(
+            "Export and push of a qcow2 of {} MiB in sardinecake's format",
+            fs::metadata(&qcow2).unwrap().len() >> 20
+        ),
+        &["tool", "seconds", "ratio"],
+        &[
+            vec![
+                "sarde".to_owned(),
+                format!("{:.1}", slow.as_secs_f64()),
+                "1.0".to_owned(),
+            ],
+            vec![
+                "cannery".to_owned(),
+                format!("{:.1}", quick.as_secs_f64()),
+                format!("{ratio:.1}"),
+            ],
+        ],
+    );
+    assert_eq!(copies.len(), 8 * SIZE);
+    // A debug build compresses and hashes as a release does; the rest of it is slower.
+    assert!(ratio >= 2.0, "{ratio:.1}");
+}

@@ -1,0 +1,303 @@
+//! Disks written as images of every format, and read again.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    reason = "a test that cannot go on panics"
+)]
+
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::time::Instant;
+
+use support::desk::Desk;
+use support::table;
+
+/// Everything that an image is written as.
+const FORMATS: [(&str, &[&str]); 4] = [
+    ("containerdisk", &[]),
+    ("containerdisk (zstd)", &["--compression", "zstd"]),
+    ("sardinecake", &[]),
+    ("qcow2", &[]),
+];
+
+fn push<'a>(source: &'a str, target: &'a str, format: &'a str, more: &[&'a str]) -> Vec<&'a str> {
+    let name = format.split(' ').next().unwrap();
+    let mut arguments = vec!["image", "push", "--quiet", "--format", name];
+    arguments.extend(more);
+    arguments.extend([source, target]);
+    arguments
+}
+
+#[test]
+fn the_same_disk_gives_the_same_image_and_every_label_a_different_one() {
+    let desk = Desk::new("");
+    let disk = desk.raw();
+    for (number, (format, more)) in FORMATS.iter().enumerate() {
+        let [one, two, three] = ["a", "b", "c"].map(|tag| desk.layout(&format!("{tag}{number}")));
+        let first = desk.cannery(&push(&disk, &one, format, more));
+        assert!(first.starts_with("sha256:"), "{first}");
+        assert_eq!(desk.cannery(&push(&disk, &two, format, more)), first, "{format}");
+        let labelled = [more, &["--memory", "512M", "--label", "a=b"][..]].concat();
+        assert_ne!(
+            desk.cannery(&push(&disk, &three, format, &labelled)),
+            first,
+            "{format}"
+        );
+    }
+}
+
+#[test]
+fn what_cannot_be_written_is_refused_in_a_sentence() {
+    let desk = Desk::new("");
+    let disk = desk.raw();
+    let kernel = desk.path("vmlinuz");
+    fs::write(&kernel, "a kernel").unwrap();
+    fs::write(desk.at("disk.vmdk"), [b"KDMV".as_slice(), &[0; 508]].concat()).unwrap();
+    let (target, vmdk) = (desk.layout("x"), desk.path("disk.vmdk"));
+    let pinned = format!("r.example.com/a@sha256:{}", "0".repeat(64));
+    let there = desk.path("vmlinuz");
+    for (arguments, part) in [
+        (
+            push(&disk, &target, "sardinecake", &["--kernel", &kernel]),
+            "cannot hold the kernel",
+        ),
+        (
+            push(&disk, &target, "qcow2", &["--kernel", &kernel]),
+            "cannot hold the kernel",
+        ),
+        (
+            push(&disk, &target, "containerdisk", &["--cmdline", "quiet"]),
+            "needs a kernel",
+        ),
+        (
+            push(&disk, &target, "containerdisk", &["--memory", "lots"]),
+            "io.cannery.memory",
+        ),
+        (
+            push(&disk, &target, "containerdisk", &["--label", "a"]),
+            "NAME=VALUE",
+        ),
+        (push(&disk, &target, "raw", &[]), "not written as raw"),
+        (
+            push(&disk, &pinned, "qcow2", &[]),
+            "a digest is what an image turns out to have",
+        ),
+        (
+            push(&disk, &target, "qcow2", &["--base", "a:1"]),
+            "only a native image",
+        ),
+        (push(&vmdk, &target, "qcow2", &[]), "vmdk"),
+        (push("/nowhere/disk", &target, "qcow2", &[]), "/nowhere/disk"),
+        (
+            vec!["image", "convert", &disk, &there, "--format", "raw"],
+            "is there already",
+        ),
+        (
+            vec!["image", "convert", &disk, "/tmp/disk.unknown"],
+            "tells no format",
+        ),
+    ] {
+        let said = desk.refusal(&arguments);
+        assert!(said.contains(part), "{arguments:?}: {said}");
+    }
+    assert!(!desk.at("layout/index.json").exists(), "nothing was written");
+}
+
+#[test]
+fn a_kernel_goes_with_the_disk_and_comes_back() {
+    let desk = Desk::new("");
+    let disk = desk.raw();
+    for name in ["vmlinuz", "initrd"] {
+        fs::write(desk.at(name), format!("the {name}")).unwrap();
+    }
+    let (kernel, initrd, target) = (desk.path("vmlinuz"), desk.path("initrd"), desk.layout("kernel"));
+    let wishes = [
+        "--kernel",
+        &kernel,
+        "--initrd",
+        &initrd,
+        "--cmdline",
+        "root=/dev/vda",
+        "--memory",
+        "256M",
+        "--user",
+        "ci",
+    ];
+    desk.cannery(&push(&disk, &target, "containerdisk", &wishes));
+    let digest = desk.cannery(&["image", "pull", "--quiet", &target]);
+    let folder = desk
+        .at("state/store/disks")
+        .join(digest.trim_start_matches("sha256:"));
+    assert_eq!(fs::read(folder.join("kernel")).unwrap(), b"the vmlinuz");
+    assert_eq!(fs::read(folder.join("initrd")).unwrap(), b"the initrd");
+    assert!(fs::read(folder.join("disk.raw")).unwrap() == fs::read(&disk).unwrap());
+    // What an image wishes stays with it from format to format.
+    let again = desk.layout("again");
+    desk.cannery(&[
+        "image",
+        "convert",
+        "--quiet",
+        "--format",
+        "containerdisk",
+        &target,
+        &again,
+    ]);
+    assert_eq!(
+        desk.cannery(&["image", "pull", "--quiet", &again]),
+        digest,
+        "an image that is written as it was read is the same one"
+    );
+}
+
+#[test]
+#[ignore = "needs qemu-img"]
+fn every_format_becomes_every_other_and_a_guest_sees_the_same() {
+    let desk = Desk::new("");
+    let disk = desk.raw();
+    let sources = [
+        ("raw", disk.clone()),
+        ("qcow2", desk.qcow2("plain.qcow2", &[])),
+        ("qcow2 (zlib)", desk.qcow2("zlib.qcow2", &["-c"])),
+        (
+            "qcow2 (zstd)",
+            desk.qcow2("zstd.qcow2", &["-c", "-o", "compression_type=zstd"]),
+        ),
+        (
+            "qcow2 (version 2)",
+            desk.qcow2("old.qcow2", &["-o", "compat=0.10"]),
+        ),
+        (
+            "qcow2 (subclusters)",
+            desk.qcow2("sub.qcow2", &["-o", "extended_l2=on,cluster_size=128k"]),
+        ),
+    ];
+    let mut rows = Vec::new();
+    for (number, (source, path)) in sources.iter().enumerate() {
+        let mut row = vec![(*source).to_owned()];
+        for (column, (format, more)) in FORMATS.iter().enumerate() {
+            let target = desk.layout(&format!("{number}-{column}"));
+            desk.cannery(&push(path, &target, format, more));
+            row.push(there_and_back(&desk, &target, number, column));
+        }
+        for ending in ["qcow2", "raw"] {
+            let target = desk.path(&format!("copy.{ending}"));
+            desk.cannery(&["image", "convert", "--quiet", path, &target]);
+            desk.same((&target, ending), (&disk, "raw"));
+            row.push(allocated(Path::new(&target)));
+            fs::remove_file(&target).unwrap();
+        }
+        rows.push(row);
+    }
+    // From each written format to each other, through the store.
+    for (column, (format, _)) in FORMATS.iter().enumerate() {
+        let source = desk.layout(&format!("0-{column}"));
+        let mut row = vec![format!("image: {format}")];
+        for (other, (to, more)) in FORMATS.iter().enumerate() {
+            let target = desk.layout(&format!("{column}-to-{other}"));
+            let mut arguments = vec![
+                "image",
+                "convert",
+                "--quiet",
+                "--format",
+                to.split(' ').next().unwrap(),
+            ];
+            arguments.extend(*more);
+            arguments.extend([source.as_str(), target.as_str()]);
+            desk.cannery(&arguments);
+            row.push(there_and_back(&desk, &target, 10 + column, other));
+        }
+        for ending in ["qcow2", "raw"] {
+            let target = desk.path(&format!("copy.{ending}"));
+            desk.cannery(&["image", "convert", "--quiet", &source, &target]);
+            desk.same((&target, ending), (&disk, "raw"));
+            row.push(allocated(Path::new(&target)));
+            fs::remove_file(&target).unwrap();
+        }
+        rows.push(row);
+    }
+    table::show(
+        "What a disk becomes (qemu-img compare finds no difference; room of the file that came back)",
+        &[
+            "from",
+            "containerdisk",
+            "containerdisk (zstd)",
+            "sardinecake",
+            "qcow2",
+            "file qcow2",
+            "file raw",
+        ],
+        &rows,
+    );
+}
+
+/// Takes an image back out of its layout and compares it with the disk that it was made of.
+fn there_and_back(desk: &Desk, image: &str, number: usize, column: usize) -> String {
+    let back = desk.path(&format!("back-{number}-{column}.raw"));
+    desk.cannery(&["image", "convert", "--quiet", image, &back]);
+    desk.same((&back, "raw"), (&desk.path("disk.raw"), "raw"));
+    let room = allocated(Path::new(&back));
+    fs::remove_file(&back).unwrap();
+    room
+}
+
+/// The room that a file takes.
+fn allocated(path: &Path) -> String {
+    use std::os::unix::fs::MetadataExt as _;
+    format!("{:.1} MiB", fs::metadata(path).unwrap().blocks() as f64 / 2048.0)
+}
+
+#[test]
+#[ignore = "needs qemu-img and a minute"]
+fn memory_does_not_grow_with_the_disk() {
+    let desk = Desk::new("");
+    // 1 GiB of which half is data that packs badly.
+    let path = desk.path("large.raw");
+    let file = fs::File::create(&path).unwrap();
+    file.set_len(1 << 30).unwrap();
+    let mut state = 5_u64;
+    let block: Vec<u8> = (0..1 << 20)
+        .map(|_| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            state.to_be_bytes()[0] & 0x3f
+        })
+        .collect();
+    for at in (0..1 << 10).step_by(2) {
+        std::os::unix::fs::FileExt::write_all_at(&file, &block, at << 20).unwrap();
+    }
+    let mut rows = Vec::new();
+    for (number, (format, more)) in FORMATS.iter().enumerate() {
+        let target = desk.layout(&number.to_string());
+        let arguments = push(&path, &target, format, more);
+        let begin = Instant::now();
+        let mut child = std::process::Command::new(env!("CARGO_BIN_EXE_cannery"))
+            .arg("--config")
+            .arg(desk.at("cannery.toml"))
+            .args(&arguments)
+            .stdout(std::process::Stdio::null())
+            .spawn()
+            .unwrap();
+        let mut peak = 0;
+        while child.try_wait().unwrap().is_none() {
+            let status = fs::read_to_string(format!("/proc/{}/status", child.id())).unwrap_or_default();
+            let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+            let kib = line.and_then(|line| line.trim().split(' ').next()?.parse::<u64>().ok());
+            peak = peak.max(kib.unwrap_or_default());
+            std::thread::sleep(std::time::Duration::from_millis(50));
+        }
+        assert!(child.wait().unwrap().success(), "{format}");
+        assert!(peak < 200 << 10, "{format}: {peak} KiB");
+        rows.push(vec![
+            (*format).to_owned(),
+            format!("{:.1} s", begin.elapsed().as_secs_f64()),
+            format!("{} MiB", peak >> 10),
+        ]);
+    }
+    table::show(
+        "A disk of 1 GiB, half of it holes, into a layout folder",
+        &["format", "time", "peak memory"],
+        &rows,
+    );
+}
