@@ -1,6 +1,6 @@
 //! What a job gets: what it asked for, within what the operator's settings allow. No effects.
 
-use crate::image::{Credentials, Origin, PullPolicy, Reference, Registries};
+use crate::image::{Credentials, Origin, PullPolicy, Reference};
 use crate::job::Job;
 use crate::outcome::Failure;
 use crate::report::plain;
@@ -90,15 +90,6 @@ pub(super) fn host_credentials(settings: &ImageSettings) -> Result<Credentials, 
         credentials = credentials.or(of_host);
     }
     Ok(credentials)
-}
-
-/// How registries are spoken to.
-pub fn registries(settings: &ImageSettings) -> Result<Registries, Failure> {
-    Ok(Registries {
-        plain_http: settings.plain_http.clone(),
-        ca_files: settings.ca_files.clone(),
-        ..Registries::default()
-    })
 }
 
 /// The image that the job names, else the operator's default.

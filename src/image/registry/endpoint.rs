@@ -151,7 +151,6 @@ impl Endpoint {
     }
 
     /// What the registry itself is asked first, by whoever logs in.
-    #[allow(dead_code, reason = "nobody logs in yet")]
     pub(super) fn root_url(&self) -> Result<Url, Error> {
         self.resolve(&self.base, "/v2/")
     }
