@@ -411,4 +411,33 @@ mod tests {
         assert_eq!(failure.fault, Fault::Author);
         assert!(failure.to_string().contains("names no image"), "{failure}");
     }
+
+    #[test]
+    fn the_hosts_logins_serve_only_the_images_that_are_listed() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("auth.json");
+        // base64 of host:secret
+        let logins = r#"{"auths": {"registry.example.com": {"auth": "aG9zdDpzZWNyZXQ="}}}"#;
+        std::fs::write(&file, logins).unwrap();
+        let text = format!(
+            "[images]\nallow = [\"**\"]\nhost_credentials = [\"registry.example.com/vm/*\"]\nauth_files = [\"{}\"]",
+            file.display()
+        );
+        for (image, expected) in [
+            ("registry.example.com/vm/a:1", true),
+            ("registry.example.com/other/a:1", false),
+            ("registry.example.com/vm/team/a:1", false),
+            ("registry.example.com.evil.example/vm/a:1", false),
+        ] {
+            let job = job(&format!(r#"{{"name": "{image}"}}"#));
+            let settings = settings(&text);
+            let order = Order::new(&job, &settings).unwrap();
+            let credentials = order.credentials(&job, &settings.images).unwrap();
+            assert_eq!(
+                format!("{credentials:?}").contains("\"host\""),
+                expected,
+                "{image}"
+            );
+        }
+    }
 }

@@ -272,3 +272,6 @@ impl Endpoint {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
