@@ -280,7 +280,7 @@ impl Upload {
                         continue;
                     }
                     // Whatever goes wrong from here on, how far it went is for the registry to say.
-                    unsure = self.url.is_some();
+                    unsure = true;
                     let rest = usize::try_from(self.sent - begin).unwrap_or(usize::MAX);
                     self.patch(held.slice(rest.min(held.len())..), begin, end).await?;
                     unsure = false;

@@ -387,11 +387,13 @@ async fn a_real_registry_takes_what_is_written() {
     stream.write(small.clone()).await.unwrap();
     let wrong = stream.finish(&Digest::of(b"other")).await.unwrap_err();
     assert!(wrong.to_string().contains("DIGEST_INVALID"), "{wrong}");
+    let text = String::from_utf8(manifest.to_vec()).unwrap();
+    let lying = text.replace(&Digest::of(&small).hex(), &Digest::of(b"nothing").hex());
     let wrong = to
-        .put_manifest("2", MANIFEST, Bytes::from_static(b"{}"))
+        .put_manifest("2", MANIFEST, Bytes::from(lying))
         .await
         .unwrap_err();
-    assert!(wrong.to_string().contains("MANIFEST_INVALID"), "{wrong}");
+    assert!(wrong.to_string().contains("MANIFEST_BLOB_UNKNOWN"), "{wrong}");
     let mut given_up = to.stream().await.unwrap();
     given_up.write(noise(17 << 20)).await.unwrap();
     given_up.cancel().await;
