@@ -208,6 +208,14 @@ pub enum Error {
         /// The right, as registries write it: `repository:NAME:pull,push`.
         scope: String,
     },
+    /// The registry does not know this account, or not with this password. Whoever logs in.
+    #[error("{registry} refuses the login of {}", quoted(.user))]
+    LoginRefused {
+        /// `host[:port]`.
+        registry: String,
+        /// The account's name.
+        user: String,
+    },
     /// The registry does not take what we send. Whoever pushes: the answer says what it does not like.
     #[error("{registry} refuses {what}: {reason}")]
     Refused {

@@ -61,7 +61,7 @@ pub use progress::{Event, Progress, Silent};
 pub use provide::{PullPolicy, Request};
 pub use reference::{InvalidReference, Reference};
 pub use registry::credentials::{Credentials, CredentialsError, Login, Origin};
-pub use registry::{Private, Registries, RegistryOptions};
+pub use registry::{AuthFile, Keeper, Private, Registries, RegistryOptions, verify_login};
 pub use room::Limits;
 pub use store::{
     Asker, Boot, Candidate, Disk, Going, Held, InvalidPinName, Lease, MakeRoom, Name, PinName, Policy,

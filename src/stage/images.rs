@@ -5,7 +5,8 @@ use std::sync::Arc;
 
 use super::order;
 use crate::image::{
-    Asker, Credentials, Limits, MakeRoom, PullPolicy, Reference, Request, Requirements, Store,
+    Asker, Credentials, Limits, MakeRoom, PullPolicy, Reference, Registries, RegistryOptions, Request, Requirements,
+    Store,
 };
 use crate::outcome::Failure;
 use crate::reap::Images;
@@ -65,7 +66,7 @@ pub fn request(
         architecture: architecture()?.to_owned(),
         policies,
         credentials,
-        registries: order::registries(&settings.images)?,
+        registries: registries(settings)?,
         limits: Limits {
             max_disk: settings.images.max_disk,
             keep_free: settings.images.keep_free,
@@ -96,6 +97,36 @@ fn requirements(settings: &Settings, reference: &Reference) -> Requirements {
         require_digest: rules.require_digest.unwrap_or_default(),
         signed_by: rules.signed_by.unwrap_or_default(),
     }
+}
+
+/// How registries are spoken to under these settings.
+///
+/// # Errors
+/// An entry of `images.private_registries` makes no sense.
+pub fn registries(settings: &Settings) -> Result<Registries, Failure> {
+    let images = &settings.images;
+    let private = images.private_registries.iter().map(|entry| {
+        entry
+            .to_string()
+            .parse()
+            .map_err(|e| Failure::system(format!("images.private_registries: {e}")))
+    });
+    let each = images.registries.iter().map(|(name, table)| {
+        let options = RegistryOptions {
+            mirrors: table.mirrors.iter().map(|mirror| mirror.0.clone()).collect(),
+            plain_http: table.plain_http,
+            ca_file: table.ca_file.clone(),
+            client_cert: table.client_cert.clone(),
+            client_key: table.client_key.clone(),
+        };
+        (name.0.clone(), options)
+    });
+    Ok(Registries {
+        plain_http: images.plain_http.clone(),
+        ca_files: images.ca_files.clone(),
+        private: private.collect::<Result<_, _>>()?,
+        each: each.collect(),
+    })
 }
 
 /// The host's own logins: the operator who asks for an image by its name may use them for it.

@@ -25,6 +25,7 @@ pub(super) mod challenge;
 pub(super) mod credentials;
 mod endpoint;
 mod helper;
+mod login;
 #[allow(dead_code, reason = "nothing writes images yet")]
 mod push;
 mod range;
@@ -36,6 +37,7 @@ mod weather;
 mod web;
 
 pub(super) use endpoint::Purpose;
+pub use login::{AuthFile, Keeper, verify_login};
 pub(super) use push::Upload;
 pub(super) use referrers::Referrer;
 pub use trust::{Private, Registries, RegistryOptions};
@@ -270,3 +272,6 @@ impl Endpoint {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;
