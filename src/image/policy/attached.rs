@@ -33,6 +33,7 @@ pub(super) async fn tagged(
                 Err(error) => Err(error),
             }
         }
+        // A single file has nothing beside it that could be signed.
         (Source::Layout(_) | Source::File(_) | Source::Web(_), _) => Ok(None),
     }
 }
