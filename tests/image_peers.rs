@@ -136,11 +136,9 @@ fn sarde() -> PathBuf {
 /// A call of it in the test's folder; how long it took.
 #[track_caller]
 fn call_sarde(desk: &Desk, arguments: &[&str]) -> Duration {
-    let registries = desk.path("registries.conf");
     let begin = Instant::now();
     let output = Command::new(sarde())
         .args(arguments)
-        .env("CONTAINERS_REGISTRIES_CONF", registries)
         .env("HOME", desk.path("home"))
         .current_dir(desk.at(""))
         .stdin(Stdio::null())
@@ -160,8 +158,9 @@ fn allow_plain(desk: &Desk, registry: &Registry) {
         "[[registry]]\nlocation = \"{}\"\ninsecure = true\n",
         registry.host
     );
-    fs::write(desk.at("registries.conf"), text).unwrap();
-    fs::create_dir(desk.at("home")).unwrap();
+    let folder = desk.at("home/.config/containers");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("registries.conf"), text).unwrap();
 }
 
 /// A machine that goes when the test does.
@@ -196,7 +195,19 @@ fn sarde_imports_what_cannery_writes() {
     call_sarde(
         &desk,
         &[
-            "pull", "-q", "-s", &image, "-d", "oci", "-n", &name, "-o", &folder, "local:1",
+            "--connect",
+            "qemu:///system",
+            "pull",
+            "-q",
+            "-s",
+            &image,
+            "-d",
+            "oci",
+            "-n",
+            &name,
+            "-o",
+            &folder,
+            "local:1",
         ],
     );
     desk.same((&format!("{folder}/disk.qcow2"), "qcow2"), (&disk, "raw"));
