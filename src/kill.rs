@@ -53,6 +53,7 @@ points! {
     WorkBegun "work-begun" "an image's folder is made, where nobody looks for images"
     LayerBegun "layer-begun" "a layer's first file is begun"
     LayerUnpacked "layer-unpacked" "a layer is unpacked and verified"
+    LayerKept "layer-kept" "it is written down that a layer is done"
     DiskNamed "disk-named" "the disk has passed its check"
     DiskFinished "disk-finished" "the image is whole and not yet in the store"
     DiskStored "disk-stored" "the image is in the store"

@@ -8,10 +8,11 @@ mod image_fixture;
 
 use std::io::Write as _;
 use std::path::Path;
+use std::sync::{Arc, Mutex};
 
 use cannery::image::{
-    Credentials, Disk, DiskBus, DiskFormat, Error, Firmware, Format, Limits, Nic, PullPolicy, Request,
-    Silent, Store,
+    Asker, Credentials, Disk, DiskBus, DiskFormat, Error, Firmware, Format, Limits, Nic, PullPolicy,
+    Registries, Request, Requirements, Silent, Store,
 };
 use image_fixture::{Image, Layout, gzip, noise, qcow2_disk, raw_disk, sha256, zstd};
 use serde_json::json;
@@ -36,18 +37,23 @@ impl Bench {
     }
 
     fn provide(&self, reference: &str) -> Result<Disk, Error> {
+        self.provide_from(reference, "")
+    }
+
+    /// Without TLS from this host.
+    fn provide_from(&self, reference: &str, plain: &str) -> Result<Disk, Error> {
         let request = Request {
             reference: reference.parse().unwrap(),
             architecture: "x86_64".to_owned(),
             policies: vec![PullPolicy::Always],
             credentials: Credentials::none(),
-            registries: cannery::image::Registries::default(),
+            registries: Registries::without_tls([plain]),
             limits: Limits {
                 max_disk: 64 << 20,
                 keep_free: 0,
             },
-            requirements: cannery::image::Requirements::default(),
-            asker: cannery::image::Asker::Operator,
+            requirements: Requirements::default(),
+            asker: Asker::Operator,
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
@@ -332,4 +338,149 @@ fn pieces_that_are_not_what_they_say_are_refused() {
         let error = Bench::new().refused(&image);
         assert!(error.contains(part), "{part}: {error}");
     }
+}
+
+/// A web server with these files, which answers ranges as they are asked for; and what was asked.
+struct Web {
+    host: String,
+    asked: Arc<Mutex<Vec<String>>>,
+}
+
+impl Web {
+    fn new(files: Vec<(&'static str, Vec<u8>)>) -> Self {
+        use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
+        let asked = Arc::new(Mutex::new(Vec::new()));
+        let log = Arc::clone(&asked);
+        let answer = move |method: Method, uri: Uri, headers: HeaderMap| {
+            let range = headers
+                .get(header::RANGE)
+                .map(|range| range.to_str().unwrap().to_owned());
+            log.lock().unwrap().push(format!("{method} {}", uri.path()));
+            let bytes = files
+                .iter()
+                .find(|(path, _)| *path == uri.path())
+                .map(|(_, bytes)| bytes.clone());
+            async move {
+                let Some(bytes) = bytes else {
+                    return (StatusCode::NOT_FOUND, HeaderMap::new(), Vec::new());
+                };
+                let mut headers = HeaderMap::new();
+                let Some((first, last)) = range
+                    .as_deref()
+                    .and_then(|range| range.strip_prefix("bytes=")?.split_once('-'))
+                else {
+                    return (StatusCode::OK, headers, bytes);
+                };
+                let first: usize = first.parse().unwrap();
+                let last = last.parse().unwrap_or(bytes.len() - 1);
+                let part = format!("bytes {first}-{last}/{}", bytes.len());
+                headers.insert(header::CONTENT_RANGE, part.parse().unwrap());
+                (StatusCode::PARTIAL_CONTENT, headers, bytes[first..=last].to_vec())
+            }
+        };
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let listener = runtime
+            .block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))
+            .unwrap();
+        let host = listener.local_addr().unwrap().to_string();
+        let app = axum::Router::new().fallback(answer);
+        // It serves until the test process ends.
+        std::thread::spawn(move || {
+            runtime.block_on(async move { axum::serve(listener, app).await.unwrap() })
+        });
+        Self { host, asked }
+    }
+}
+
+#[test]
+fn a_file_of_the_host_is_an_image() {
+    let bench = Bench::new();
+    let path = bench.dir.path().join("debian.img.xz");
+    let packed = xz(&raw_disk());
+    std::fs::write(&path, &packed).unwrap();
+    let name = format!("file://{}", path.display());
+    let disk = bench.provide(&name).unwrap();
+    assert!(read(&disk.path) == raw_disk());
+    assert_eq!(
+        (disk.digest.to_string(), disk.from_cache),
+        (sha256(&packed), false)
+    );
+    assert!(bench.provide(&name).unwrap().from_cache);
+    // Other bytes are another image, and not what a digest asked for.
+    std::fs::write(&path, qcow2_disk()).unwrap();
+    let other = bench.provide(&name).unwrap();
+    assert_eq!(
+        (other.digest.to_string(), other.format),
+        (sha256(&qcow2_disk()), DiskFormat::Qcow2)
+    );
+    let pinned = |bytes: &[u8]| format!("{name}#{}", sha256(bytes).replace(':', "="));
+    assert!(bench.provide(&pinned(&packed)).unwrap().from_cache);
+    assert!(matches!(
+        bench.provide(&pinned(b"other")),
+        Err(Error::Corrupt { .. })
+    ));
+    std::fs::remove_file(&path).unwrap();
+    assert!(matches!(bench.provide(&name), Err(Error::NotFound { .. })));
+    assert!(
+        bench
+            .provide(&format!("file://{}", bench.dir.path().display()))
+            .is_err()
+    );
+}
+
+#[test]
+fn a_file_on_a_web_server_is_an_image_where_its_sum_is_known() {
+    let (raw, packed) = (raw_disk(), gzip(&raw_disk()));
+    let long = hex::encode(openssl::sha::sha512(&packed));
+    let sum = |bytes: &[u8]| sha256(bytes).trim_start_matches("sha256:").to_owned();
+    let web = Web::new(vec![
+        ("/new/disk.raw", raw.clone()),
+        (
+            "/new/SHA256SUMS",
+            format!("{}  disk.raw\n{}  lost.raw\n", sum(&raw), sum(&raw)).into_bytes(),
+        ),
+        ("/old/disk.img.gz", packed.clone()),
+        ("/old/SHA512SUMS", format!("{long} *disk.img.gz\n").into_bytes()),
+        ("/bad/disk.raw", qcow2_disk()),
+        (
+            "/bad/SHA256SUMS",
+            format!("{}  disk.raw\n", sum(b"other")).into_bytes(),
+        ),
+        ("/worse/disk.raw", qcow2_disk()),
+        ("/worse/SHA512SUMS", format!("{long}  disk.raw\n").into_bytes()),
+        ("/none/disk.raw", raw.clone()),
+    ]);
+    let bench = Bench::new();
+    let provide = |path: &str| bench.provide_from(&format!("http://{}{path}", web.host), &web.host);
+    let disk = provide("/new/disk.raw").unwrap();
+    assert!(read(&disk.path) == raw);
+    assert_eq!(disk.digest.to_string(), sha256(&raw));
+    // Asked again, the list alone says that nothing has changed.
+    web.asked.lock().unwrap().clear();
+    assert!(provide("/new/disk.raw").unwrap().from_cache);
+    assert_eq!(
+        *web.asked.lock().unwrap(),
+        ["HEAD /new/disk.raw", "GET /new/SHA256SUMS"]
+    );
+    let disk = provide("/old/disk.img.gz").unwrap();
+    assert!(read(&disk.path) == raw);
+    assert_eq!(disk.digest.to_string(), sha256(&packed));
+    let pinned = format!("/none/disk.raw#sha256={}", sum(&raw));
+    assert!(provide(&pinned).unwrap().from_cache);
+    for (path, part) in [
+        ("/bad/disk.raw", "arrived damaged"),
+        ("/worse/disk.raw", "SHA-512"),
+        ("/none/disk.raw", "write #sha256=HEX"),
+        ("/new/lost.raw", "does not exist"),
+    ] {
+        let error = provide(path).unwrap_err().to_string();
+        assert!(error.contains(part) && !error.contains('\n'), "{path}: {error}");
+    }
+    let unlisted = bench
+        .provide(&format!("http://{}/new/disk.raw", web.host))
+        .unwrap_err();
+    assert!(unlisted.to_string().contains("images.plain_http"), "{unlisted}");
 }

@@ -22,7 +22,8 @@ use support::desk::{Desk, SIZE};
 use support::{guests, table};
 
 /// The formats that are written for others, each with what it takes to write it.
-const FORMATS: [(&str, &[&str]); 4] = [
+const FORMATS: [(&str, &[&str]); 5] = [
+    ("native", &["--format", "native"]),
     ("containerdisk", &["--format", "containerdisk"]),
     (
         "containerdisk (zstd)",

@@ -20,7 +20,7 @@ use std::process::Command;
 
 use base64::Engine as _;
 use cannery::image::{
-    Credentials, Disk, Error, Limits, Policy, PullPolicy, Registries, Request, Silent, Store,
+    Asker, Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Requirements, Silent, Store,
 };
 use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar, raw_disk};
 use openssl::ec::{EcGroup, EcKey};
@@ -101,14 +101,15 @@ impl Bench {
         Self { dir, layout, store }
     }
 
-    fn provide(&self, reference: &str, pull: PullPolicy, policy: &Policy) -> Result<Disk, Error> {
+    fn provide(&self, reference: &str, pull: PullPolicy, policy: &Requirements) -> Result<Disk, Error> {
         let request = Request {
             reference: reference.parse().unwrap(),
             architecture: "x86_64".to_owned(),
             policies: vec![pull],
             credentials: Credentials::none(),
             registries: Registries::without_tls([reference.split('/').next().unwrap()]),
-            policy: policy.clone(),
+            requirements: policy.clone(),
+            asker: Asker::Operator,
             limits: Limits {
                 max_disk: 64 << 20,
                 keep_free: 0,
@@ -133,8 +134,8 @@ fn image() -> Image {
     Image::container_disk(&archive.bytes(), OCI_TAR_GZIP)
 }
 
-fn signed_by(signatories: &[&Signatory]) -> Policy {
-    Policy {
+fn signed_by(signatories: &[&Signatory]) -> Requirements {
+    Requirements {
         require_digest: false,
         signed_by: signatories.iter().map(|one| one.public.clone()).collect(),
     }
@@ -205,7 +206,7 @@ fn an_image_without_rules_earns_nothing_for_one_with_rules() {
     let digest = bench.layout.add("vm", &image());
     let vm = bench.layout.reference("vm");
     bench
-        .provide(&vm, PullPolicy::Always, &Policy::default())
+        .provide(&vm, PullPolicy::Always, &Requirements::default())
         .unwrap();
     let (_, reason) = refused(bench.provide(&vm, PullPolicy::IfNotPresent, &signed_by(&[&ours])));
     assert_eq!(reason, "it has no signature");
@@ -318,7 +319,7 @@ fn signatures_of_a_registry_count_for_their_repository() {
     push(&registry, &bench.layout, &["1", &bare], "vm/referred");
     bench.provide(&format!("{referred}:1"), Always, &policy).unwrap();
 
-    let pinned = Policy {
+    let pinned = Requirements {
         require_digest: true,
         ..policy
     };
@@ -365,7 +366,7 @@ fn what_cosign_signs_counts() {
         );
     };
     run(&["generate-key-pair"], "0");
-    let policy = Policy {
+    let policy = Requirements {
         require_digest: false,
         signed_by: vec![bench.dir.path().join("cosign.pub")],
     };

@@ -20,8 +20,8 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use cannery::image::{
-    Credentials, Digest, Disk, Error, Event, Limits, Origin, Policy, Progress, PullPolicy, Registries,
-    Request, Requirements, Silent, Store,
+    Credentials, Digest, Disk, Error, Event, Limits, Origin, Progress, PullPolicy, Registries, Request,
+    Requirements, Silent, Store,
 };
 use cannery::secret::Secret;
 use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, noise, raw_disk, sha256, zstd};

@@ -72,6 +72,7 @@ fn plan(point: Point) -> (Scene, [u32; 3]) {
         P::WorkBegun
         | P::LayerBegun
         | P::LayerUnpacked
+        | P::LayerKept
         | P::DiskNamed
         | P::DiskFinished
         | P::DiskStored

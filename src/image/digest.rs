@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
+use sha2::digest::common::hazmat::SerializableState;
 use sha2::{Digest as _, Sha256};
 
 /// The SHA-256 of a manifest, a config or a layer.
@@ -104,6 +105,18 @@ impl Hasher {
     pub(super) fn finish(self) -> Digest {
         Digest(self.0.finalize().into())
     }
+
+    /// The state in between, in hexadecimal digits, for [`Hasher::resume`].
+    pub(super) fn stop(&self) -> String {
+        hex::encode(SerializableState::serialize(&self.0))
+    }
+
+    /// Goes on where another hasher was stopped; none if the text is no such state.
+    pub(super) fn resume(text: &str) -> Option<Self> {
+        let bytes = hex::decode(text).ok()?;
+        let state = bytes.as_slice().try_into().ok()?;
+        Sha256::deserialize(&state).ok().map(Self)
+    }
 }
 
 #[cfg(test)]
@@ -130,6 +143,19 @@ mod tests {
         hasher.update(b"one can");
         hasher.update(b" per job");
         assert_eq!(hasher.finish(), Digest::of(b"one can per job"));
+    }
+
+    #[test]
+    fn a_hasher_goes_on_where_it_was_stopped() {
+        let bytes = [7; 1000];
+        for at in [0, 1, 64, 100, 999] {
+            let mut hasher = Hasher::default();
+            hasher.update(&bytes[..at]);
+            let mut resumed = Hasher::resume(&hasher.stop()).unwrap();
+            resumed.update(&bytes[at..]);
+            assert_eq!(resumed.finish(), Digest::of(&bytes));
+        }
+        assert!(Hasher::resume("00").is_none() && Hasher::resume("x").is_none());
     }
 
     #[test]

@@ -250,6 +250,18 @@ impl Error {
         move |source| Self::Storage { path, source }
     }
 
+    /// Is what was fetched before it good for a later pull?
+    pub(super) fn lets_a_later_pull_go_on(&self) -> bool {
+        matches!(
+            self,
+            Self::Unreachable { .. }
+                | Self::Denied { .. }
+                | Self::DiskFull { .. }
+                | Self::Storage { .. }
+                | Self::Corrupt { .. }
+        )
+    }
+
     /// May the next pull policy of the list be tried?
     ///
     /// Only when the registry was out of reach or this policy does not fetch: after a *denial* a cached copy

@@ -10,7 +10,7 @@ use super::platform::Platform;
 use super::reference::Reference;
 use super::registry::challenge;
 use super::registry::credentials::{Credentials, Origin};
-use super::{decompress, format, hints, inspect, lz4, policy};
+use super::{decompress, format, hints, inspect, lz4, native, policy, registry};
 
 /// Largest virtual disk that the targets allow, in bytes.
 const DISK_MAX: u64 = 1 << 40;
@@ -26,16 +26,20 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("auth", auth),
     ("challenge", challenge),
     ("config", config),
+    ("domain", format::fuzz::domain),
     ("labels", labels),
     ("lz4_apple", lz4_apple),
     ("lz4_frame", lz4_frame),
     ("manifest", manifest),
+    ("native_index", native::fuzz_index),
     ("qcow2", disk),
     ("raw", disk),
+    ("recipe", format::fuzz::recipe),
     ("reference", reference),
+    ("retry_after", registry::fuzz_retry_after),
     ("signature", policy::fuzz_payload),
     ("stream", stream),
-    ("tar", format::fuzz_archive),
+    ("tar", format::fuzz::tar),
 ];
 
 /// Runs the target with this name.

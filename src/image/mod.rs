@@ -38,18 +38,18 @@ mod inspect;
 mod layout;
 mod lz4;
 mod manifest;
-#[allow(dead_code, unused_imports, reason = "images in chunks are not read yet")]
 mod native;
 mod plan;
 mod platform;
 mod policy;
 mod reference;
 mod registry;
+mod single;
 mod store;
 mod write;
 
 pub use fetch::look::{Part, Sight};
-use fetch::{decompress, progress, provide, room, source, sparse};
+use fetch::{decompress, ledger, progress, provide, room, source, sparse};
 
 pub use digest::{Digest, NoDigest};
 pub use error::Error;

@@ -58,7 +58,6 @@ pub(super) enum Codec {
     /// Not at all.
     Plain,
     /// One zstd frame.
-    #[cfg_attr(not(test), expect(dead_code, reason = "native images are not read yet"))]
     Zstd,
     /// Apple's LZ4 stream (`bv41`, `bv4-`, `bv4$`).
     AppleLz4,

@@ -14,7 +14,8 @@ const TEXT_MAX: usize = 4096;
 /// Where an image is to be found.
 ///
 /// Written as docker writes it (`registry[:port]/repository[:tag][@sha256:…]`; without a registry it is
-/// Docker Hub, without a tag `latest`), or as skopeo writes an OCI layout folder (`oci:/DIR:TAG`).
+/// Docker Hub, without a tag `latest`), as skopeo writes an OCI layout folder (`oci:/DIR:TAG`), or as the address of a single disk
+/// (`https://HOST/PATH`, `file:///PATH`), behind which `#sha256=HEX` may say what it must be.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
 pub enum Reference {
     /// In a registry.
@@ -36,6 +37,24 @@ pub enum Reference {
         /// The name in the folder's index (`org.opencontainers.image.ref.name`).
         tag: String,
     },
+    /// A disk in a file of this host.
+    File {
+        /// Absolute, without `.` and `..`.
+        path: PathBuf,
+        /// The digest of the file's bytes.
+        digest: Option<Digest>,
+    },
+    /// A disk on a web server.
+    Web {
+        /// Without TLS?
+        plain: bool,
+        /// `host[:port]`, in small letters.
+        host: String,
+        /// From the slash on, with no query and no `..`.
+        path: String,
+        /// The digest of the file's bytes.
+        digest: Option<Digest>,
+    },
 }
 
 /// A text that names no image.
@@ -56,6 +75,12 @@ impl FromStr for Reference {
             Err("it is longer than 4096 bytes")
         } else if let Some(layout) = text.strip_prefix("oci:") {
             parse_layout(layout)
+        } else if let Some(file) = text.strip_prefix("file://") {
+            parse_file(file)
+        } else if let Some(address) = text.strip_prefix("https://") {
+            parse_web(address, false)
+        } else if let Some(address) = text.strip_prefix("http://") {
+            parse_web(address, true)
         } else {
             parse_registry(text)
         };
@@ -70,7 +95,9 @@ impl Reference {
     /// The digest that it names, if it names one.
     pub fn digest(&self) -> Option<&Digest> {
         match self {
-            Self::Registry { digest, .. } => digest.as_ref(),
+            Self::Registry { digest, .. } | Self::File { digest, .. } | Self::Web { digest, .. } => {
+                digest.as_ref()
+            }
             Self::Layout { .. } => None,
         }
     }
@@ -84,6 +111,9 @@ impl Reference {
                 (None, None) => "latest".to_owned(),
             },
             Self::Layout { tag, .. } => tag.clone(),
+            Self::File { digest, .. } | Self::Web { digest, .. } => {
+                digest.map_or_else(String::new, |digest| digest.to_string())
+            }
         }
     }
 
@@ -94,8 +124,72 @@ impl Reference {
                 registry, repository, ..
             } => format!("{registry}/{repository}"),
             Self::Layout { dir, .. } => format!("oci:{}", dir.display()),
+            Self::File { path, .. } => format!("file://{}", path.display()),
+            Self::Web {
+                plain, host, path, ..
+            } => format!("{}://{host}{path}", if *plain { "http" } else { "https" }),
         }
     }
+}
+
+/// Takes `#sha256=HEX` from the end.
+fn parse_sum(text: &str) -> Result<(&str, Option<Digest>), &'static str> {
+    let Some((rest, sum)) = text.rsplit_once('#') else {
+        return Ok((text, None));
+    };
+    let digest = sum.strip_prefix("sha256=").map(Digest::from_hex);
+    match digest {
+        Some(Ok(digest)) => Ok((rest, Some(digest))),
+        _ => Err("behind `#` stands `sha256=` and 64 lower-case hexadecimal digits"),
+    }
+}
+
+fn parse_file(text: &str) -> Result<Reference, &'static str> {
+    let (path, digest) = parse_sum(text)?;
+    let path = Path::new(path);
+    if !path.is_absolute() {
+        return Err("a file is written file:///FOLDER/NAME");
+    }
+    if path.components().any(|part| part == Component::ParentDir) || path.file_name().is_none() {
+        return Err("the path of a file must not contain `..`");
+    }
+    if text.bytes().any(|b| b.is_ascii_control()) {
+        return Err("it contains a control character");
+    }
+    Ok(Reference::File {
+        path: path.components().collect(),
+        digest,
+    })
+}
+
+/// Only what can be compared with a pattern byte by byte is taken: no user, no query, no escapes that hide a slash or a dot.
+fn parse_web(text: &str, plain: bool) -> Result<Reference, &'static str> {
+    const WRITTEN: &str = "a disk on a web server is written https://HOST/PATH";
+    let (address, digest) = parse_sum(text)?;
+    let slash = address.find('/').ok_or(WRITTEN)?;
+    let (host, path) = address.split_at(slash);
+    let good_host = !host.is_empty()
+        && host
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || b".-:[]".contains(&b));
+    let good_path = path
+        .bytes()
+        .all(|b| b.is_ascii_alphanumeric() || b"/._~!$&'()*+,;=:@-".contains(&b));
+    if !good_host || !good_path {
+        return Err(
+            "the address of a disk has a host and a path of letters, digits and `._~!$&'()*+,;=:@-/`",
+        );
+    }
+    let mut parts = path.split('/').skip(1);
+    if parts.any(|part| matches!(part, "" | "." | "..")) {
+        return Err("the address of a disk has no empty part and no `..`");
+    }
+    Ok(Reference::Web {
+        plain,
+        host: host.to_ascii_lowercase(),
+        path: path.to_owned(),
+        digest,
+    })
 }
 
 fn parse_layout(text: &str) -> Result<Reference, &'static str> {
@@ -182,6 +276,13 @@ impl fmt::Display for Reference {
                 Ok(())
             }
             Self::Layout { dir, tag } => write!(f, "oci:{}:{tag}", dir.display()),
+            Self::File { digest, .. } | Self::Web { digest, .. } => {
+                f.write_str(&self.place())?;
+                match digest {
+                    Some(digest) => write!(f, "#sha256={}", digest.hex()),
+                    None => Ok(()),
+                }
+            }
         }
     }
 }
@@ -235,6 +336,33 @@ mod tests {
     }
 
     #[test]
+    fn the_address_of_a_disk_may_carry_its_sum() {
+        for (text, place, sum) in [
+            (
+                "file:///srv//vms/./debian.qcow2",
+                "file:///srv/vms/debian.qcow2",
+                None,
+            ),
+            (
+                "https://Cloud.Example.com/images/debian.qcow2",
+                "https://cloud.example.com/images/debian.qcow2",
+                None,
+            ),
+            ("http://127.0.0.1:8080/d.img", "http://127.0.0.1:8080/d.img", None),
+            (
+                &format!("https://cloud.example.com/d.img#sha256={HEX}"),
+                "https://cloud.example.com/d.img",
+                Some(HEX),
+            ),
+        ] {
+            let reference: Reference = text.parse().unwrap();
+            assert_eq!(reference.place(), place);
+            assert_eq!(reference.digest().map(Digest::hex).as_deref(), sum);
+            assert_eq!(reference.to_string().parse::<Reference>().unwrap(), reference);
+        }
+    }
+
+    #[test]
     fn what_names_no_image_is_refused_with_the_reason() {
         for (text, reason) in [
             ("", "empty"),
@@ -249,7 +377,19 @@ mod tests {
                 "digest",
             ),
             ("r.example.com/vm;rm -rf /", "written"),
-            ("https://r.example.com/vm", "written"),
+            ("https://r.example.com", "written"),
+            ("https:///vm", "host"),
+            ("https://user:pw@r.example.com/vm", "host"),
+            ("https://r.example.com/vm?a=b", "host"),
+            ("https://r.example.com/a/%2e%2e/vm", "host"),
+            ("https://r.example.com/a/../vm", "`..`"),
+            ("https://r.example.com/a//vm", "empty"),
+            ("https://r.example.com/vm#sha256=abc", "sha256="),
+            ("https://r.example.com/vm#md5=abc", "sha256="),
+            ("ftp://r.example.com/vm", "written"),
+            ("file://vm.qcow2", "file:///"),
+            ("file:///srv/../etc/shadow", "`..`"),
+            ("file:///", "`..`"),
             ("oci:/srv/images", "tag is missing"),
             ("oci:/srv:8/images", "tag is missing"),
             ("oci:images:1", "absolute"),
@@ -267,7 +407,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn a_reference_reads_what_it_writes(text in "([a-z0-9.:/@_-]|oci:/){1,60}") {
+        fn a_reference_reads_what_it_writes(text in "(oci:/|file:///|https?://)?[a-z0-9.:/@_#-]{1,60}") {
             if let Ok(reference) = text.parse::<Reference>() {
                 prop_assert_eq!(reference.to_string().parse::<Reference>(), Ok(reference));
             }

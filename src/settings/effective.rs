@@ -72,6 +72,8 @@ pub struct ImageSettings {
     pub allowed_pull_policies: Vec<PullPolicy>,
     /// OCI layout folders that `oci:DIR:TAG` may name.
     pub layouts: Vec<PathBuf>,
+    /// Folders below which `file:///PATH` may name disks.
+    pub files: Vec<PathBuf>,
     /// Registries that are spoken to without TLS.
     pub plain_http: Vec<String>,
     /// PEM files with certificate authorities to trust beside the system's.
@@ -356,6 +358,7 @@ impl Settings {
                     .unwrap_or_else(|| pull_policy.clone()),
                 pull_policy,
                 layouts: file.images.layouts,
+                files: file.images.files,
                 plain_http: file.images.plain_http,
                 ca_files: file.images.ca_files,
                 host_credentials: file.images.host_credentials,

@@ -117,6 +117,8 @@ pub struct ImagesTable {
     pub allowed_pull_policies: Option<Vec<PullPolicy>>,
     /// OCI layout folders that `oci:DIR:TAG` may name.
     pub layouts: Vec<PathBuf>,
+    /// Folders below which `file:///PATH` may name disks.
+    pub files: Vec<PathBuf>,
     /// Registries (`host[:port]`) that are spoken to without TLS.
     pub plain_http: Vec<String>,
     /// PEM files with certificate authorities to trust beside the system's.

@@ -128,9 +128,23 @@ fn allowed(reference: &Reference, name: &str, job: &Job, settings: &Settings) ->
         return Ok(());
     }
     let (registry, repository) = match reference {
-        Reference::Registry {
-            registry, repository, ..
-        } => (registry, format!("{registry}/{repository}")),
+        Reference::Registry { registry, .. } => (Some(registry), reference.place()),
+        Reference::Web { .. } => (None, reference.place()),
+        Reference::File { path, .. } => {
+            let real = |p: &std::path::Path| p.canonicalize().ok();
+            let below = |path: std::path::PathBuf| {
+                let folders = images.files.iter().filter_map(|folder| real(folder));
+                folders.into_iter().any(|folder| path.starts_with(folder))
+            };
+            return if real(path).is_some_and(below) {
+                Ok(())
+            } else {
+                Err(Failure::author(format!(
+                    "the image {shown} is not allowed on this runner: its folder is not listed"
+                ))
+                .hint("Ask the runner's operator to add the folder to images.files"))
+            };
+        }
         Reference::Layout { dir, .. } => {
             // Both are resolved: a link in a listed folder leads out of it otherwise.
             let real = |p: &std::path::Path| p.canonicalize().ok();
@@ -148,7 +162,10 @@ fn allowed(reference: &Reference, name: &str, job: &Job, settings: &Settings) ->
     let fits = |pattern: &crate::settings::Pattern| pattern.fits(name) || pattern.fits(&repository);
     let ok = match &images.allow {
         Some(patterns) => patterns.iter().any(fits),
-        None => settings.names_image(name) || job.credentials.iter().any(|c| c.url == *registry),
+        None => {
+            settings.names_image(name)
+                || registry.is_some_and(|registry| job.credentials.iter().any(|c| c.url == *registry))
+        }
     };
     if ok {
         return Ok(());
@@ -326,6 +343,47 @@ mod tests {
         ] {
             assert!(order(&format!("oci:{bad}:x"), &text).is_err(), "{bad}");
         }
+    }
+
+    #[test]
+    fn a_file_must_lie_below_a_listed_folder_whatever_way_leads_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let (listed, other) = (dir.path().join("listed"), dir.path().join("other"));
+        std::fs::create_dir_all(listed.join("deep")).unwrap();
+        std::fs::create_dir_all(&other).unwrap();
+        for file in [
+            listed.join("a.img"),
+            listed.join("deep/b.img"),
+            other.join("c.img"),
+        ] {
+            std::fs::write(file, b"x").unwrap();
+        }
+        std::os::unix::fs::symlink(other.join("c.img"), listed.join("c.img")).unwrap();
+        let text = format!("[images]\nfiles = [\"{}\"]\nallow = [\"**\"]", listed.display());
+        for good in ["a.img", "deep/b.img"] {
+            order(&format!("file://{}/{good}", listed.display()), &text).unwrap();
+        }
+        for bad in [listed.join("c.img"), listed.join("none.img"), other.join("c.img")] {
+            let failure = order(&format!("file://{}", bad.display()), &text).unwrap_err();
+            assert!(failure.to_string().contains("folder is not listed"), "{failure}");
+        }
+    }
+
+    #[test]
+    fn a_disk_on_a_web_server_must_be_allowed_by_its_address() {
+        let text = "[images]\nallow = [\"https://cloud.example.com/images/**\"]";
+        order("https://cloud.example.com/images/12/debian.qcow2", text).unwrap();
+        for bad in [
+            "https://cloud.example.com/other/debian.qcow2",
+            "http://cloud.example.com/images/12/debian.qcow2",
+            "https://cloud.example.com.evil.org/images/12/debian.qcow2",
+        ] {
+            assert!(
+                order(bad, text).unwrap_err().to_string().contains("not allowed"),
+                "{bad}"
+            );
+        }
+        assert!(order("https://cloud.example.com/images/debian.qcow2", "").is_err());
     }
 
     #[test]

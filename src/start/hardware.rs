@@ -156,6 +156,7 @@ mod tests {
             path: "/disk".into(),
             format: DiskFormat::Raw,
             image_format: None,
+            lease: None,
             virtual_size: 1 << 20,
             boot: None,
             hints: Hints {
@@ -165,6 +166,7 @@ mod tests {
             },
             fetched_bytes: 0,
             from_cache: true,
+            lease: None,
         };
         let silent = disk(None, None);
         let old = disk(Some(image::DiskBus::Sata), Some(image::Nic::E1000e));

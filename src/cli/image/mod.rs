@@ -29,11 +29,6 @@ pub(super) enum Command {
     Pull(pull::Arguments),
     #[command(visible_alias = "ls")]
     List(list::Arguments),
-    Push(push::Arguments),
-    Convert(convert::Arguments),
-    Export(export::Arguments),
-    Import(import::Arguments),
-    Inspect(inspect::Arguments),
     Prewarm(prewarm::Arguments),
     Prune(prune::Arguments),
     Verify(verify::Arguments),
@@ -42,6 +37,11 @@ pub(super) enum Command {
     Unpin(unpin::Arguments),
     Tag(tag::Arguments),
     Why(why::Arguments),
+    Push(push::Arguments),
+    Convert(convert::Arguments),
+    Export(export::Arguments),
+    Import(import::Arguments),
+    Inspect(inspect::Arguments),
 }
 
 pub(super) async fn run(context: &Context, command: Command) -> Result<(), Failure> {

@@ -39,6 +39,10 @@ impl Destination {
         let image = reference.to_string();
         match reference {
             Reference::Layout { dir, .. } => Ok(Self::Layout(LayoutWriter::open(dir)?)),
+            Reference::File { .. } | Reference::Web { .. } => Err(Error::Unsupported {
+                image,
+                reason: "images are written to registries and layout folders only".to_owned(),
+            }),
             Reference::Registry {
                 registry,
                 repository,

@@ -12,7 +12,7 @@ pub(super) const ZSTD_WINDOW_LOG_MAX: u32 = 25;
 const XZ_MEMORY_MAX: u64 = 48 << 20;
 
 /// Bytes that decide: the longest magic number of a compression.
-const MAGIC: usize = 6;
+pub(super) const MAGIC: usize = 6;
 
 /// How bytes are packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

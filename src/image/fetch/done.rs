@@ -18,6 +18,9 @@ use std::sync::{Mutex, PoisonError};
 use crate::image::error::Error;
 use crate::image::plan::Pieces;
 
+/// How the names of these files begin.
+pub(super) const PIECES: &str = "pieces.";
+
 const MAGIC: &[u8; 8] = b"CANPIEC1";
 const HEADER: u64 = 40;
 
@@ -42,7 +45,7 @@ impl Done {
     /// Finds what an earlier process has done of this plan in the same folder.
     pub(super) fn open(dir: &Path, plan: &Pieces) -> Result<Self, Error> {
         let identity = plan.identity().hex();
-        let path = dir.join(format!("pieces.{}", &identity[..16]));
+        let path = dir.join(format!("{PIECES}{}", &identity[..16]));
         let mut header = MAGIC.to_vec();
         header.extend(hex::decode(&identity).unwrap_or_default());
         let mut first = Vec::with_capacity(plan.blobs.len());

@@ -12,7 +12,6 @@ use crate::image::error::Error;
 use crate::image::format;
 use crate::image::hints::Hints;
 use crate::image::manifest::{Descriptor, Manifest};
-use crate::image::policy::Rules;
 use crate::image::store::Store;
 
 /// What sardinecake keeps beside the description of a machine: accounts and services, as JSON.
@@ -80,11 +79,10 @@ impl Store {
     /// # Errors
     /// See [`Error`]: each variant says whose fault it is.
     pub async fn look(&self, request: &Request) -> Result<Sight, Error> {
-        let image = request.reference.to_string();
-        let rules = Rules::new(&request.requirements, &request.reference, &image)?;
-        let pull = Pull::new(self, request, &rules, &Silent)?;
+        let pull = Pull::new(self, request, &Silent)?;
         let source = pull.source().await?;
         let (_, digest, manifest) = pull.resolve(&source).await?;
+        let image = request.reference.to_string();
         let kind = format::recognise(&manifest).map_err(|reason| Error::Unsupported {
             image: image.clone(),
             reason,
@@ -97,7 +95,7 @@ impl Store {
         };
         let read = format::parse_config(&config, format::described(kind, &manifest)).unwrap_or_default();
         Ok(Sight {
-            reference: image.clone(),
+            reference: image,
             digest,
             format: kind.to_string(),
             platform: [read.os, read.architecture]

@@ -1,12 +1,21 @@
 //! One image in the making: its lock, and the folder that goes with it.
+//!
+//! The folder of a process that was killed, or whose registry went away, is kept for the next one if it holds something to go
+//! on from: files that say how far somebody came, each with the version of its content in its name.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io;
+use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
+
+use super::done::PIECES;
 use super::progress::{Event, Progress};
+use super::stream::CHECKPOINT;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::store::{inherited_mode, remove};
@@ -20,7 +29,29 @@ const TRY_EVERY: Duration = Duration::from_millis(200);
 /// is stuck, and gitlab-runner's own limits have usually ended the job before.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
 
-/// The right to make one image, and an empty folder to make it in. Both end with this value.
+/// How long a folder is kept that nobody goes on with.
+const KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
+
+/// Layers that are done, and what they held.
+const LAYERS: &str = "layers-1.json";
+
+/// How far the process with the lock is, for those who wait. It says nothing about what is in the folder.
+const SIGHT: &str = "sight.json";
+
+/// Largest of these files, in bytes.
+const FILE_MAX: u64 = 8 << 20;
+
+/// How far somebody is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub(in crate::image) struct Sight {
+    /// Packed bytes that are here.
+    pub(in crate::image) done: u64,
+    /// Packed bytes of the image.
+    pub(in crate::image) total: u64,
+}
+
+/// The right to make one image, and a folder to make it in. The lock ends with this value, and the folder, too, unless it
+/// holds something to go on from.
 ///
 /// The lock is a file's `flock`: the kernel drops it when its process dies, however it dies.
 #[derive(Debug)]
@@ -29,6 +60,8 @@ pub(in crate::image) struct Work {
     _lock: File,
     lock_path: PathBuf,
     dir: PathBuf,
+    /// Nothing in the folder can be trusted.
+    discarded: AtomicBool,
 }
 
 impl Work {
@@ -51,12 +84,19 @@ impl Work {
                     seconds: WAIT_MAX.as_secs(),
                 });
             }
-            progress.event(Event::Waiting { digest, waited });
+            let sight = sight(&partial.join(digest.hex()));
+            let (done, total) = sight.map_or((0, 0), |sight| (sight.done, sight.total));
+            progress.event(Event::Waiting {
+                digest,
+                waited,
+                done,
+                total,
+            });
             tokio::time::sleep(TRY_EVERY).await;
         }
     }
 
-    /// Takes the lock if nobody holds it, and removes what the last holder may have left.
+    /// Takes the lock if nobody holds it.
     pub(in crate::image) fn try_lock(partial: &Path, digest: &Digest) -> Result<Option<Self>, Error> {
         let lock_path = partial.join(format!("{}.lock", digest.hex()));
         let dir = partial.join(digest.hex());
@@ -77,19 +117,23 @@ impl Work {
             if fs::metadata(&lock_path)
                 .is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino()))
             {
-                remove(&dir)?;
                 remove(&partial.join(format!("{}.damaged", digest.hex())))?;
                 return Ok(Some(Self {
                     _lock: lock,
                     lock_path,
                     dir,
+                    discarded: AtomicBool::new(false),
                 }));
             }
         }
     }
 
-    /// Makes the folder, which is empty and which nobody else looks at.
+    /// The folder, at which nobody else looks. It is empty, or holds what an earlier process has come to.
     pub(in crate::image) fn dir(&self) -> Result<&Path, Error> {
+        if is_worth_keeping(&self.dir) {
+            return Ok(&self.dir);
+        }
+        remove(&self.dir)?;
         fs::create_dir(&self.dir).map_err(Error::storage(&self.dir))?;
         // Whoever shares the store must be able to sweep it, should this process be killed.
         let parent = self.dir.parent().unwrap_or(&self.dir);
@@ -98,18 +142,89 @@ impl Work {
         kill::point(Point::WorkBegun);
         Ok(&self.dir)
     }
+
+    /// Removes the folder at the end, whatever it holds.
+    pub(in crate::image) fn discard(&self) {
+        self.discarded.store(true, Ordering::Relaxed);
+    }
+
+    /// Removes the folder at the end if nobody has gone on with it for long.
+    pub(in crate::image) fn discard_if_old(&self) {
+        let changed = fs::metadata(&self.dir).and_then(|data| data.modified());
+        if changed.is_ok_and(|time| time.elapsed().is_ok_and(|age| age > KEPT)) {
+            self.discard();
+        }
+    }
+
+    /// What was written down about layers that are done.
+    pub(in crate::image) fn layers<T: DeserializeOwned>(&self) -> Option<T> {
+        read(&self.dir.join(LAYERS))
+    }
+
+    /// Writes down what is to be known about layers that are done. Their files are on the disk already.
+    pub(in crate::image) fn keep_layers(&self, layers: &impl Serialize) -> Result<(), Error> {
+        let path = self.dir.join(LAYERS);
+        write(&path, layers).map_err(Error::storage(&path))?;
+        kill::point(Point::LayerKept);
+        Ok(())
+    }
+
+    /// Nobody is to go on from the layers any more: their files are about to get other names.
+    pub(in crate::image) fn forget_layers(&self) -> Result<(), Error> {
+        remove(&self.dir.join(LAYERS))
+    }
+
+    /// Tells those who wait how far this process is. Not to be relied on, so no error is worth a word.
+    pub(in crate::image) fn show(&self, sight: Sight) {
+        let written = serde_json::to_vec(&sight).map(|bytes| {
+            let begun = self.dir.join("sight.begun");
+            fs::write(&begun, bytes).and_then(|()| fs::rename(&begun, self.dir.join(SIGHT)))
+        });
+        drop(written);
+    }
 }
 
 impl Drop for Work {
-    /// Removes the folder first and the lock last, so that nobody finds a folder without a lock.
+    /// Removes the folder first and the lock last, so that nobody finds a folder without a lock, unless it is kept.
     fn drop(&mut self) {
-        for path in [&self.dir, &self.dir.with_extension("damaged"), &self.lock_path] {
+        let kept = !self.discarded.load(Ordering::Relaxed) && is_worth_keeping(&self.dir);
+        let damaged = self.dir.with_extension("damaged");
+        let folder = (!kept).then_some(&self.dir);
+        for path in folder.into_iter().chain([&damaged, &self.lock_path]) {
             if let Err(error) = remove(path) {
                 // The next sweep tries again.
                 tracing::warn!(%error, "a leftover stays in the store");
             }
         }
     }
+}
+
+/// Is there something from which another process can go on?
+fn is_worth_keeping(dir: &Path) -> bool {
+    let Ok(entries) = fs::read_dir(dir) else {
+        return false;
+    };
+    let mut names = entries.filter_map(|entry| Some(entry.ok()?.file_name().to_str()?.to_owned()));
+    names.any(|name| name == LAYERS || name == CHECKPOINT || name.starts_with(PIECES))
+}
+
+/// How far the process is that makes the image in this folder.
+fn sight(dir: &Path) -> Option<Sight> {
+    read(&dir.join(SIGHT))
+}
+
+fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
+    let mut bytes = Vec::new();
+    let file = File::open(path).ok()?;
+    file.take(FILE_MAX).read_to_end(&mut bytes).ok()?;
+    serde_json::from_slice(&bytes).ok()
+}
+
+fn write(path: &Path, value: &impl Serialize) -> io::Result<()> {
+    let begun = path.with_extension("begun");
+    fs::write(&begun, serde_json::to_vec(value)?)?;
+    File::open(&begun)?.sync_all()?;
+    fs::rename(&begun, path)
 }
 
 fn open_lock(path: &Path) -> io::Result<File> {
@@ -169,6 +284,33 @@ mod tests {
             "the folder is empty again"
         );
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing stays");
+    }
+
+    #[test]
+    fn a_folder_is_kept_only_if_there_is_something_to_go_on_from() {
+        let dir = tempfile::tempdir().unwrap();
+        let digest = Digest::of(b"vm");
+        let lock = || Work::try_lock(dir.path(), &digest).unwrap().unwrap();
+        let work = lock();
+        fs::write(work.dir().unwrap().join("file.1"), "x").unwrap();
+        work.show(Sight { done: 1, total: 2 });
+        drop(work);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+        let work = lock();
+        fs::write(work.dir().unwrap().join("file.1"), "x").unwrap();
+        assert_eq!(work.layers::<u32>(), None);
+        work.keep_layers(&7).unwrap();
+        drop(work);
+        let work = lock();
+        assert!(work.dir().unwrap().join("file.1").exists());
+        assert_eq!(work.layers::<u32>(), Some(7));
+        work.discard_if_old();
+        drop(work);
+        let work = lock();
+        assert_eq!(work.layers::<u32>(), Some(7), "it is not old");
+        work.discard();
+        drop(work);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }
 
     #[test]

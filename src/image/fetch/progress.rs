@@ -40,6 +40,10 @@ pub enum Event<'a> {
         digest: &'a Digest,
         /// How long we have waited.
         waited: Duration,
+        /// Compressed bytes that it has; 0 while it does not say.
+        done: u64,
+        /// Compressed bytes of the whole image; 0 while it does not say.
+        total: u64,
     },
     /// Bytes have arrived.
     Fetching {

@@ -1,29 +1,36 @@
 //! From a request to a disk: the one choreography of this room.
 
+use std::any::Any;
 use std::fs;
-use std::path::Path;
-use std::sync::Arc;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::partial::Work;
+use super::partial::{Sight, Work};
 use super::pieces;
 use super::progress::{Event, Meter, Progress};
 use super::room::Limits;
-use super::source::Source;
+use super::source::{Source, told};
+use super::stream::{CHECKPOINT_EVERY, Stream};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
-use crate::image::format::{self, Config, Contents, Facts, Format, Parts, Recipe, Selected, Workplace};
-use crate::image::hints::Hints;
-use crate::image::inspect;
+use crate::image::format::{
+    self, Config, Contents, Facts, Format, Layer, Parts, Recipe, Selected, Workplace,
+};
+use crate::image::hints::{BootFiles, Hints};
+use crate::image::inspect::{self, DiskFormat};
 use crate::image::layout::Layout;
 use crate::image::manifest::{self, Document, Manifest, NoChoice};
+use crate::image::native;
 use crate::image::platform::{self, Platform};
 use crate::image::policy::{Requirements, Rules};
 use crate::image::reference::Reference;
 use crate::image::registry::credentials::{Credentials, Origin};
-use crate::image::registry::{Purpose, Registries, Session, Target};
+use crate::image::registry::{Address, Purpose, Registries, Session, Target, WebFile};
+use crate::image::single::LocalFile;
 use crate::image::store::{self, Asker, Disk, Plea, Record, RecordedFile, Standing, Store};
 use crate::kill::{self, Point};
 
@@ -61,6 +68,9 @@ pub struct Request {
     pub requirements: Requirements,
 }
 
+/// How often those who wait are shown how far we are: they look more often than a person reads.
+const SHOW_EVERY: Duration = Duration::from_millis(500);
+
 impl Store {
     /// Provides the disk of an image: from the store, or fetched, verified and put there.
     ///
@@ -75,9 +85,7 @@ impl Store {
     /// # Errors
     /// See [`Error`]: each variant says whose fault it is.
     pub async fn provide(&self, request: &Request, progress: &dyn Progress) -> Result<Disk, Error> {
-        let image = request.reference.to_string();
-        let rules = Rules::new(&request.requirements, &request.reference, &image)?;
-        let pull = Pull::new(self, request, &rules, progress)?;
+        let pull = Pull::new(self, request, progress)?;
         let policies = if request.policies.is_empty() {
             &[PullPolicy::Always][..]
         } else {
@@ -113,13 +121,47 @@ impl Store {
     }
 }
 
+/// Layers that are done, and what they held.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Kept {
+    done: usize,
+    contents: Contents,
+}
+
+/// Hands events on, and shows those who wait how far we are.
+struct Shown<'a> {
+    progress: &'a dyn Progress,
+    work: &'a Work,
+    last: Mutex<Option<Instant>>,
+}
+
+impl<'a> Shown<'a> {
+    fn new(progress: &'a dyn Progress, work: &'a Work) -> Self {
+        let last = Mutex::new(None);
+        Self { progress, work, last }
+    }
+}
+
+impl Progress for Shown<'_> {
+    fn event(&self, event: Event<'_>) {
+        if let Event::Fetching { done, total } = event {
+            let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+            if last.is_none_or(|last| last.elapsed() >= SHOW_EVERY) {
+                *last = Some(Instant::now());
+                self.work.show(Sight { done, total });
+            }
+        }
+        self.progress.event(event);
+    }
+}
+
 /// One request on its way.
 pub(super) struct Pull<'a> {
     store: &'a Store,
     request: &'a Request,
     platform: Platform,
     image: String,
-    rules: &'a Rules<'a>,
+    rules: Rules<'a>,
     progress: &'a dyn Progress,
 }
 
@@ -127,7 +169,6 @@ impl<'a> Pull<'a> {
     pub(super) fn new(
         store: &'a Store,
         request: &'a Request,
-        rules: &'a Rules<'a>,
         progress: &'a dyn Progress,
     ) -> Result<Self, Error> {
         let platform = Platform::of_machine(&request.architecture).ok_or_else(|| Error::WrongPlatform {
@@ -135,12 +176,13 @@ impl<'a> Pull<'a> {
             wanted: request.architecture.clone(),
             found: "x86_64 and aarch64 only".to_owned(),
         })?;
+        let image = request.reference.to_string();
         Ok(Self {
+            rules: Rules::new(&request.requirements, &request.reference, &image)?,
             store,
             request,
             platform,
-            image: request.reference.to_string(),
-            rules,
+            image,
             progress,
         })
     }
@@ -234,6 +276,22 @@ impl Pull<'_> {
     async fn source_of(&self, version: String) -> Result<Source, Error> {
         match &self.request.reference {
             Reference::Layout { dir, tag } => Ok(Source::Layout(Layout::new(&self.image, dir, tag))),
+            Reference::File { path, digest } => Ok(Source::File(LocalFile::new(&self.image, path, *digest))),
+            Reference::Web {
+                plain,
+                host,
+                path,
+                digest,
+            } => {
+                let address = Address {
+                    image: &self.image,
+                    plain: *plain,
+                    host,
+                    path,
+                };
+                let file = WebFile::open(&address, *digest, &self.request.registries)?;
+                Ok(Source::Web(Box::new(file)))
+            }
             Reference::Registry {
                 registry, repository, ..
             } => {
@@ -354,7 +412,8 @@ impl Pull<'_> {
     /// there once. What everybody may have needs no proof.
     async fn vouch(&self, source: &Source, digest: &Digest, manifest: &Manifest) -> Result<(), Error> {
         let place = self.request.reference.place();
-        if matches!(source, Source::Layout(_)) || self.store.standing(digest, &place)? != Standing::Elsewhere
+        if !matches!(source, Source::Registry(_))
+            || self.store.standing(digest, &place)? != Standing::Elsewhere
         {
             return Ok(());
         }
@@ -371,17 +430,23 @@ impl Pull<'_> {
                     reason: error.to_string(),
                 }),
             };
-            source
-                .stream(
-                    std::slice::from_ref(descriptor),
-                    total,
-                    &meter,
-                    self.progress,
-                    read,
-                )
-                .await?;
+            let verified = source.verified(std::slice::from_ref(descriptor), &meter, read);
+            told(self.progress, &meter, total, verified).await?;
         }
         self.note_origin(source, digest).await
+    }
+
+    /// The folders of images whose bytes this image's author may have: an index that names a stranger's chunks by their digests
+    /// must not get them.
+    fn others(&self) -> Result<Vec<PathBuf>, Error> {
+        let place = self.request.reference.place();
+        let mut dirs = Vec::new();
+        for disk in self.store.list()? {
+            if self.store.standing(&disk.digest, &place)? != Standing::Elsewhere {
+                dirs.push(self.store.disk_dir(&disk.digest));
+            }
+        }
+        Ok(dirs)
     }
 
     /// Remembers that all bytes of an image came from this source.
@@ -423,6 +488,56 @@ impl Pull<'_> {
         manifest::parse(bytes).map_err(|reason| self.malformed(reason))
     }
 
+    /// Unpacks all layers, from where an earlier process came to.
+    async fn streams(
+        &self,
+        source: &Source,
+        layers: Vec<Layer>,
+        boot: &BootFiles,
+        place: &Workplace,
+        work: &Arc<Work>,
+        total: u64,
+    ) -> Result<Contents, Error> {
+        let kept: Kept = work.layers().unwrap_or_default();
+        let Kept { done, mut contents } = kept;
+        let size = |layer: &Layer| layer.blobs.iter().map(|blob| blob.size).sum::<u64>();
+        place.meter.add_here(layers.iter().take(done).map(size).sum());
+        let shown = Shown::new(self.progress, work);
+        for layer in layers.into_iter().skip(done) {
+            let before = place.meter.fetched();
+            let blobs = layer.blobs.clone();
+            let held: Arc<dyn Any + Send + Sync> = Arc::clone(work) as _;
+            let stream = Stream {
+                source,
+                number: layer.number,
+                blobs: &blobs,
+                diff_id: layer.diff_id,
+                place,
+                held,
+                every: CHECKPOINT_EVERY,
+            };
+            let number = layer.number;
+            let (boot, for_format) = (boot.clone(), place.clone());
+            let carried = stream.carry(&shown, move |unpacked, compression| {
+                format::unpack(unpacked, compression, &layer, &boot, &for_format, contents)
+            });
+            contents = told(&shown, &place.meter, total, carried).await?;
+            tracing::debug!(
+                number,
+                fetched = place.meter.fetched() - before,
+                "a layer is unpacked"
+            );
+            kill::point(Point::LayerUnpacked);
+            let kept = Kept {
+                done: number + 1,
+                contents,
+            };
+            work.keep_layers(&kept)?;
+            contents = kept.contents;
+        }
+        Ok(contents)
+    }
+
     /// Makes the disk, unless another process does so in the meantime.
     async fn make(&self, source: &Source, digest: &Digest, manifest: Manifest) -> Result<Disk, Error> {
         let unsupported = |reason| Error::Unsupported {
@@ -438,6 +553,22 @@ impl Pull<'_> {
             self.progress.event(Event::Cached { digest });
             return Ok(disk);
         }
+        let made = self.make_in(&work, source, digest, manifest, guess).await;
+        // What a registry or a full disk cut off, the next pull goes on with. Whatever else is wrong stays wrong.
+        if made.as_ref().is_err_and(|error| !error.lets_a_later_pull_go_on()) {
+            work.discard();
+        }
+        made
+    }
+
+    async fn make_in(
+        &self,
+        work: &Arc<Work>,
+        source: &Source,
+        digest: &Digest,
+        manifest: Manifest,
+        guess: Format,
+    ) -> Result<Disk, Error> {
         let recipe = self.recipe(source, &manifest, guess).await?;
         let meter = Arc::new(Meter::default());
         let place = Workplace {
@@ -445,34 +576,37 @@ impl Pull<'_> {
             dir: work.dir()?.to_owned(),
             limits: self.request.limits,
             meter: Arc::clone(&meter),
+            ledger: Arc::default(),
         };
         let total = packed_size(&manifest);
         let boot = recipe.boot;
         let (format, selected) = match recipe.parts {
             Parts::Streams(layers) => {
-                let mut contents = Contents::default();
-                for layer in layers {
-                    let (boot, place, work) = (boot.clone(), place.clone(), Arc::clone(&work));
-                    let blobs = layer.blobs.clone();
-                    let unpack = move |packed: &mut dyn std::io::Read| {
-                        let _held_until_done = work;
-                        format::unpack(packed, &layer, &boot, &place, contents)
-                    };
-                    contents = source
-                        .stream(&blobs, total, &meter, self.progress, unpack)
-                        .await?;
-                    kill::point(Point::LayerUnpacked);
-                }
+                let contents = self.streams(source, layers, &boot, &place, work, total).await?;
                 (
                     contents.format(guess),
                     contents.select(&boot, &manifest, recipe.bootc, &place)?,
                 )
             }
             Parts::Pieces(plan) => {
-                let (plan, held) = (Arc::new(plan), Arc::clone(&work));
+                let (plan, held) = (Arc::new(plan), Arc::clone(work) as Arc<dyn Any + Send + Sync>);
                 let selected = Selected::planned(&plan, &place.dir);
-                pieces::fetch(source, plan, &place, None, held, total, self.progress).await?;
+                let shown = Shown::new(self.progress, work);
+                pieces::fetch(source, plan, &place, None, held, total, &shown).await?;
                 (guess, selected)
+            }
+            Parts::Indexed(reader) => {
+                let shown = Shown::new(self.progress, work);
+                let pull = native::Pull {
+                    source,
+                    place: &place,
+                    others: self.others()?,
+                    held: Arc::clone(work) as _,
+                    total,
+                    progress: &shown,
+                };
+                let files = native::pull(pull, reader).await?;
+                (guess, Selected::made(files, &place.dir))
             }
         };
         // Before the image can be seen: whoever waits for it must not think that it came from nowhere.
@@ -486,7 +620,7 @@ impl Pull<'_> {
             cmdline: boot.cmdline,
             hints: recipe.hints,
             format,
-            work,
+            work: Arc::clone(work),
         };
         let committed = tokio::task::spawn_blocking(move || finished.commit()).await;
         committed.unwrap_or_else(|panic| match panic.try_into_panic() {
@@ -588,6 +722,8 @@ struct Finished {
 impl Finished {
     /// The header check, and then the step into the store.
     fn commit(self) -> Result<(), Error> {
+        // From here on it is all or nothing.
+        self.work.forget_layers()?;
         let inspected = inspect::disk(&self.selected.disk, self.place.limits.max_disk, &self.reference)?;
         let mut files = vec![self.name(&self.selected.disk, store::disk_name(inspected.format))?];
         if let Some(kernel) = &self.selected.kernel {
@@ -595,6 +731,10 @@ impl Finished {
         }
         if let Some(initrd) = &self.selected.initrd {
             files.push(self.name(initrd, store::INITRD)?);
+        }
+        let chunks = self.place.dir.join(native::CHUNKS);
+        if inspected.format == DiskFormat::Raw && chunks.exists() {
+            files.push(self.name(&chunks, native::CHUNKS)?);
         }
         self.remove_others(&files)?;
         kill::point(Point::DiskNamed);

@@ -8,21 +8,24 @@
 //!
 //! The channel is short, so a slow disk slows the network, and memory stays bounded.
 
-use std::io::{self, Read};
+use std::io::Read;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
+use bytes::Bytes;
+use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use tokio::sync::mpsc;
 
 use super::part::{CancelledOnDrop, Part, Piece, blocking, relay};
 use super::progress::{Event, Meter, Progress};
-use crate::image::digest::{Digest, Hasher};
+use super::verified::Verified;
+use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::layout::Layout;
 use crate::image::manifest::Descriptor;
-use crate::image::registry::Session;
+use crate::image::registry::{Session, WebFile};
+use crate::image::single::LocalFile;
 
 /// Largest manifest, index or config, in bytes: what registries allow, too.
 pub(in crate::image) const DOCUMENT_MAX: u64 = 4 << 20;
@@ -31,7 +34,11 @@ pub(in crate::image) const DOCUMENT_MAX: u64 = 4 << 20;
 /// hundred KiB.
 pub(super) const PIECES_IN_FLIGHT: usize = 16;
 
-/// Connections to a registry at once.
+/// Bytes of a stream that are asked for together, and how many such parts are held in memory at once.
+const PART: u64 = 8 << 20;
+const PARTS_IN_FLIGHT: usize = 4;
+
+/// Most connections to a registry at once; it may want fewer.
 const CONNECTIONS: usize = 6;
 
 /// How often progress is told while bytes flow.
@@ -42,6 +49,10 @@ const TELL_EVERY: Duration = Duration::from_millis(250);
 pub(in crate::image) enum Source {
     Registry(Box<Session>),
     Layout(Layout),
+    /// A file of this host.
+    File(LocalFile),
+    /// A file on a web server.
+    Web(Box<WebFile>),
 }
 
 impl Source {
@@ -50,6 +61,11 @@ impl Source {
         match self {
             Self::Registry(session) => session.root().await,
             Self::Layout(layout) => layout.root(),
+            Self::File(file) => {
+                let file = file.clone();
+                blocking(move || file.root()).await
+            }
+            Self::Web(file) => file.root().await,
         }
     }
 
@@ -59,6 +75,7 @@ impl Source {
         let bytes = match self {
             Self::Registry(session) => session.manifest(&descriptor.digest).await?,
             Self::Layout(layout) => layout.document(&descriptor.digest)?,
+            Self::File(_) | Self::Web(_) => return Err(self.no_document()),
         };
         self.verify(descriptor, &bytes, "its manifest")?;
         Ok(bytes)
@@ -70,9 +87,18 @@ impl Source {
         let bytes = match self {
             Self::Registry(session) => session.document(descriptor).await?,
             Self::Layout(layout) => layout.document(&descriptor.digest)?,
+            Self::File(_) | Self::Web(_) => return Err(self.no_document()),
         };
         self.verify(descriptor, &bytes, "its config")?;
         Ok(bytes)
+    }
+
+    /// A single file has one manifest, which is ours and names no other document.
+    fn no_document(&self) -> Error {
+        Error::Malformed {
+            image: self.image().to_owned(),
+            reason: "a single file has no documents beside it".to_owned(),
+        }
     }
 
     fn check_document(&self, descriptor: &Descriptor, what: &'static str) -> Result<(), Error> {
@@ -108,8 +134,9 @@ impl Source {
     /// How many parts may be on their way at once.
     pub(super) fn width(&self) -> usize {
         match self {
-            Self::Registry(_) => CONNECTIONS,
-            Self::Layout(_) => 2,
+            Self::Registry(session) => session.width().clamp(1, CONNECTIONS),
+            Self::Web(file) => file.session.width().clamp(1, CONNECTIONS),
+            Self::Layout(_) | Self::File(_) => 2,
         }
     }
 
@@ -122,6 +149,12 @@ impl Source {
                 left: range,
                 image: layout.image(),
             },
+            Self::File(file) => Part::File {
+                file: Arc::new(file.open(descriptor)?),
+                left: range,
+                image: file.image(),
+            },
+            Self::Web(file) => Part::Registry(Box::new(file.session.range(descriptor, range))),
         })
     }
 
@@ -132,42 +165,46 @@ impl Source {
         range: Range<u64>,
         sink: mpsc::Sender<Piece>,
     ) -> Result<(), Error> {
-        self.send(descriptor, range, &sink).await?;
+        let mut part = self.range(descriptor, range)?;
+        while let Some(bytes) = part.next().await? {
+            if sink.send(Piece::Bytes(bytes)).await.is_err() {
+                return Ok(());
+            }
+        }
         // A listener that is gone has what it wanted.
         drop(sink.send(Piece::End).await);
         Ok(())
     }
 
-    /// Sends a part of a blob; false when nobody listens any more.
-    async fn send(
-        &self,
-        descriptor: &Descriptor,
-        range: Range<u64>,
-        sink: &mpsc::Sender<Piece>,
-    ) -> Result<bool, Error> {
-        let mut part = self.range(descriptor, range)?;
-        while let Some(bytes) = part.next().await? {
-            if sink.send(Piece::Bytes(bytes)).await.is_err() {
-                return Ok(false);
-            }
-        }
-        Ok(true)
-    }
-
-    /// Runs `work` on a thread of its own over the bytes of blobs that follow each other, and tells how far it is.
-    pub(in crate::image) async fn stream<T, F>(
+    /// Sends the bytes of blobs that follow each other, from `offset` on, in their order. They are fetched in parts, several at
+    /// a time, so that neither a long way nor one slow connection counts.
+    pub(super) async fn feed_all(
         &self,
         blobs: &[Descriptor],
-        total: u64,
-        meter: &Arc<Meter>,
-        progress: &dyn Progress,
-        work: F,
-    ) -> Result<T, Error>
-    where
-        T: Send + 'static,
-        F: FnOnce(&mut dyn Read) -> Result<T, Error> + Send + 'static,
-    {
-        told(progress, meter, total, self.verified(blobs, meter, work)).await
+        offset: u64,
+        sink: mpsc::Sender<Piece>,
+    ) -> Result<(), Error> {
+        let width = self.width().min(PARTS_IN_FLIGHT);
+        let parts = stream::iter(parts(blobs, offset)).map(|(blob, range)| self.collect(&blobs[blob], range));
+        let mut parts = parts.buffered(width);
+        while let Some(part) = parts.try_next().await? {
+            for bytes in part {
+                if sink.send(Piece::Bytes(bytes)).await.is_err() {
+                    return Ok(());
+                }
+            }
+        }
+        drop(sink.send(Piece::End).await);
+        Ok(())
+    }
+
+    async fn collect(&self, blob: &Descriptor, range: Range<u64>) -> Result<Vec<Bytes>, Error> {
+        let mut part = self.range(blob, range)?;
+        let mut pieces = Vec::new();
+        while let Some(bytes) = part.next().await? {
+            pieces.push(bytes);
+        }
+        Ok(pieces)
     }
 
     /// Runs `work` on a thread of its own over the bytes of blobs that follow each other. What it returns is handed on only after
@@ -184,16 +221,7 @@ impl Source {
     {
         let (sender, reader) = relay(PIECES_IN_FLIGHT);
         let worker = self.work(blobs, meter, reader, work);
-        // The sender goes with this future: without an end, the thread sees that it was cut.
-        let feed = async move {
-            for descriptor in blobs {
-                if !self.send(descriptor, 0..descriptor.size, &sender).await? {
-                    break;
-                }
-            }
-            drop(sender.send(Piece::End).await);
-            Ok(())
-        };
+        let feed = self.feed_all(blobs, 0, sender);
         let (fed, worked) = tokio::join!(feed, worker);
         // Without its bytes the worker could only fail; why they did not come is the reason.
         fed.and(worked)
@@ -216,7 +244,7 @@ impl Source {
         let cancelled = CancelledOnDrop::default();
         let flag = Arc::clone(&cancelled.0);
         blocking(move || {
-            let mut verified = Verified::new(reader, blobs, &meter, &flag, &image);
+            let mut verified = Verified::new(reader, &blobs, &meter, &flag, &image);
             let result = work(&mut verified);
             match result {
                 // Bytes that make no sense may simply have been damaged on their way: that is for the digest
@@ -236,8 +264,26 @@ impl Source {
         match self {
             Self::Registry(session) => session.image(),
             Self::Layout(layout) => layout.image(),
+            Self::File(file) => file.image(),
+            Self::Web(file) => file.session.image(),
         }
     }
+}
+
+/// Divides blobs that follow each other, from an offset on: which of them, and which bytes of it.
+fn parts(blobs: &[Descriptor], offset: u64) -> Vec<(usize, Range<u64>)> {
+    let mut parts = Vec::new();
+    let mut skipped = offset;
+    for (number, blob) in blobs.iter().enumerate() {
+        let mut begin = skipped.min(blob.size);
+        skipped -= begin;
+        while begin < blob.size {
+            let end = begin.saturating_add(PART).min(blob.size);
+            parts.push((number, begin..end));
+            begin = end;
+        }
+    }
+    parts
 }
 
 /// Tells how far a transfer is for as long as it lasts.
@@ -266,155 +312,22 @@ pub(super) async fn told<T>(
     }
 }
 
-/// Counts and hashes packed bytes, blob by blob.
-struct Verified<'a, R> {
-    inner: R,
-    blobs: std::vec::IntoIter<Descriptor>,
-    /// The blob that is being read; none after the last.
-    blob: Option<Descriptor>,
-    hasher: Hasher,
-    /// Bytes of it that were read.
-    count: u64,
-    meter: &'a Meter,
-    cancelled: &'a AtomicBool,
-    image: &'a str,
-}
-
-impl<R: Read> Read for Verified<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        CancelledOnDrop::check(self.cancelled)?;
-        self.pass().map_err(io::Error::other)?;
-        let left = match &self.blob {
-            Some(blob) => blob.size - self.count,
-            None if self.inner.read(&mut [0])? > 0 => {
-                return Err(io::Error::other(
-                    self.corrupt("there are more bytes than announced".to_owned()),
-                ));
-            }
-            None => return Ok(0),
-        };
-        let most = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
-        let count = self.inner.read(&mut buffer[..most])?;
-        self.hasher.update(&buffer[..count]);
-        self.count += count as u64;
-        self.meter.add_fetched(count);
-        if let Some(blob) = self.blob.as_ref().filter(|_| count == 0 && most > 0) {
-            let reason = format!(
-                "the layer {} has {} bytes instead of {}",
-                blob.digest, self.count, blob.size
-            );
-            return Err(io::Error::other(self.corrupt(reason)));
-        }
-        Ok(count)
-    }
-}
-
-impl<'a, R: Read> Verified<'a, R> {
-    fn new(
-        inner: R,
-        blobs: Vec<Descriptor>,
-        meter: &'a Meter,
-        cancelled: &'a AtomicBool,
-        image: &'a str,
-    ) -> Self {
-        let mut blobs = blobs.into_iter();
-        Self {
-            inner,
-            blob: blobs.next(),
-            blobs,
-            hasher: Hasher::default(),
-            count: 0,
-            meter,
-            cancelled,
-            image,
-        }
-    }
-
-    /// Goes on to the blob that is to be read next, and checks those that it passes.
-    fn pass(&mut self) -> Result<(), Error> {
-        while let Some(blob) = self.blob.as_ref().filter(|blob| blob.size == self.count) {
-            let found = std::mem::take(&mut self.hasher).finish();
-            if found != blob.digest {
-                let reason = format!("the layer {} has the digest {found}", blob.digest);
-                return Err(self.corrupt(reason));
-            }
-            (self.blob, self.count) = (self.blobs.next(), 0);
-        }
-        Ok(())
-    }
-
-    /// Reads what is left and compares.
-    fn finish(mut self) -> Result<(), Error> {
-        let Err(error) = io::copy(&mut self, &mut io::sink()) else {
-            return Ok(());
-        };
-        Err(error.downcast::<Error>().unwrap_or_else(|error| {
-            let which = self
-                .blob
-                .as_ref()
-                .map_or_else(String::new, |blob| format!(" {}", blob.digest));
-            self.corrupt(format!("the layer{which} cannot be read to its end ({error})"))
-        }))
-    }
-
-    fn corrupt(&self, reason: String) -> Error {
-        Error::Corrupt {
-            image: self.image.to_owned(),
-            reason,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn blob(size: u64, digest: Digest) -> Descriptor {
-        Descriptor {
+    #[test]
+    fn a_stream_is_asked_for_in_parts_from_where_it_was_cut() {
+        let blob = |size| Descriptor {
             media_type: String::new(),
-            digest,
+            digest: Digest::of(b""),
             size,
             annotations: std::collections::BTreeMap::new(),
-        }
-    }
-
-    /// Reads bytes that are announced as these blobs.
-    fn verify(bytes: &[u8], blobs: &[(u64, Digest)]) -> Result<String, Error> {
-        let blobs = blobs.iter().map(|&(size, digest)| blob(size, digest)).collect();
-        let (meter, cancelled) = (Meter::default(), AtomicBool::new(false));
-        let mut verified = Verified::new(bytes, blobs, &meter, &cancelled, "vm");
-        let mut out = String::new();
-        drop(verified.read_to_string(&mut out));
-        verified.finish().map(|()| out)
-    }
-
-    #[test]
-    fn size_and_digest_are_both_checked() {
-        let digest = Digest::of(b"bytes");
-        assert_eq!(verify(b"bytes", &[(5, digest)]).unwrap(), "bytes");
-        for (bytes, size) in [(&b"bytes"[..], 4), (b"bytes", 6), (b"bytez", 5), (b"", 5)] {
-            assert!(
-                matches!(verify(bytes, &[(size, digest)]), Err(Error::Corrupt { .. })),
-                "{bytes:?} {size}"
-            );
-        }
-    }
-
-    #[test]
-    fn each_blob_of_a_stream_is_checked_by_itself() {
-        let (one, none, two) = (Digest::of(b"one"), Digest::of(b""), Digest::of(b"three"));
-        assert_eq!(
-            verify(b"onethree", &[(3, one), (0, none), (5, two)]).unwrap(),
-            "onethree"
-        );
-        for (bytes, blobs) in [
-            (&b"onethree"[..], [(4, one), (4, two)]),
-            (b"onethre", [(3, one), (5, two)]),
-            (b"onethreee", [(3, one), (5, two)]),
-            (b"onethree", [(3, two), (5, one)]),
-        ] {
-            let error = verify(bytes, &blobs).unwrap_err();
-            assert!(matches!(error, Error::Corrupt { .. }), "{error}");
-        }
+        };
+        let blobs = [blob(PART + 5), blob(0), blob(7)];
+        assert_eq!(parts(&blobs, 0), [(0, 0..PART), (0, PART..PART + 5), (2, 0..7)]);
+        assert_eq!(parts(&blobs, PART + 1), [(0, PART + 1..PART + 5), (2, 0..7)]);
+        assert_eq!(parts(&blobs, PART + 6), [(2, 1..7)]);
+        assert_eq!(parts(&blobs, PART + 12), []);
     }
 }

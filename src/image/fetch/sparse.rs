@@ -3,8 +3,9 @@
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::ledger::{Ledger, Making};
 use super::progress::Meter;
 use super::room::Room;
 use crate::image::error::Error;
@@ -21,13 +22,20 @@ static ZEROS: [u8; BLOCK] = [0; BLOCK];
 
 /// A file in the making.
 pub(in crate::image) struct SparseFile {
-    file: File,
+    state: Arc<Mutex<State>>,
+    meter: Arc<Meter>,
+    ledger: Arc<Ledger>,
+}
+
+struct State {
+    file: Arc<File>,
     path: PathBuf,
     room: Room,
-    meter: Arc<Meter>,
     /// Length so far, the block in hand included.
     length: u64,
-    /// The block in hand, not written yet.
+    /// Bytes that an earlier process has written and that are passed by.
+    there: u64,
+    /// The block in hand, not written yet. It ends at [`State::length`].
     block: Vec<u8>,
     /// Bytes that are no holes, since the last look at the free space.
     since_look: u64,
@@ -36,47 +44,93 @@ pub(in crate::image) struct SparseFile {
 }
 
 impl SparseFile {
-    /// Makes the file, which must not exist. `expected` is its final length, for the message when the disk
-    /// is full.
+    /// Makes the file, or goes on with what the ledger says that there is of it. `expected` is its final length, for the
+    /// message when the disk is full.
     pub(in crate::image) fn create(
         path: &Path,
         room: Room,
         meter: Arc<Meter>,
+        ledger: Arc<Ledger>,
         expected: Option<u64>,
     ) -> Result<Self, Error> {
-        let file = OpenOptions::new()
-            .write(true)
-            .create_new(true)
-            .mode(0o600)
-            .open(path)
-            .map_err(|error| room.write_failed(path, error, expected.unwrap_or_default()))?;
+        let there = ledger.there(path).unwrap_or_default();
+        let open = || {
+            let file = OpenOptions::new()
+                .write(true)
+                .create(true)
+                .truncate(false)
+                .mode(0o600)
+                .open(path)?;
+            // What a killed process wrote behind what it has noted is not known to be right.
+            file.set_len(there)?;
+            Ok(file)
+        };
+        let file = open().map_err(|error| room.write_failed(path, error, expected.unwrap_or_default()))?;
         kill::point(Point::LayerBegun);
-        Ok(Self {
-            file,
+        let state = Arc::new(Mutex::new(State {
+            file: Arc::new(file),
             path: path.to_owned(),
             room,
-            meter,
             length: 0,
+            there,
             block: Vec::with_capacity(BLOCK),
             since_look: 0,
             expected,
-        })
+        }));
+        let making: Arc<Mutex<dyn Making>> = Arc::clone(&state) as _;
+        ledger.made(path, making);
+        Ok(Self { state, meter, ledger })
     }
 
-    /// Appends.
-    pub(in crate::image) fn write(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
+    /// Appends what was just read.
+    pub(in crate::image) fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        let mut state = lock(&self.state);
+        self.ledger.in_file(state.length, bytes.len());
+        self.meter.add_unpacked(bytes.len());
+        state.write(bytes)
+    }
+
+    /// Ends the file with its last hole and brings it to the disk; its length in bytes.
+    pub(in crate::image) fn finish(self) -> Result<u64, Error> {
+        let mut state = lock(&self.state);
+        state.flush()?;
+        let end = state.file.set_len(state.length);
+        let end = end.and_then(|()| state.file.sync_all());
+        end.map_err(|error| state.failed(error, 0))?;
+        Ok(state.length)
+    }
+}
+
+fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
+    state.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Making for State {
+    fn pause(&mut self) -> Result<(u64, Arc<File>), Error> {
+        self.flush()?;
+        Ok((self.length, Arc::clone(&self.file)))
+    }
+}
+
+impl State {
+    fn write(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
+        let passed = usize::try_from(self.there.saturating_sub(self.length)).unwrap_or(usize::MAX);
+        let passed = passed.min(bytes.len());
+        self.length += passed as u64;
+        bytes = &bytes[passed..];
         while !bytes.is_empty() {
-            let take = bytes.len().min(BLOCK - self.block.len());
+            // Blocks of the file, wherever it was paused.
+            let filled = usize::try_from(self.length % BLOCK as u64).unwrap_or_default();
+            let take = bytes.len().min(BLOCK - filled);
             if take == BLOCK {
                 self.put(&bytes[..BLOCK], self.length)?;
             } else {
                 self.block.extend_from_slice(&bytes[..take]);
             }
             self.length += take as u64;
-            if self.block.len() == BLOCK {
+            if filled + take == BLOCK {
                 self.flush()?;
             }
-            self.meter.add_unpacked(take);
             bytes = &bytes[take..];
         }
         Ok(())
@@ -105,17 +159,13 @@ impl SparseFile {
             .max(block.len() as u64);
         self.file
             .write_all_at(block, at)
-            .map_err(|error| self.room.write_failed(&self.path, error, missing))?;
+            .map_err(|error| self.failed(error, missing))?;
         self.since_look += block.len() as u64;
         Ok(())
     }
 
-    /// Ends the file with its last hole and brings it to the disk; its length in bytes.
-    pub(in crate::image) fn finish(mut self) -> Result<u64, Error> {
-        self.flush()?;
-        let end = self.file.set_len(self.length).and_then(|()| self.file.sync_all());
-        end.map_err(|error| self.room.write_failed(&self.path, error, 0))?;
-        Ok(self.length)
+    fn failed(&self, error: std::io::Error, missing: u64) -> Error {
+        self.room.write_failed(&self.path, error, missing)
     }
 }
 
@@ -130,14 +180,25 @@ mod tests {
     fn write(pieces: &[Vec<u8>]) -> (tempfile::TempDir, PathBuf) {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("disk");
-        let room = Room::new("vm", dir.path(), 0);
-        let mut file = SparseFile::create(&path, room, Arc::default(), None).unwrap();
-        for piece in pieces {
+        write_noting(pieces, &path, &Arc::default(), usize::MAX);
+        (dir, path)
+    }
+
+    /// Writes a file, and turns the ledger's page before one of the pieces.
+    fn write_noting(pieces: &[Vec<u8>], path: &Path, ledger: &Arc<Ledger>, noted: usize) -> Option<u64> {
+        let room = Room::new("vm", path.parent().unwrap(), 0);
+        let ledger = Arc::clone(ledger);
+        let mut there = None;
+        let mut file = SparseFile::create(path, room, Arc::default(), Arc::clone(&ledger), None).unwrap();
+        for (number, piece) in pieces.iter().enumerate() {
+            if number == noted {
+                there = Some(ledger.page().unwrap().unwrap().files["disk"]);
+            }
             file.write(piece).unwrap();
         }
         let total: usize = pieces.iter().map(Vec::len).sum();
         assert_eq!(file.finish().unwrap(), total as u64);
-        (dir, path)
+        there
     }
 
     #[test]
@@ -162,6 +223,29 @@ mod tests {
                 .map(|&(length, data)| (0..=250_u8).cycle().take(length).map(|byte| if data { byte } else { 0 }).collect())
                 .collect();
             let (_dir, path) = write(&pieces);
+            prop_assert!(std::fs::read(path).unwrap() == pieces.concat());
+        }
+
+        #[test]
+        fn another_process_goes_on_behind_what_is_there(
+            shape in prop::collection::vec((0_usize..200_000, any::<bool>()), 2..6),
+            noted in 0_usize..6,
+        ) {
+            let pieces: Vec<Vec<u8>> = shape
+                .iter()
+                .map(|&(length, data)| (0..=250_u8).cycle().take(length).map(|byte| if data { byte } else { 0 }).collect())
+                .collect();
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("disk");
+            let noted = noted % pieces.len();
+            let there = write_noting(&pieces, &path, &Arc::default(), noted).unwrap();
+            prop_assert_eq!(there, pieces[..noted].concat().len() as u64);
+            let ledger = Arc::new(Ledger::default());
+            ledger.begin(Vec::new(), std::iter::once(("disk".to_owned(), there)).collect());
+            // What is there goes by: whatever is written in its place is not looked at.
+            let mut again = pieces.clone();
+            again[..noted].iter_mut().for_each(|piece| piece.fill(0));
+            write_noting(&again, &path, &ledger, usize::MAX);
             prop_assert!(std::fs::read(path).unwrap() == pieces.concat());
         }
     }

@@ -50,6 +50,7 @@ pub(super) fn pieces(recipe: Recipe) -> Pieces {
     match recipe.parts {
         Parts::Pieces(pieces) => pieces,
         Parts::Streams(layers) => panic!("{layers:?}"),
+        Parts::Indexed(indexed) => panic!("{indexed:?}"),
     }
 }
 
@@ -57,5 +58,6 @@ pub(super) fn streams(recipe: Recipe) -> Vec<Layer> {
     match recipe.parts {
         Parts::Streams(layers) => layers,
         Parts::Pieces(pieces) => panic!("{pieces:?}"),
+        Parts::Indexed(indexed) => panic!("{indexed:?}"),
     }
 }

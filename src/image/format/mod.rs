@@ -2,6 +2,7 @@
 //!
 //! | format | file |
 //! |---|---|
+//! | our own: chunks of a raw disk in packs, with an index | [`crate::image::native`] |
 //! | containerDisk (KubeVirt): tar layers with one file under `disk/` | [`container_disk`] |
 //! | plain disk: a qcow2 or a raw disk, in one blob or in several that follow each other | [`plain`] |
 //! | tart, of Linux guests: pieces of a raw disk in Apple's LZ4 | [`tart`] |
@@ -27,6 +28,7 @@ mod vetu;
 use super::error::{Error, quoted};
 use super::hints::{self, BootFiles, Hints};
 use super::manifest::{Descriptor, Manifest};
+use super::native;
 use super::plan::Pieces;
 use super::platform::{self, Platform};
 use super::room::Limits;
@@ -45,7 +47,7 @@ const KERNEL: &str = super::store::KERNEL;
 const INITRD: &str = super::store::INITRD;
 
 /// Largest kernel or initrd, in bytes.
-const BOOT_FILE_MAX: u64 = 512 << 20;
+pub(super) const BOOT_FILE_MAX: u64 = 512 << 20;
 
 /// How an image becomes a disk.
 #[derive(Debug)]
@@ -64,6 +66,8 @@ pub(super) enum Parts {
     Streams(Vec<Layer>),
     /// In any order.
     Pieces(Pieces),
+    /// In any order within each part of the index, which is read as it is needed.
+    Indexed(native::Reader),
 }
 
 /// What is known of an image before its disk is fetched.
@@ -132,7 +136,7 @@ impl Facts<'_> {
 /// The small blobs that say what the image is, beside its config.
 pub(super) fn documents(format: Format, manifest: &Manifest) -> Vec<&Descriptor> {
     let wanted: &[&str] = match format {
-        Format::ContainerDisk | Format::Plain | Format::PodmanMachine => &[],
+        Format::Native | Format::ContainerDisk | Format::Plain | Format::PodmanMachine => &[],
         Format::Tart => &[tart::CONFIG],
         Format::Vetu => &[vetu::CONFIG],
         Format::Sardinecake => &[sardinecake::DOMAIN, sardinecake::ACCESS],
@@ -161,6 +165,10 @@ pub(super) fn described(format: Format, manifest: &Manifest) -> usize {
 pub(super) fn recipe(format: Format, facts: &Facts<'_>) -> Result<Recipe, Error> {
     let (labelled, mut boot) = hints::read(&facts.config.labels, facts.image)?;
     let (own, parts) = match format {
+        Format::Native => {
+            let reader = native::Reader::new(facts.manifest).map_err(|reason| facts.malformed(reason))?;
+            (Hints::default(), Parts::Indexed(reader))
+        }
         Format::ContainerDisk | Format::Plain | Format::PodmanMachine => {
             (Hints::default(), plain::streams(facts)?)
         }
@@ -181,23 +189,7 @@ pub(super) fn recipe(format: Format, facts: &Facts<'_>) -> Result<Recipe, Error>
     })
 }
 
-/// Reads an archive to its end; for fuzzers.
-#[cfg(any(test, fuzzing))]
-pub(super) fn fuzz_archive(bytes: &[u8]) {
-    let mut archive = archive::Archive::new(bytes, "vm");
-    let mut total = 0;
-    loop {
-        match archive.next() {
-            Ok(Some(entry)) => {
-                super::fuzz::inside(&entry.path);
-                total += std::io::copy(&mut archive.body(), &mut std::io::sink()).unwrap_or_default();
-                assert!(total <= bytes.len() as u64, "more content than bytes");
-            }
-            Ok(None) => return,
-            Err(error) => return super::fuzz::one_line(&error.to_string()),
-        }
-    }
-}
-
 #[cfg(test)]
 mod fixture;
+#[cfg(any(test, fuzzing))]
+pub(super) mod fuzz;

@@ -79,7 +79,13 @@ pub(super) fn copy(
             place.room().require(length)?;
         }
     }
-    let mut file = SparseFile::create(to, place.room(), place.meter.clone(), length.filter(|_| dense))?;
+    let mut file = SparseFile::create(
+        to,
+        place.room(),
+        place.meter.clone(),
+        place.ledger.clone(),
+        length.filter(|_| dense),
+    )?;
     let mut buffer = vec![0; 256 * 1024];
     let mut copied = 0_u64;
     loop {

@@ -18,6 +18,8 @@ const DISK_TYPE: &str = "disktype";
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
 pub enum Format {
+    /// Our own: chunks in packs, and an index.
+    Native,
     /// KubeVirt's: a container image with a disk under `disk/`.
     ContainerDisk,
     /// One disk, packed or not, perhaps split into `chunk-*`.
@@ -35,6 +37,7 @@ pub enum Format {
 impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
+            Self::Native => "native",
             Self::ContainerDisk => "container-disk",
             Self::Plain => "plain",
             Self::Tart => "tart",
@@ -48,7 +51,8 @@ impl fmt::Display for Format {
 /// Names the format, or refuses what is none of ours before a byte of it is fetched. The error is a reason that names every media
 /// type.
 pub(in crate::image) fn recognise(manifest: &Manifest) -> Result<Format, String> {
-    const BY_TYPE: [(&str, Result<Format, &str>); 7] = [
+    const BY_TYPE: [(&str, Result<Format, &str>); 8] = [
+        ("vnd.cannery.image.", Ok(Format::Native)),
         ("vnd.cirruslabs.tart.", Ok(Format::Tart)),
         ("vnd.cirruslabs.vetu.", Ok(Format::Vetu)),
         ("vnd.libvirt.domain", Ok(Format::Sardinecake)),

@@ -5,15 +5,19 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use super::recognise::{Format, listed, media_types};
 use super::{Error, archive, container_disk, plain, quoted};
-use crate::image::decompress::{Compression, Peeked, decompress, unreadable};
-use crate::image::digest::{Digest, Hasher};
+use crate::image::decompress::{Compression, Peeked, unreadable};
+use crate::image::digest::Digest;
 use crate::image::hints::BootFiles;
+use crate::image::ledger::Ledger;
 use crate::image::manifest::{Descriptor, Manifest};
 use crate::image::plan;
 use crate::image::progress::Meter;
 use crate::image::room::{Limits, Room};
+use crate::image::store::remove;
 
 /// What a containerDisk may hold beside its disk, unpacked, in bytes: a whole operating system, for disks
 /// that were put on top of an ordinary container image.
@@ -31,6 +35,8 @@ pub(in crate::image) struct Workplace {
     pub(in crate::image) dir: PathBuf,
     pub(in crate::image) limits: Limits,
     pub(in crate::image) meter: Arc<Meter>,
+    /// What was read of the layer in hand.
+    pub(in crate::image) ledger: Arc<Ledger>,
 }
 
 impl Workplace {
@@ -54,7 +60,7 @@ impl Workplace {
 }
 
 /// Files taken out of an image so far, by their paths in it.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(in crate::image) struct Contents {
     pub(super) files: BTreeMap<String, Taken>,
     /// Files made in the work place, also those that a later layer replaced.
@@ -63,7 +69,7 @@ pub(in crate::image) struct Contents {
     unpacked: u64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Taken {
     /// Which layer it came from; a later one may replace it.
     pub(super) layer: usize,
@@ -103,15 +109,15 @@ pub(in crate::image) struct Layer {
     pub(in crate::image) diff_id: Option<Digest>,
 }
 
-/// Unpacks one layer from its packed bytes and adds its files to `contents`.
+/// Takes the files that a machine needs out of one layer, and adds them to `contents`.
 pub(in crate::image) fn unpack(
-    packed: &mut dyn Read,
+    unpacked: &mut dyn Read,
+    compression: Compression,
     layer: &Layer,
     boot: &BootFiles,
     place: &Workplace,
     mut contents: Contents,
 ) -> Result<Contents, Error> {
-    let (compression, unpacked) = decompress(packed, &place.image)?;
     let size = layer
         .blobs
         .iter()
@@ -123,7 +129,6 @@ pub(in crate::image) fn unpack(
     }
     let mut counted = Counted {
         inner: unpacked,
-        hasher: layer.diff_id.map(|_| Hasher::default()),
         count: contents.unpacked,
         limit: place.limits.max_disk.saturating_add(OTHER_FILES_MAX),
         image: &place.image,
@@ -150,15 +155,6 @@ pub(in crate::image) fn unpack(
     io::copy(&mut peeked, &mut io::sink()).map_err(|error| unreadable(&place.image, error))?;
     drop(peeked);
     contents.unpacked = counted.count;
-    if let (Some(expected), Some(hasher)) = (layer.diff_id, counted.hasher) {
-        let found = hasher.finish();
-        if found != expected {
-            return Err(place.malformed(format!(
-                "its layer {} unpacks to {found}, and its config says {expected}",
-                layer.number + 1
-            )));
-        }
-    }
     Ok(contents)
 }
 
@@ -173,6 +169,15 @@ impl Selected {
             disk: dir.join(super::RAW),
             kernel: made(super::KERNEL),
             initrd: made(super::INITRD),
+        }
+    }
+
+    /// The disk, the kernel and the initial RAM disk, as far as they were made under the store's names.
+    pub(in crate::image) fn made([_, kernel, initrd]: [bool; 3], dir: &Path) -> Self {
+        Self {
+            disk: dir.join(super::RAW),
+            kernel: kernel.then(|| dir.join(super::KERNEL)),
+            initrd: initrd.then(|| dir.join(super::INITRD)),
         }
     }
 }
@@ -246,7 +251,8 @@ impl Contents {
     /// Puts a file in, in place of what an earlier layer had there.
     pub(super) fn put(&mut self, path: &str, layer: usize, file: PathBuf) -> Result<(), Error> {
         match self.files.insert(path.to_owned(), Taken { layer, file }) {
-            Some(old) => std::fs::remove_file(&old.file).map_err(Error::storage(old.file)),
+            // Gone already where an earlier process was here.
+            Some(old) => remove(&old.file),
             None => Ok(()),
         }
     }
@@ -261,18 +267,17 @@ impl Contents {
             .collect();
         for path in hidden {
             if let Some(taken) = self.files.remove(&path) {
-                std::fs::remove_file(&taken.file).map_err(Error::storage(taken.file))?;
+                remove(&taken.file)?;
             }
         }
         Ok(())
     }
 }
 
-/// Counts and hashes unpacked bytes and stops at the limit, so that a bomb costs no more than the largest
+/// Counts unpacked bytes and stops at the limit, so that a bomb costs no more than the largest
 /// honest image.
 struct Counted<'a, R> {
     inner: R,
-    hasher: Option<Hasher>,
     count: u64,
     limit: u64,
     image: &'a str,
@@ -289,9 +294,6 @@ impl<R: Read> Read for Counted<'_, R> {
                 size: self.count,
                 limit: self.limit,
             }));
-        }
-        if let Some(hasher) = &mut self.hasher {
-            hasher.update(&buffer[..count]);
         }
         Ok(count)
     }

@@ -209,6 +209,20 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Segment, &'static str> {
     })
 }
 
+/// Reads bytes as a segment, plain and packed; for fuzzers.
+#[cfg(any(test, fuzzing))]
+pub(in crate::image) fn fuzz(bytes: &[u8]) {
+    drop(decode(bytes));
+    if let Ok(segment) = parse(bytes) {
+        let mut end = 0;
+        for chunk in &segment.chunks {
+            assert!(chunk.at >= end, "chunks overlap");
+            end = chunk.at + u64::from(chunk.length);
+            assert!(end <= segment.file_length && (chunk.pack as usize) < segment.packs.len());
+        }
+    }
+}
+
 /// A number of things that take `each` bytes at least.
 fn count(rest: &mut &[u8], each: usize) -> Result<usize, &'static str> {
     let count = usize::try_from(take(rest)?).map_err(|_| "counts more than it has")?;

@@ -14,15 +14,19 @@ mod chunk;
 mod cutter;
 mod index;
 mod ledger;
+mod pull;
 mod push;
 mod reader;
 mod writer;
 
 pub(super) use base::Known;
-pub(super) use catalogue::{Catalogue, Maker, NAME as CHUNKS};
+pub(super) use catalogue::NAME as CHUNKS;
+pub(super) use pull::{Pull, pull};
+#[cfg(any(test, fuzzing))]
+pub(super) use index::fuzz as fuzz_index;
 pub(super) use push::{Order, push, read_base};
 pub(super) use reader::{Reader, is_native};
-pub(super) use writer::{LEVEL, Written};
+pub(super) use writer::LEVEL;
 
 /// The artifact type of an image.
 pub(super) const ARTIFACT_TYPE: &str = "application/vnd.cannery.image.v1";

@@ -46,7 +46,7 @@ pub struct Requirements {
 /// The rules for one request, with the keys at hand.
 #[derive(Debug)]
 pub(super) struct Rules<'a> {
-    image: &'a str,
+    image: String,
     reference: &'a Reference,
     keys: Vec<Key>,
 }
@@ -56,7 +56,7 @@ impl<'a> Rules<'a> {
     pub(super) fn new(
         requirements: &Requirements,
         reference: &'a Reference,
-        image: &'a str,
+        image: &str,
     ) -> Result<Self, Error> {
         let pinned = matches!(reference, Reference::Registry { digest: Some(_), .. });
         if requirements.require_digest && !pinned {
@@ -68,7 +68,7 @@ impl<'a> Rules<'a> {
         }
         let keys = requirements.signed_by.iter().map(|path| Key::read(path));
         Ok(Self {
-            image,
+            image: image.to_owned(),
             reference,
             keys: keys.collect::<Result<_, _>>()?,
         })
@@ -127,7 +127,7 @@ impl<'a> Rules<'a> {
 
     fn refused(&self, reason: String) -> Error {
         Error::AgainstRule {
-            image: self.image.to_owned(),
+            image: self.image.clone(),
             rule: SIGNED_BY,
             reason,
         }

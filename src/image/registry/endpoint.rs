@@ -44,6 +44,8 @@ pub(super) struct Endpoint {
     spare: bool,
     /// It has sent a whole blob where a part was asked for.
     ignores_ranges: AtomicBool,
+    /// The path of the one file that is asked for, where this is no registry but a web server.
+    file: Option<String>,
 }
 
 /// One request.
@@ -115,11 +117,36 @@ impl Endpoint {
             login,
             spare,
             ignores_ranges: AtomicBool::new(false),
+            file: None,
         })
     }
 
-    /// The address of something under our repository, such as `blobs/sha256:…`.
+    /// A web server and a file on it. It is shown no login.
+    pub(super) fn web(
+        image: &str,
+        plain: bool,
+        host: &str,
+        path: &str,
+        registries: &Registries,
+    ) -> Result<Self, Error> {
+        let mut endpoint = Self::new(image, host, "", None, registries, Purpose::Read, false)?;
+        let scheme = if plain { "http" } else { "https" };
+        let base = format!("{scheme}://{host}/").parse();
+        endpoint.base = base.map_err(|_| endpoint.unreachable("its name cannot stand in an address"))?;
+        endpoint.file = Some(path.to_owned());
+        Ok(endpoint)
+    }
+
+    /// The address of another file on the same server.
+    pub(super) fn at(&self, path: &str) -> Result<Url, Error> {
+        self.resolve(&self.base, path)
+    }
+
+    /// The address of something under our repository, such as `blobs/sha256:…`; on a web server, of the file.
     pub(super) fn url(&self, path: &str) -> Result<Url, Error> {
+        if let Some(file) = &self.file {
+            return self.at(file);
+        }
         self.resolve(&self.base, &format!("/v2/{}/{path}", self.repository))
     }
 

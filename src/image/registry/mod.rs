@@ -33,11 +33,15 @@ mod token;
 mod transport;
 mod trust;
 mod weather;
+mod web;
 
 pub(super) use endpoint::Purpose;
 pub(super) use push::Upload;
 pub(super) use referrers::Referrer;
 pub use trust::{Private, Registries, RegistryOptions};
+pub(super) use web::{Address, WebFile};
+#[cfg(any(test, fuzzing))]
+pub(super) use weather::fuzz as fuzz_retry_after;
 
 use self::endpoint::{Answer, Ask, Endpoint};
 pub(super) use self::range::Ranged;
@@ -120,12 +124,21 @@ impl Session {
         })
     }
 
+    /// A conversation with one endpoint, in which no manifest is asked for.
+    fn with(image: &str, endpoint: Endpoint) -> Self {
+        Self {
+            image: image.to_owned(),
+            name: String::new(),
+            endpoints: vec![Arc::new(endpoint)],
+            serving: AtomicUsize::new(0),
+        }
+    }
+
     pub(super) fn image(&self) -> &str {
         &self.image
     }
 
     /// How many transfers at once the registry takes now; fewer after it has answered that it has too much.
-    #[allow(dead_code, reason = "the engine does not fetch in parallel yet")]
     pub(super) fn width(&self) -> usize {
         let endpoint = self.endpoint();
         // One that sends the whole for each part is better asked for one at a time.

@@ -125,6 +125,21 @@ pub(super) fn asked_pause(headers: &HeaderMap, now: Timestamp) -> Option<Duratio
     Some(Duration::try_from(date.duration_since(now)).unwrap_or_default())
 }
 
+/// Reads bytes as a `Retry-After`; for fuzzers.
+#[cfg(any(test, fuzzing))]
+pub(in crate::image) fn fuzz(bytes: &[u8]) {
+    if let Ok(value) = reqwest::header::HeaderValue::from_bytes(bytes) {
+        let headers = HeaderMap::from_iter([(RETRY_AFTER, value)]);
+        let pause = asked_pause(&headers, Timestamp::UNIX_EPOCH);
+        // What is made of it is bounded.
+        assert!(
+            Patience::new()
+                .pause(pause)
+                .is_none_or(|pause| pause <= PAUSE_MAX)
+        );
+    }
+}
+
 /// What all requests of this process to one registry share.
 #[derive(Debug)]
 pub(super) struct Gate {

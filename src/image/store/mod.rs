@@ -312,8 +312,9 @@ impl Store {
                     kill::point(Point::RemainSwept);
                 }
             } else if let Some(digest) = name.split('.').next().and_then(|hex| Digest::from_hex(hex).ok()) {
-                // Dropping the lock removes everything that belongs to it.
+                // Dropping the lock removes everything that belongs to it, but for what a later pull can go on with.
                 if let Some(work) = partial::Work::try_lock(&dir, &digest)? {
+                    work.discard_if_old();
                     drop(work);
                     kill::point(Point::WorkSwept);
                 }

@@ -153,9 +153,13 @@ fn ref_path(reference: &Reference, architecture: &str) -> PathBuf {
             .join(repository)
             .join("_")
             .join(format!("{}@{architecture}.json", reference.version())),
-        Reference::Layout { .. } => {
+        Reference::Layout { .. } | Reference::File { .. } | Reference::Web { .. } => {
+            let folder = match reference {
+                Reference::Layout { .. } => "_layouts",
+                _ => "_files",
+            };
             let name = Digest::of(reference.to_string().as_bytes()).hex();
-            Path::new("_layouts").join(format!("{name}@{architecture}.json"))
+            Path::new(folder).join(format!("{name}@{architecture}.json"))
         }
     }
 }

@@ -103,6 +103,7 @@ impl Scene {
                 ..Limits::default()
             },
             meter: Arc::default(),
+            ledger: Arc::default(),
         };
         let plan = Arc::new(Pieces {
             files: self.files.clone(),

@@ -1,0 +1,252 @@
+//! Pulls that are cut off, meet faults, or have a lot to carry.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+#![allow(clippy::print_stderr, reason = "the seed of a failure has to be known")]
+
+#[path = "support/faulty_registry.rs"]
+mod faulty_registry;
+#[path = "support/image_fixture.rs"]
+#[allow(dead_code, reason = "each suite uses its part of the fixture")]
+mod image_fixture;
+
+use std::path::Path;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use cannery::image::{
+    Asker, Credentials, Disk, Error, Event, Limits, Progress, PullPolicy, Registries, Request, Store,
+};
+use cannery::secret::Secret;
+use faulty_registry::{Fault, Registry};
+use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, Tar, noise};
+
+/// Packed bytes between two checkpoints.
+const CHECKPOINT: u64 = 64 << 20;
+
+/// What a pull holds in memory on its way, in bytes: parts, channels, blocks.
+const ON_THE_WAY: u64 = 64 << 20;
+
+struct Bench {
+    dir: tempfile::TempDir,
+    registry: Registry,
+    store: Store,
+}
+
+/// Notes what is told.
+#[derive(Default)]
+struct Notes {
+    resumed: Mutex<Vec<u64>>,
+    waiting: Mutex<Vec<(u64, u64)>>,
+}
+
+impl Progress for Notes {
+    fn event(&self, event: Event<'_>) {
+        match event {
+            Event::Resumed { kept } => self.resumed.lock().unwrap().push(kept),
+            Event::Waiting { done, total, .. } => self.waiting.lock().unwrap().push((done, total)),
+            _ => {}
+        }
+    }
+}
+
+impl Bench {
+    fn new() -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(&dir.path().join("store")).unwrap();
+        Self {
+            dir,
+            registry: Registry::new(),
+            store,
+        }
+    }
+
+    /// Adds a containerDisk.
+    fn add(&self, tag: &str, disk: &[u8], media_type: &str) {
+        let layout = Layout::new(&self.dir.path().join(format!("layout-{tag}")));
+        let archive = Tar::new().dir("disk/").file("disk/disk.img", disk).bytes();
+        let digest = layout.add(tag, &Image::container_disk(&archive, media_type));
+        self.registry.add(&layout.dir, &digest, tag);
+        std::fs::remove_dir_all(&layout.dir).unwrap();
+    }
+
+    fn request(&self, tag: &str) -> Request {
+        Request {
+            reference: format!("{}/vm:{tag}", self.registry.host).parse().unwrap(),
+            architecture: "x86_64".to_owned(),
+            policies: vec![PullPolicy::Always],
+            credentials: Credentials::basic(&self.registry.host, "ci", Secret::new("sesame")),
+            registries: Registries::without_tls([&self.registry.host]),
+            limits: Limits {
+                max_disk: 4 << 30,
+                keep_free: 0,
+            },
+            asker: Asker::Operator,
+        }
+    }
+
+    /// Pulls until `enough`, and then lets everything fall.
+    fn pull_until(&self, tag: &str, notes: &Notes, enough: impl Fn() -> bool) -> Option<Result<Disk, Error>> {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let request = self.request(tag);
+        runtime.block_on(async {
+            let watch = async {
+                while !enough() {
+                    tokio::time::sleep(Duration::from_millis(10)).await;
+                }
+            };
+            tokio::select! {
+                result = self.store.provide(&request, notes) => Some(result),
+                () = watch => None,
+            }
+        })
+    }
+
+    fn pull(&self, tag: &str) -> Result<Disk, Error> {
+        self.pull_until(tag, &Notes::default(), || false).unwrap()
+    }
+
+    fn partial(&self, name: &str) -> bool {
+        let partial = self.dir.path().join("store/partial");
+        let folders = std::fs::read_dir(partial).unwrap();
+        folders.flatten().any(|folder| folder.path().join(name).exists())
+    }
+}
+
+fn is(disk: &Disk, bytes: &[u8]) -> bool {
+    std::fs::read(&disk.path).unwrap() == bytes
+}
+
+/// A disk of noise and holes.
+fn disk(seed: u64, length: usize) -> Vec<u8> {
+    let mut disk = noise(seed, length);
+    let third = length / 3;
+    disk[third..third + length / 10].fill(0);
+    disk
+}
+
+#[test]
+fn whatever_the_registry_does_the_image_is_whole_or_the_error_is_clear() {
+    let bytes = disk(3, 20 << 20);
+    let bench = Bench::new();
+    for seed in [11, 12, 13] {
+        let tag = format!("seed-{seed}");
+        bench.add(&tag, &disk(seed, 20 << 20), OCI_TAR_GZIP);
+        bench.registry.misbehave(seed, 40, &Fault::ALL);
+        let bytes = disk(seed, 20 << 20);
+        let mut errors = Vec::new();
+        let whole = loop {
+            if errors.len() == 4 {
+                bench.registry.misbehave(seed, 0, &[]);
+            }
+            match bench.pull(&tag) {
+                Ok(disk) => break disk,
+                Err(error) => {
+                    assert!(
+                        matches!(error, Error::Unreachable { .. } | Error::Corrupt { .. }),
+                        "seed {seed}: {error}"
+                    );
+                    errors.push(error.to_string());
+                }
+            }
+            assert!(errors.len() <= 5, "seed {seed}: {errors:?}");
+        };
+        assert!(is(&whole, &bytes), "seed {seed}");
+        eprintln!(
+            "seed {seed}: {} errors, met {:?}",
+            errors.len(),
+            bench.registry.met()
+        );
+    }
+    assert!(bench.registry.met().len() >= 5, "{:?}", bench.registry.met());
+    bench.add("good", &bytes, OCI_TAR_GZIP);
+    bench.registry.misbehave(1, 0, &[]);
+    assert!(is(&bench.pull("good").unwrap(), &bytes));
+}
+
+#[test]
+fn a_pull_that_was_cut_off_goes_on_from_its_last_checkpoint() {
+    let bytes = disk(1, 190 << 20);
+    for media_type in [OCI_TAR_GZIP, OCI_TAR] {
+        let bench = Bench::new();
+        bench.add("1", &bytes, media_type);
+        // Two checkpoints are behind, and then nothing comes.
+        bench.registry.hold_after(Some(2 * CHECKPOINT + (40 << 20)));
+        let begin = Instant::now();
+        let cut = bench.pull_until("1", &Notes::default(), || {
+            assert!(
+                begin.elapsed() < Duration::from_secs(120),
+                "nothing was written down"
+            );
+            bench.registry.sent() >= 2 * CHECKPOINT + (40 << 20) && bench.partial("checkpoint-1.json")
+        });
+        assert!(cut.is_none());
+        bench.registry.hold_after(None);
+        let before = bench.registry.sent();
+        let notes = Notes::default();
+        let whole = bench.pull_until("1", &notes, || false).unwrap().unwrap();
+        assert!(is(&whole, &bytes), "{media_type}");
+        let again = bench.registry.sent() - before;
+        let kept = notes.resumed.lock().unwrap().clone();
+        eprintln!(
+            "{media_type}: {kept:?} bytes kept, {again} sent again of {}",
+            bytes.len()
+        );
+        assert!(kept[0] >= CHECKPOINT, "{kept:?}");
+        assert!(again < bytes.len() as u64 - CHECKPOINT + (1 << 20), "{again}");
+        assert_eq!(
+            std::fs::read_dir(bench.dir.path().join("store/partial"))
+                .unwrap()
+                .count(),
+            0
+        );
+    }
+}
+
+#[test]
+fn who_waits_is_told_how_far_the_other_is() {
+    let bytes = disk(1, 24 << 20);
+    let bench = Bench::new();
+    bench.add("1", &bytes, OCI_TAR);
+    bench.registry.hold_after(Some(16 << 20));
+    let waiting = Notes::default();
+    std::thread::scope(|scope| {
+        let first = scope.spawn(|| bench.pull("1").unwrap());
+        let begin = Instant::now();
+        let second = bench.pull_until("1", &waiting, || {
+            assert!(begin.elapsed() < Duration::from_secs(60), "nobody waited");
+            waiting
+                .waiting
+                .lock()
+                .unwrap()
+                .last()
+                .is_some_and(|(done, _)| *done > 0)
+        });
+        bench.registry.hold_after(None);
+        assert!(is(&first.join().unwrap(), &bytes));
+        assert!(second.is_none());
+    });
+    let (done, total) = *waiting.waiting.lock().unwrap().last().unwrap();
+    assert!(done < total && total > bytes.len() as u64, "{done} of {total}");
+}
+
+/// The most memory that this process has had, in bytes.
+fn peak() -> u64 {
+    let status = std::fs::read_to_string(Path::new("/proc/self/status")).unwrap();
+    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
+    let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
+    kib << 10
+}
+
+#[test]
+fn memory_does_not_grow_with_the_image() {
+    let bench = Bench::new();
+    bench.add("1", &disk(1, 300 << 20), OCI_TAR_GZIP);
+    let before = peak();
+    bench.pull("1").unwrap();
+    let grown = peak() - before;
+    eprintln!("{} MiB more than before", grown >> 20);
+    assert!(grown < 2 * ON_THE_WAY, "{grown}");
+}
