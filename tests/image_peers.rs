@@ -22,7 +22,8 @@ use support::desk::{Desk, SIZE};
 use support::{guests, table};
 
 /// The formats that are written for others, each with what it takes to write it.
-const FORMATS: [(&str, &[&str]); 4] = [
+const FORMATS: [(&str, &[&str]); 5] = [
+    ("native", &["--format", "native"]),
     ("containerdisk", &["--format", "containerdisk"]),
     (
         "containerdisk (zstd)",
@@ -136,11 +137,9 @@ fn sarde() -> PathBuf {
 /// A call of it in the test's folder; how long it took.
 #[track_caller]
 fn call_sarde(desk: &Desk, arguments: &[&str]) -> Duration {
-    let registries = desk.path("registries.conf");
     let begin = Instant::now();
     let output = Command::new(sarde())
         .args(arguments)
-        .env("CONTAINERS_REGISTRIES_CONF", registries)
         .env("HOME", desk.path("home"))
         .current_dir(desk.at(""))
         .stdin(Stdio::null())
@@ -160,8 +159,9 @@ fn allow_plain(desk: &Desk, registry: &Registry) {
         "[[registry]]\nlocation = \"{}\"\ninsecure = true\n",
         registry.host
     );
-    fs::write(desk.at("registries.conf"), text).unwrap();
-    fs::create_dir(desk.at("home")).unwrap();
+    let folder = desk.at("home/.config/containers");
+    fs::create_dir_all(&folder).unwrap();
+    fs::write(folder.join("registries.conf"), text).unwrap();
 }
 
 /// A machine that goes when the test does.
@@ -196,7 +196,19 @@ fn sarde_imports_what_cannery_writes() {
     call_sarde(
         &desk,
         &[
-            "pull", "-q", "-s", &image, "-d", "oci", "-n", &name, "-o", &folder, "local:1",
+            "--connect",
+            "qemu:///system",
+            "pull",
+            "-q",
+            "-s",
+            &image,
+            "-d",
+            "oci",
+            "-n",
+            &name,
+            "-o",
+            &folder,
+            "local:1",
         ],
     );
     desk.same((&format!("{folder}/disk.qcow2"), "qcow2"), (&disk, "raw"));

@@ -91,6 +91,7 @@ impl Puller {
     fn pull(&self, host: &str) -> Result<Disk, Error> {
         let store = tempfile::tempdir_in(self.dir.path()).unwrap().keep();
         let request = Request {
+            requirements: cannery::image::Requirements::default(),
             reference: format!("{host}/vm:1").parse().unwrap(),
             architecture: "x86_64".to_owned(),
             policies: vec![PullPolicy::Always],

@@ -17,7 +17,8 @@ use support::desk::Desk;
 use support::table;
 
 /// Everything that an image is written as.
-const FORMATS: [(&str, &[&str]); 4] = [
+const FORMATS: [(&str, &[&str]); 5] = [
+    ("native", &[]),
     ("containerdisk", &[]),
     ("containerdisk (zstd)", &["--compression", "zstd"]),
     ("sardinecake", &[]),
@@ -307,6 +308,7 @@ fn every_format_becomes_every_other_and_a_guest_sees_the_same() {
         "What a disk becomes (qemu-img compare finds no difference; room of the file that came back)",
         &[
             "from",
+            "native",
             "containerdisk",
             "containerdisk (zstd)",
             "sardinecake",
