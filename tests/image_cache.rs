@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use cannery::image::{
-    Asker, Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Silent, Store,
+    Asker, Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Requirements, Silent, Store,
 };
 use cannery::record::{Caller, JobKey, Jobs, Record};
 use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, Tar, noise};
@@ -157,6 +157,7 @@ fn request(reference: &str) -> Request {
             keep_free: 0,
         },
         asker: Asker::Operator,
+        requirements: Requirements::default(),
     }
 }
 

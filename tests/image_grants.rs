@@ -19,7 +19,8 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use cannery::image::{
-    Asker, Credentials, Disk, Error, Event, Limits, Origin, Progress, PullPolicy, Registries, Request, Store,
+    Asker, Credentials, Disk, Error, Event, Limits, Origin, Progress, PullPolicy, Registries, Request,
+    Requirements, Store,
 };
 use cannery::secret::Secret;
 use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar, raw_disk};
@@ -28,7 +29,7 @@ use registry_fixture::{PASSWORD, Registry, USER};
 const TTL: Duration = Duration::from_secs(600);
 
 struct Bench {
-    _dir: tempfile::TempDir,
+    dir: tempfile::TempDir,
     layout: Layout,
     registry: Registry,
     store: Store,
@@ -83,7 +84,7 @@ impl Bench {
             layout: Layout::new(&dir.path().join("layout")),
             store: Store::open(&dir.path().join("store")).unwrap(),
             registry,
-            _dir: dir,
+            dir,
         }
     }
 
@@ -106,29 +107,33 @@ impl Bench {
     }
 
     fn ask_and_hear(&self, reference: &str, job: &Job, progress: &Offline) -> Result<Disk, Error> {
-        let request = Request {
-            requirements: cannery::image::Requirements::default(),
-            reference: reference.parse().unwrap(),
-            architecture: "x86_64".to_owned(),
-            policies: job.policies.clone(),
-            credentials: job.credentials.clone(),
-            registries: Registries::without_tls([reference.split('/').next().unwrap()]),
-            limits: Limits {
-                max_disk: 1 << 30,
-                keep_free: 0,
-            },
-            asker: Asker::Job {
-                project: job.project.to_owned(),
-                auth_ttl: job.auth_ttl,
-                offline_ttl: job.offline_ttl,
-            },
-        };
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(self.store.provide(&request, progress))
+        ask(&self.store, reference, job, progress)
     }
+}
+
+fn ask(store: &Store, reference: &str, job: &Job, progress: &Offline) -> Result<Disk, Error> {
+    let request = Request {
+        reference: reference.parse().unwrap(),
+        architecture: "x86_64".to_owned(),
+        policies: job.policies.clone(),
+        credentials: job.credentials.clone(),
+        registries: Registries::without_tls([reference.split('/').next().unwrap()]),
+        limits: Limits {
+            max_disk: 1 << 30,
+            keep_free: 0,
+        },
+        asker: Asker::Job {
+            project: job.project.to_owned(),
+            auth_ttl: job.auth_ttl,
+            offline_ttl: job.offline_ttl,
+        },
+        requirements: Requirements::default(),
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime.block_on(store.provide(&request, progress))
 }
 
 #[test]
@@ -273,4 +278,62 @@ fn who_only_knows_the_digest_of_a_private_image_gets_it_from_nowhere_else() {
             .from_cache
     );
     assert_eq!(evil.downloads(&layer), downloads);
+}
+
+/// What the child is to ask, and where it dies: store, reference and point, a line each.
+#[cfg(debug_assertions)]
+const CHILD: &str = "CANNERY_TEST_ASK";
+
+/// A job whose prepare is killed; started by the test below.
+#[cfg(debug_assertions)]
+#[test]
+#[ignore = "needs docker-registry, and the test that starts it"]
+fn a_job_that_is_killed_while_it_asks() {
+    let Some(asked) = std::env::var_os(CHILD) else {
+        return;
+    };
+    let asked = asked.into_string().unwrap();
+    let [store, reference, point] = asked.lines().collect::<Vec<_>>().try_into().unwrap();
+    let host = reference.split('/').next().unwrap();
+    cannery::kill::arm(point, cannery::kill::Manner::Kill).unwrap();
+    let credentials = Credentials::basic(host, USER, Secret::new(PASSWORD));
+    let store = Store::open(std::path::Path::new(store)).unwrap();
+    drop(ask(
+        &store,
+        reference,
+        &Job::of("grp/one", credentials),
+        &Offline::default(),
+    ));
+}
+
+#[cfg(debug_assertions)]
+#[test]
+#[ignore = "needs docker-registry and skopeo"]
+fn a_kill_while_access_is_noted_gives_nothing_away_and_is_made_good_by_the_next() {
+    use std::os::unix::process::ExitStatusExt as _;
+
+    for point in ["origin-kept", "grant-kept", "blob-begun:4", "blob-begun:5"] {
+        let bench = Bench::new(Registry::with_password());
+        let name = bench.push("team/vm:1");
+        let store = bench.dir.path().join("store");
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args(["--ignored", "--exact", "a_job_that_is_killed_while_it_asks"])
+            .env(CHILD, format!("{}\n{name}\n{point}", store.display()))
+            .output()
+            .unwrap()
+            .status;
+        assert_eq!(status.signal(), Some(9), "{point}: {status:?}");
+        let stranger = Job::of("grp/two", Credentials::none());
+        let error = bench.ask(&name, &stranger).unwrap_err();
+        assert!(matches!(error, Error::Denied { .. }), "{point}: {error}");
+        bench
+            .ask(&name, &Job::of("grp/one", bench.login(PASSWORD)))
+            .unwrap();
+        drop(Store::open(&store).unwrap());
+        assert_eq!(
+            std::fs::read_dir(store.join("partial")).unwrap().count(),
+            0,
+            "{point}"
+        );
+    }
 }

@@ -23,6 +23,9 @@ use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, Tar, noise};
 /// Packed bytes between two checkpoints.
 const CHECKPOINT: u64 = 64 << 20;
 
+/// Where the registry falls silent: behind a checkpoint and all that is on its way.
+const HELD: u64 = CHECKPOINT + (48 << 20);
+
 /// What a pull holds in memory on its way, in bytes: parts, channels, blocks.
 const ON_THE_WAY: u64 = 64 << 20;
 
@@ -168,19 +171,19 @@ fn whatever_the_registry_does_the_image_is_whole_or_the_error_is_clear() {
 
 #[test]
 fn a_pull_that_was_cut_off_goes_on_from_its_last_checkpoint() {
-    let bytes = disk(1, 190 << 20);
+    let bytes = disk(1, 150 << 20);
     for media_type in [OCI_TAR_GZIP, OCI_TAR] {
         let bench = Bench::new();
         bench.add("1", &bytes, media_type);
-        // Two checkpoints are behind, and then nothing comes.
-        bench.registry.hold_after(Some(2 * CHECKPOINT + (40 << 20)));
+        // A checkpoint is behind, and then nothing comes.
+        bench.registry.hold_after(Some(HELD));
         let begin = Instant::now();
         let cut = bench.pull_until("1", &Notes::default(), || {
             assert!(
                 begin.elapsed() < Duration::from_secs(120),
                 "nothing was written down"
             );
-            bench.registry.sent() >= 2 * CHECKPOINT + (40 << 20) && bench.partial("checkpoint-1.json")
+            bench.registry.sent() >= HELD && bench.partial("checkpoint-1.json")
         });
         assert!(cut.is_none());
         bench.registry.hold_after(None);
@@ -243,7 +246,7 @@ fn peak() -> u64 {
 #[test]
 fn memory_does_not_grow_with_the_image() {
     let bench = Bench::new();
-    bench.add("1", &disk(1, 300 << 20), OCI_TAR_GZIP);
+    bench.add("1", &disk(1, 200 << 20), OCI_TAR_GZIP);
     let before = peak();
     bench.pull("1").unwrap();
     let grown = peak() - before;

@@ -122,7 +122,8 @@ async fn content(
     let asked = range.filter(|_| !weather.no_ranges);
     let (start, end) = asked.as_deref().map_or((0, bytes.len()), |range| {
         let (start, last) = range.trim_start_matches("bytes=").split_once('-').unwrap();
-        (start.parse().unwrap(), last.parse::<usize>().unwrap() + 1)
+        let end = last.parse::<usize>().map_or(bytes.len(), |last| last + 1);
+        (start.parse().unwrap(), end)
     });
     let mut response = Response::builder();
     if asked.is_some() {

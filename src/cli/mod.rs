@@ -24,6 +24,8 @@ mod cleanup;
 mod config;
 mod image;
 mod job;
+mod login;
+mod logout;
 mod network;
 mod prepare;
 mod reap;
@@ -69,6 +71,10 @@ enum Command {
     Reap(reap::Arguments),
     #[command(subcommand, display_order = 22)]
     Network(network::Command),
+    #[command(display_order = 24)]
+    Login(login::Arguments),
+    #[command(display_order = 24)]
+    Logout(logout::Arguments),
     #[command(subcommand, display_order = 23)]
     Bench(bench::Command),
 }
@@ -228,6 +234,8 @@ fn dispatch(command: Command, context: &Context) -> Result<(), Failure> {
             Command::Image(command) => image::run(context, command).await,
             Command::Reap(arguments) => reap::run(context, &arguments).await,
             Command::Network(command) => network::run(context, &command).await,
+            Command::Login(arguments) => login::run(context, arguments).await,
+            Command::Logout(arguments) => logout::run(context, &arguments).await,
             Command::Bench(command) => bench::run(context, &command).await,
         }
     });

@@ -182,8 +182,8 @@ pub enum Error {
         /// What it cannot hold, and what can.
         what: &'static str,
     },
-    /// A name that cannot be given to an image. Whoever writes it.
-    #[error("{image} cannot be written to: a digest is what an image turns out to have")]
+    /// A name that cannot be given to an image, such as a digest. Whoever writes it.
+    #[error("{image} cannot be written to; images are written to tags of registries and layouts")]
     Unnameable {
         /// The reference.
         image: String,
@@ -207,6 +207,14 @@ pub enum Error {
         user: Option<String>,
         /// The right, as registries write it: `repository:NAME:pull,push`.
         scope: String,
+    },
+    /// The registry does not know this account, or not with this password. Whoever logs in.
+    #[error("{registry} refuses the login of {}", quoted(.user))]
+    LoginRefused {
+        /// `host[:port]`.
+        registry: String,
+        /// The account's name.
+        user: String,
     },
     /// The registry does not take what we send. Whoever pushes: the answer says what it does not like.
     #[error("{registry} refuses {what}: {reason}")]

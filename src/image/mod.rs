@@ -61,10 +61,10 @@ pub use progress::{Event, Progress, Silent};
 pub use provide::{PullPolicy, Request};
 pub use reference::{InvalidReference, Reference};
 pub use registry::credentials::{Credentials, CredentialsError, Login, Origin};
-pub use registry::{Private, Registries, RegistryOptions};
+pub use registry::{AuthFile, Keeper, Private, Registries, RegistryOptions, verify_login};
 pub use room::Limits;
 pub use store::{
-    Asker, Boot, Candidate, Disk, Going, Held, InvalidPinName, Lease, Name, PinName, Policy, Reason, Store,
-    Verdict, plan,
+    Asker, Boot, Candidate, Disk, Going, Held, InvalidPinName, Lease, MakeRoom, Name, PinName, Policy,
+    Reason, Store, Verdict, plan,
 };
 pub use write::{Addressee, Draft, Format as WriteFormat, Native, Packing, Written, save, write};

@@ -150,6 +150,25 @@ impl Images {
             .collect(digest, || Ok(self.jobs_by_digest()?.contains_key(&text)))
     }
 
+    /// Removes what was used least recently until so many bytes are freed, and all together with `coming` bytes more take no
+    /// more than `max_size`. Nothing goes if that cannot be reached. How many bytes were freed.
+    ///
+    /// # Errors
+    /// As for [`Images::plan`] and [`Images::remove`].
+    pub async fn make_room(&self, coming: u64, lacking: u64, max_size: Option<u64>) -> Result<u64, Failure> {
+        let policy = Policy {
+            free: lacking,
+            max_size: max_size.map(|most| most.saturating_sub(coming)),
+            ..Policy::default()
+        };
+        let plan = self.plan(&policy).await?;
+        let bytes = |going: &[Going]| going.iter().map(|going| going.bytes).sum::<u64>();
+        if bytes(&plan) < lacking {
+            return Ok(0);
+        }
+        Ok(bytes(&self.prune(&policy).await?))
+    }
+
     /// Removes what is to go by this policy, and what only those images needed. What went, in order.
     ///
     /// # Errors

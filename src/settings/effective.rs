@@ -1,5 +1,6 @@
 //! The settings as the program uses them: every key has a value, and the values fit together.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use super::file::{
     Services, Shell, Subnet,
 };
 use super::pattern::Pattern;
+use super::registry::{PrivateRegistry, RegistryName, RegistryTable};
 use super::{Error, Sources};
 use crate::quantity::Size;
 use crate::report::OperatorLog;
@@ -78,6 +80,10 @@ pub struct ImageSettings {
     pub plain_http: Vec<String>,
     /// PEM files with certificate authorities to trust beside the system's.
     pub ca_files: Vec<PathBuf>,
+    /// Registries that may send us to addresses that are not public, and networks where any registry may.
+    pub private_registries: Vec<PrivateRegistry>,
+    /// What is special about single registries.
+    pub registries: BTreeMap<RegistryName, RegistryTable>,
     /// For which images the host's own credentials are used.
     pub host_credentials: Vec<Pattern>,
     /// Docker or podman auth files that hold them; those that do not exist are passed over.
@@ -204,6 +210,20 @@ const DEFAULT_KEEP_FREE: Size = Size::mib(512);
 /// Short enough for a member who was removed, long enough for the jobs of one pipeline.
 const DEFAULT_AUTH_TTL: Duration = Duration::from_secs(600);
 
+/// Where docker and podman keep logins.
+fn usual_auth_files(sources: &Sources) -> Vec<PathBuf> {
+    if let Some(named) = &sources.registry_auth_file {
+        return vec![named.clone()];
+    }
+    let under_home = |path: &str| sources.home.as_ref().map(|home| home.join(path));
+    let docker = sources.docker_config.clone().or_else(|| under_home(".docker"));
+    docker
+        .map(|folder| folder.join("config.json"))
+        .into_iter()
+        .chain(under_home(".config/containers/auth.json"))
+        .collect()
+}
+
 impl Settings {
     /// Fills in the defaults and checks what no single key can tell.
     pub fn resolve(file: File, path: &Path, sources: &Sources) -> Result<Settings, Error> {
@@ -297,18 +317,18 @@ impl Settings {
             return Err(wrong("images.pull_policy names no policy".to_owned()));
         }
         let auth_ttl = file.images.auth_ttl.map_or(DEFAULT_AUTH_TTL, |s| s.0);
-        let home = sources.home.as_deref();
-        let auth_files = match file.images.auth_files {
-            named if !named.is_empty() => named,
-            _ => home
-                .map(|h| {
-                    [
-                        h.join(".docker/config.json"),
-                        h.join(".config/containers/auth.json"),
-                    ]
-                    .to_vec()
-                })
-                .unwrap_or_default(),
+        for (name, table) in &file.registry {
+            if table.client_cert.is_some() != table.client_key.is_some() {
+                return Err(wrong(format!(
+                    "registry.\"{}\": client_cert and client_key belong together",
+                    name.0
+                )));
+            }
+        }
+        let auth_files = if file.images.auth_files.is_empty() {
+            usual_auth_files(sources)
+        } else {
+            file.images.auth_files
         };
         let rules: Vec<(Pattern, ImageRules)> = file
             .image
@@ -361,6 +381,8 @@ impl Settings {
                 files: file.images.files,
                 plain_http: file.images.plain_http,
                 ca_files: file.images.ca_files,
+                private_registries: file.images.private_registries,
+                registries: file.registry,
                 host_credentials: file.images.host_credentials,
                 auth_files,
                 max_disk: file.images.max_disk.unwrap_or(DEFAULT_MAX_DISK).bytes(),

@@ -1,11 +1,13 @@
 //! The shape of `cannery.toml`: every key that there is, and nothing else.
 
+use std::collections::BTreeMap;
 use std::net::Ipv4Addr;
 use std::path::PathBuf;
 
 use serde::Deserialize;
 
 use super::pattern::Pattern;
+use super::registry::{PrivateRegistry, RegistryName, RegistryTable};
 use crate::quantity::{Size, Span};
 use crate::secret::Secret;
 
@@ -41,6 +43,8 @@ pub struct File {
     pub guest: GuestTable,
     /// What is remembered of jobs that are over.
     pub history: HistoryTable,
+    /// What is special about single registries, by `host[:port]`.
+    pub registry: BTreeMap<RegistryName, RegistryTable>,
     /// Exceptions for images, by pattern; of several that fit, the longest pattern wins, key by key.
     pub image: ImageTables,
 }
@@ -123,6 +127,8 @@ pub struct ImagesTable {
     pub plain_http: Vec<String>,
     /// PEM files with certificate authorities to trust beside the system's.
     pub ca_files: Vec<PathBuf>,
+    /// Registries that may send us to addresses that are not public, and networks where any registry may.
+    pub private_registries: Vec<PrivateRegistry>,
     /// For which images the host's own credentials are used.
     pub host_credentials: Vec<Pattern>,
     /// Docker or podman auth files that hold them.

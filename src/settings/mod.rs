@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 mod effective;
 pub mod file;
 mod pattern;
+pub mod registry;
 
 pub use effective::{
     GuestSettings, ImageRules, ImageSettings, MachineSettings, Network, OwnNetwork, Settings,
@@ -61,6 +62,10 @@ pub struct Sources {
     pub data_home: Option<PathBuf>,
     /// `$HOME`
     pub home: Option<PathBuf>,
+    /// `$REGISTRY_AUTH_FILE`, where podman and skopeo have their logins
+    pub registry_auth_file: Option<PathBuf>,
+    /// `$DOCKER_CONFIG`, the folder in which docker has them
+    pub docker_config: Option<PathBuf>,
 }
 
 /// The operator's file for the whole host.
@@ -135,6 +140,8 @@ pub fn sources(argument: Option<PathBuf>, get: impl Fn(&str) -> Option<std::ffi:
         config_home: under("XDG_CONFIG_HOME", ".config"),
         data_home: under("XDG_DATA_HOME", ".local/share"),
         home,
+        registry_auth_file: path("REGISTRY_AUTH_FILE"),
+        docker_config: path("DOCKER_CONFIG"),
     }
 }
 

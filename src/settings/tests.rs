@@ -148,3 +148,70 @@ fn the_password_is_not_in_the_debug_text() {
     );
     assert!(!format!("{s:?}").contains("hunter2"));
 }
+
+#[test]
+fn a_registry_has_a_table_of_its_own() {
+    let s = settings(
+        r#"
+        [images]
+        private_registries = ["*.corp.example", "10.0.0.0/8", "fd00::/8"]
+        [registry."docker.io"]
+        mirrors = ["mirror.example:5000", "[::1]:5000"]
+        [registry."r.example:5000"]
+        plain_http = true
+        ca_file = "/ca.pem"
+        client_cert = "/c.pem"
+        client_key = "/c.key"
+        "#,
+    )
+    .unwrap();
+    assert_eq!(
+        (s.images.registries.len(), s.images.private_registries.len()),
+        (2, 3)
+    );
+    for (text, expected) in [
+        ("[registry.\"https://r\"]", "is not a registry"),
+        ("[registry.\"r\"]\nmirrors = [\"r/team\"]", "is not a registry"),
+        ("[registry.\"r\"]\nclient_key = \"/k\"", "belong together"),
+        ("[registry.\"r\"]\nmirror = \"m\"", "unknown field"),
+        (
+            "[images]\nprivate_registries = [\"10.0.0.0/40\"]",
+            "prefix of 0 to 32",
+        ),
+        (
+            "[images]\nprivate_registries = [\"r.example/team\"]",
+            "neither host[:port] nor a network",
+        ),
+        ("[images]\nprivate_registries = [\"a[\"]", "is not a pattern"),
+    ] {
+        let error = settings(text).unwrap_err();
+        assert!(error.contains(expected), "{text}: {error}");
+    }
+}
+
+#[test]
+fn logins_are_looked_for_where_docker_and_podman_keep_them() {
+    let files = |text: &str, variables: &[(&str, &str)]| {
+        let sources = sources(None, |name| {
+            let value = variables.iter().find(|(key, _)| *key == name)?.1;
+            Some(value.into())
+        });
+        let path = Path::new("/etc/cannery/cannery.toml");
+        let settings = Settings::resolve(parse(text, path).unwrap(), path, &sources).unwrap();
+        settings.images.auth_files
+    };
+    let home = ("HOME", "/h");
+    assert_eq!(
+        files("", &[home]),
+        [
+            Path::new("/h/.docker/config.json"),
+            Path::new("/h/.config/containers/auth.json")
+        ]
+    );
+    let docker = ("DOCKER_CONFIG", "/d");
+    assert_eq!(files("", &[home, docker])[0], Path::new("/d/config.json"));
+    let podman = ("REGISTRY_AUTH_FILE", "/p.json");
+    assert_eq!(files("", &[home, docker, podman]), [Path::new("/p.json")]);
+    let named = files("[images]\nauth_files = [\"/a\"]", &[home, podman]);
+    assert_eq!(named, [Path::new("/a")]);
+}

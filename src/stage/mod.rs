@@ -18,7 +18,7 @@ mod visit;
 
 pub use cleanup::cleanup;
 pub use config::config;
-pub use order::{Order, registries};
+pub use order::Order;
 pub use prepare::prepare;
 pub use run::run;
 

@@ -1,6 +1,6 @@
 //! What a job gets: what it asked for, within what the operator's settings allow. No effects.
 
-use crate::image::{Credentials, Origin, PullPolicy, Reference, Registries};
+use crate::image::{Credentials, Origin, PullPolicy, Reference};
 use crate::job::Job;
 use crate::outcome::Failure;
 use crate::report::plain;
@@ -90,15 +90,6 @@ pub(super) fn host_credentials(settings: &ImageSettings) -> Result<Credentials, 
         credentials = credentials.or(of_host);
     }
     Ok(credentials)
-}
-
-/// How registries are spoken to.
-pub fn registries(settings: &ImageSettings) -> Result<Registries, Failure> {
-    Ok(Registries {
-        plain_http: settings.plain_http.clone(),
-        ca_files: settings.ca_files.clone(),
-        ..Registries::default()
-    })
 }
 
 /// The image that the job names, else the operator's default.
@@ -419,5 +410,34 @@ mod tests {
         let failure = Order::new(&job("null"), &settings("")).unwrap_err();
         assert_eq!(failure.fault, Fault::Author);
         assert!(failure.to_string().contains("names no image"), "{failure}");
+    }
+
+    #[test]
+    fn the_hosts_logins_serve_only_the_images_that_are_listed() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("auth.json");
+        // base64 of host:secret
+        let logins = r#"{"auths": {"registry.example.com": {"auth": "aG9zdDpzZWNyZXQ="}}}"#;
+        std::fs::write(&file, logins).unwrap();
+        let text = format!(
+            "[images]\nallow = [\"**\"]\nhost_credentials = [\"registry.example.com/vm/*\"]\nauth_files = [\"{}\"]",
+            file.display()
+        );
+        for (image, expected) in [
+            ("registry.example.com/vm/a:1", true),
+            ("registry.example.com/other/a:1", false),
+            ("registry.example.com/vm/team/a:1", false),
+            ("registry.example.com.evil.example/vm/a:1", false),
+        ] {
+            let job = job(&format!(r#"{{"name": "{image}"}}"#));
+            let settings = settings(&text);
+            let order = Order::new(&job, &settings).unwrap();
+            let credentials = order.credentials(&job, &settings.images).unwrap();
+            assert_eq!(
+                format!("{credentials:?}").contains("\"host\""),
+                expected,
+                "{image}"
+            );
+        }
     }
 }

@@ -188,7 +188,7 @@ async fn answer(
         let (first, last) = text.split_once('-').unwrap();
         (
             first.parse::<usize>().unwrap(),
-            last.parse::<usize>().unwrap() + 1,
+            last.parse::<usize>().map_or(bytes.len(), |last| last + 1),
         )
     });
     let status = match fault {

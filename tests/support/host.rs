@@ -54,7 +54,7 @@ impl Host {
             "state_dir = \"{state}\"\n\
              log_file = \"{folder}/cannery.log\"\n\
              log_filter = \"cannery=debug\"\n\
-             [images]\nlayouts = [\"{folder}/images\"]\n\
+             [images]\nlayouts = [\"{folder}/images\"]\nfiles = [\"{folder}/images\"]\n\
              [network]\nname = \"{network}\"\nsubnet = \"10.231.{third}.0/28\"\nslots = 6\nhost_ports = [{ports}]\n\
              {settings}\n",
             state = host.state().display(),

@@ -67,7 +67,8 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             disk = store.provide(&request, progress) => disk?,
             interrupted = tokio::signal::ctrl_c() => {
                 return Err(match interrupted {
-                    Ok(()) => Failure::system(format!("the pull of {name} was interrupted")),
+                    Ok(()) => Failure::system(format!("the pull of {name} was interrupted"))
+                        .hint("What was fetched is kept: the next pull goes on from there"),
                     Err(e) => Failure::system(format!("cannot listen for Ctrl-C: {e}")),
                 });
             }

@@ -35,6 +35,9 @@ const KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
 /// Layers that are done, and what they held.
 const LAYERS: &str = "layers-1.json";
 
+/// Where the bytes in the folder come from: what one repository gave is nothing that another's readers may have.
+const PLACE: &str = "place-1";
+
 /// How far the process with the lock is, for those who wait. It says nothing about what is in the folder.
 const SIGHT: &str = "sight.json";
 
@@ -128,9 +131,12 @@ impl Work {
         }
     }
 
-    /// The folder, at which nobody else looks. It is empty, or holds what an earlier process has come to.
-    pub(in crate::image) fn dir(&self) -> Result<&Path, Error> {
-        if is_worth_keeping(&self.dir) {
+    /// The folder, at which nobody else looks. It is empty, or holds what an earlier process has come to with the bytes of the
+    /// same place: a repository, a folder, an address. To go on from another's would give an image to somebody who knows no more
+    /// of it than its digest.
+    pub(in crate::image) fn dir(&self, place: &str) -> Result<&Path, Error> {
+        let begun_from = fs::read_to_string(self.dir.join(PLACE));
+        if is_worth_keeping(&self.dir) && begun_from.is_ok_and(|begun_from| begun_from == place) {
             return Ok(&self.dir);
         }
         remove(&self.dir)?;
@@ -139,6 +145,8 @@ impl Work {
         let parent = self.dir.parent().unwrap_or(&self.dir);
         fs::set_permissions(&self.dir, fs::Permissions::from_mode(inherited_mode(parent)))
             .map_err(Error::storage(&self.dir))?;
+        let note = self.dir.join(PLACE);
+        fs::write(&note, place).map_err(Error::storage(note))?;
         kill::point(Point::WorkBegun);
         Ok(&self.dir)
     }
@@ -263,7 +271,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let digest = Digest::of(b"vm");
         let first = Work::lock(dir.path(), &digest, "vm", &Silent).await.unwrap();
-        fs::write(first.dir().unwrap().join("file"), "x").unwrap();
+        fs::write(first.dir("r/vm").unwrap().join("file"), "x").unwrap();
         assert!(Work::try_lock(dir.path(), &digest).unwrap().is_none());
         assert!(
             Work::try_lock(dir.path(), &Digest::of(b"other"))
@@ -279,9 +287,11 @@ mod tests {
         let (second, ()) = tokio::join!(second, release);
         assert!(*waits.0.lock().unwrap() >= 1);
         assert_eq!(
-            fs::read_dir(second.unwrap().dir().unwrap()).unwrap().count(),
-            0,
-            "the folder is empty again"
+            fs::read_dir(second.unwrap().dir("r/vm").unwrap())
+                .unwrap()
+                .count(),
+            1,
+            "the folder has nothing but the note of its place again"
         );
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0, "nothing stays");
     }
@@ -292,18 +302,24 @@ mod tests {
         let digest = Digest::of(b"vm");
         let lock = || Work::try_lock(dir.path(), &digest).unwrap().unwrap();
         let work = lock();
-        fs::write(work.dir().unwrap().join("file.1"), "x").unwrap();
+        fs::write(work.dir("r/vm").unwrap().join("file.1"), "x").unwrap();
         work.show(Sight { done: 1, total: 2 });
         drop(work);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
         let work = lock();
-        fs::write(work.dir().unwrap().join("file.1"), "x").unwrap();
+        fs::write(work.dir("r/vm").unwrap().join("file.1"), "x").unwrap();
         assert_eq!(work.layers::<u32>(), None);
         work.keep_layers(&7).unwrap();
         drop(work);
         let work = lock();
-        assert!(work.dir().unwrap().join("file.1").exists());
+        assert!(work.dir("r/vm").unwrap().join("file.1").exists());
         assert_eq!(work.layers::<u32>(), Some(7));
+        drop(work);
+        // What came from one place is nothing to go on from for another.
+        let work = lock();
+        assert!(!work.dir("evil/vm").unwrap().join("file.1").exists());
+        assert_eq!(work.layers::<u32>(), None);
+        work.keep_layers(&7).unwrap();
         work.discard_if_old();
         drop(work);
         let work = lock();
@@ -328,7 +344,7 @@ mod tests {
                     for _ in 0..200 {
                         if let Some(work) = Work::try_lock(dir.path(), &digest).unwrap() {
                             assert_eq!(inside.fetch_add(1, SeqCst), 0);
-                            work.dir().unwrap();
+                            work.dir("r/vm").unwrap();
                             entered.fetch_add(1, SeqCst);
                             inside.fetch_sub(1, SeqCst);
                         }

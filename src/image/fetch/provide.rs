@@ -257,7 +257,7 @@ impl Pull<'_> {
                 self.progress.event(Event::Cached { digest: &digest });
                 disk
             }
-            None => self.make(&source, &digest, manifest).await?,
+            None => self.make_with_room(&source, &digest, manifest).await?,
         };
         self.note_access(&source, &digest).await?;
         if let Some(verdict) = verdict {
@@ -538,6 +538,27 @@ impl Pull<'_> {
         Ok(contents)
     }
 
+    /// Makes the disk; where there turns out to be no room, once more after others have gone for it.
+    async fn make_with_room(
+        &self,
+        source: &Source,
+        digest: &Digest,
+        manifest: Manifest,
+    ) -> Result<Disk, Error> {
+        let keep_free = self.request.limits.keep_free;
+        self.store.make_room(packed_size(&manifest), keep_free).await;
+        match self.make(source, digest, manifest.clone()).await {
+            Err(error @ Error::DiskFull { needed, .. }) => {
+                // What is needed has what must stay free in it.
+                if self.store.make_room(needed, 0).await == 0 {
+                    return Err(error);
+                }
+                self.make(source, digest, manifest).await
+            }
+            made => made,
+        }
+    }
+
     /// Makes the disk, unless another process does so in the meantime.
     async fn make(&self, source: &Source, digest: &Digest, manifest: Manifest) -> Result<Disk, Error> {
         let unsupported = |reason| Error::Unsupported {
@@ -573,7 +594,7 @@ impl Pull<'_> {
         let meter = Arc::new(Meter::default());
         let place = Workplace {
             image: self.image.clone(),
-            dir: work.dir()?.to_owned(),
+            dir: work.dir(&self.request.reference.place())?.to_owned(),
             limits: self.request.limits,
             meter: Arc::clone(&meter),
             ledger: Arc::default(),

@@ -19,11 +19,12 @@ mod push;
 mod reader;
 mod writer;
 
+#[cfg(any(test, fuzzing))]
+pub(super) use index::fuzz as fuzz_index;
+
 pub(super) use base::Known;
 pub(super) use catalogue::NAME as CHUNKS;
 pub(super) use pull::{Pull, pull};
-#[cfg(any(test, fuzzing))]
-pub(super) use index::fuzz as fuzz_index;
 pub(super) use push::{Order, push, read_base};
 pub(super) use reader::{Reader, is_native};
 pub(super) use writer::LEVEL;
@@ -45,3 +46,6 @@ pub(super) const FILES: [&str; 3] = ["disk.raw", "kernel", "initrd"];
 
 /// Most layers of an image. With them, its manifest stays below the 4 MiB that registries take.
 pub(super) const LAYERS_MAX: usize = 16_384;
+
+#[cfg(test)]
+mod tests;

@@ -33,7 +33,8 @@ pub(super) async fn tagged(
                 Err(error) => Err(error),
             }
         }
-        (Source::Layout(_), _) => Ok(None),
+        // A single file has nothing beside it that could be signed.
+        (Source::Layout(_) | Source::File(_) | Source::Web(_), _) => Ok(None),
     }
 }
 

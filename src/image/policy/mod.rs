@@ -58,7 +58,7 @@ impl<'a> Rules<'a> {
         reference: &'a Reference,
         image: &str,
     ) -> Result<Self, Error> {
-        let pinned = matches!(reference, Reference::Registry { digest: Some(_), .. });
+        let pinned = reference.digest().is_some();
         if requirements.require_digest && !pinned {
             return Err(Error::AgainstRule {
                 image: image.to_owned(),

@@ -14,7 +14,7 @@ use super::token::IDENTITY_TOKEN_USER;
 use crate::secret::Secret;
 
 /// Largest file of logins, in bytes.
-const CONFIG_MAX: usize = 1024 * 1024;
+pub(super) const CONFIG_MAX: usize = 1024 * 1024;
 
 /// Docker Hub's names: the first is the one that references carry.
 pub(super) const DOCKER_HUB: [&str; 3] = ["docker.io", "index.docker.io", "registry-1.docker.io"];
@@ -248,7 +248,7 @@ impl File {
 }
 
 /// The names under which a registry's login may stand.
-fn names(registry: &str) -> impl Iterator<Item = &str> {
+pub(super) fn names(registry: &str) -> impl Iterator<Item = &str> {
     let hub = DOCKER_HUB.contains(&registry);
     DOCKER_HUB
         .into_iter()
@@ -260,7 +260,7 @@ fn names(registry: &str) -> impl Iterator<Item = &str> {
 ///
 /// Docker writes Docker Hub as `https://index.docker.io/v1/`; with a scheme the path is the API's, without
 /// one it is podman's namespace.
-fn key(server: &str) -> String {
+pub(super) fn key(server: &str) -> String {
     let bare = server
         .strip_prefix("https://")
         .or_else(|| server.strip_prefix("http://"));

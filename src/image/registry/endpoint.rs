@@ -39,6 +39,7 @@ pub(super) struct Endpoint {
     pub(super) reach: Reach,
     pub(super) login: Option<Login>,
     tokens: Tokens,
+    purpose: Purpose,
     pub(super) gate: Arc<Gate>,
     /// Others can stand in for it.
     spare: bool,
@@ -112,6 +113,7 @@ impl Endpoint {
             clients: clients(registries, registry, &reach)?,
             gate: Gate::of(base.as_str()),
             tokens: Tokens::new(repository, purpose),
+            purpose,
             base,
             reach,
             login,
@@ -151,7 +153,6 @@ impl Endpoint {
     }
 
     /// What the registry itself is asked first, by whoever logs in.
-    #[allow(dead_code, reason = "nobody logs in yet")]
     pub(super) fn root_url(&self) -> Result<Url, Error> {
         self.resolve(&self.base, "/v2/")
     }
@@ -324,10 +325,20 @@ impl Endpoint {
     }
 
     pub(super) fn denied(&self) -> Error {
-        Error::Denied {
-            image: self.image.clone(),
-            registry: self.registry.clone(),
-            user: self.login.as_ref().map(|login| login.user.clone()),
+        let (image, registry) = (self.image.clone(), self.registry.clone());
+        let user = self.login.as_ref().map(|login| login.user.clone());
+        match self.purpose {
+            Purpose::Read => Error::Denied {
+                image,
+                registry,
+                user,
+            },
+            Purpose::Write => Error::ScopeMissing {
+                image,
+                registry,
+                user,
+                scope: self.tokens.scope().to_owned(),
+            },
         }
     }
 

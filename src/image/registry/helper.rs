@@ -1,7 +1,7 @@
 //! Runs a credential helper that a file of the host names.
 //!
-//! Source of the protocol: docker-credential-helpers (`docker-credential-NAME get`, the server on stdin, JSON
-//! on stdout).
+//! Source of the protocol: docker-credential-helpers (`docker-credential-NAME get`, `store` and `erase`:
+//! the server, or a login as JSON, on stdin, JSON on stdout).
 
 use std::io;
 use std::process::Stdio;
@@ -22,31 +22,79 @@ const DEADLINE: Duration = Duration::from_secs(30);
 /// Most that is read of an answer, in bytes.
 const ANSWER_MAX: u64 = 64 * 1024;
 
-/// Asks `docker-credential-HELPER` for a registry's login; none when it knows none.
-pub(super) async fn ask(helper: &str, registry: &str) -> Result<Option<Login>, CredentialsError> {
-    let failed = |reason: String| CredentialsError::Helper {
-        helper: helper.to_owned(),
-        registry: registry.to_owned(),
-        reason,
-    };
-    // The name that docker stores Docker Hub under.
-    let server = if DOCKER_HUB.contains(&registry) {
+/// The name under which docker keeps a registry's login.
+pub(super) fn server(registry: &str) -> &str {
+    if DOCKER_HUB.contains(&registry) {
         "https://index.docker.io/v1/"
     } else {
         registry
-    };
-    let talk = talk(Command::new(format!("docker-credential-{helper}")), server);
-    let (success, answer) = tokio::time::timeout(DEADLINE, talk)
+    }
+}
+
+/// Asks `docker-credential-HELPER` for a registry's login; none when it knows none.
+pub(super) async fn ask(helper: &str, registry: &str) -> Result<Option<Login>, CredentialsError> {
+    let (success, answer) = called(helper, registry, "get", &format!("{}\n", server(registry))).await?;
+    parse(success, &answer).map_err(|reason| failed(helper, registry, reason))
+}
+
+/// Has `docker-credential-HELPER` keep a login.
+pub(super) async fn store(
+    helper: &str,
+    registry: &str,
+    user: &str,
+    password: &Secret,
+) -> Result<(), CredentialsError> {
+    let login = serde_json::json!({
+        "ServerURL": server(registry), "Username": user, "Secret": password.reveal(),
+    });
+    match called(helper, registry, "store", &login.to_string()).await? {
+        (true, _) => Ok(()),
+        (false, _) => Err(failed(helper, registry, "it ended with an error")),
+    }
+}
+
+/// Has `docker-credential-HELPER` forget a login; false when it knew none.
+pub(super) async fn erase(helper: &str, registry: &str) -> Result<bool, CredentialsError> {
+    if ask(helper, registry).await?.is_none() {
+        return Ok(false);
+    }
+    match called(helper, registry, "erase", server(registry)).await? {
+        (true, _) => Ok(true),
+        (false, _) => Err(failed(helper, registry, "it ended with an error")),
+    }
+}
+
+fn failed(helper: &str, registry: &str, reason: impl Into<String>) -> CredentialsError {
+    CredentialsError::Helper {
+        helper: helper.to_owned(),
+        registry: registry.to_owned(),
+        reason: reason.into(),
+    }
+}
+
+async fn called(
+    helper: &str,
+    registry: &str,
+    verb: &'static str,
+    input: &str,
+) -> Result<(bool, Vec<u8>), CredentialsError> {
+    let program = Command::new(format!("docker-credential-{helper}"));
+    tokio::time::timeout(DEADLINE, talk(program, verb, input))
         .await
-        .map_err(|_| failed(format!("no answer within {} s", DEADLINE.as_secs())))?
-        .map_err(|error| failed(error.to_string()))?;
-    parse(success, &answer).map_err(|reason| failed(reason.to_owned()))
+        .map_err(|_| {
+            failed(
+                helper,
+                registry,
+                format!("no answer within {} s", DEADLINE.as_secs()),
+            )
+        })?
+        .map_err(|error| failed(helper, registry, error.to_string()))
 }
 
 /// Whether the helper ended well, and what it wrote.
-async fn talk(mut program: Command, server: &str) -> io::Result<(bool, Vec<u8>)> {
+async fn talk(mut program: Command, verb: &str, input: &str) -> io::Result<(bool, Vec<u8>)> {
     program
-        .arg("get")
+        .arg(verb)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
@@ -55,7 +103,7 @@ async fn talk(mut program: Command, server: &str) -> io::Result<(bool, Vec<u8>)>
     let mut child = program.spawn()?;
     if let Some(mut stdin) = child.stdin.take() {
         // A helper that needs no input may be gone already; its answer decides.
-        drop(stdin.write_all(format!("{server}\n").as_bytes()).await);
+        drop(stdin.write_all(input.as_bytes()).await);
     }
     let mut answer = Vec::new();
     if let Some(stdout) = child.stdout.take() {
@@ -113,7 +161,7 @@ mod tests {
         let script = r#"read server; echo "{\"ServerURL\":\"\",\"Username\":\"$0\",\"Secret\":\"$server\"}""#;
         let mut shell = Command::new("sh");
         shell.args(["-c", script]);
-        let (success, answer) = talk(shell, "r.example.com:5000").await.unwrap();
+        let (success, answer) = talk(shell, "get", "r.example.com:5000\n").await.unwrap();
         let login = parse(success, &answer).unwrap().unwrap();
         assert_eq!(
             (login.user.as_str(), login.password.reveal()),

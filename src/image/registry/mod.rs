@@ -25,6 +25,7 @@ pub(super) mod challenge;
 pub(super) mod credentials;
 mod endpoint;
 mod helper;
+mod login;
 #[allow(dead_code, reason = "nothing writes images yet")]
 mod push;
 mod range;
@@ -36,12 +37,13 @@ mod weather;
 mod web;
 
 pub(super) use endpoint::Purpose;
+pub use login::{AuthFile, Keeper, verify_login};
 pub(super) use push::Upload;
 pub(super) use referrers::Referrer;
 pub use trust::{Private, Registries, RegistryOptions};
-pub(super) use web::{Address, WebFile};
 #[cfg(any(test, fuzzing))]
 pub(super) use weather::fuzz as fuzz_retry_after;
+pub(super) use web::{Address, WebFile};
 
 use self::endpoint::{Answer, Ask, Endpoint};
 pub(super) use self::range::Ranged;
@@ -270,3 +272,6 @@ impl Endpoint {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -69,7 +69,15 @@ impl Session {
             .append_pair("mount", &digest.to_string())
             .append_pair("from", from);
         let ask = Ask::new(Method::POST, url).with(CONTENT_LENGTH, "0");
-        let answer = endpoint.persistently(async || endpoint.ask(&ask).await).await?;
+        let asked = endpoint.persistently(async || endpoint.ask(&ask).await).await;
+        let answer = match asked {
+            // No token for both: from now on only for our own again, which the upload needs.
+            Err(Error::ScopeMissing { .. }) => {
+                endpoint.tokens().no_longer_read(from).await;
+                return Ok(false);
+            }
+            asked => asked?,
+        };
         match answer.response.status() {
             StatusCode::CREATED => Ok(true),
             // It has begun an upload instead, which nobody wants.
@@ -272,7 +280,7 @@ impl Upload {
                         continue;
                     }
                     // Whatever goes wrong from here on, how far it went is for the registry to say.
-                    unsure = self.url.is_some();
+                    unsure = true;
                     let rest = usize::try_from(self.sent - begin).unwrap_or(usize::MAX);
                     self.patch(held.slice(rest.min(held.len())..), begin, end).await?;
                     unsure = false;
@@ -403,14 +411,7 @@ impl Endpoint {
     async fn refusal(&self, answer: Answer, what: &'static str) -> Failure {
         let status = answer.response.status();
         match status {
-            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if answer.home => {
-                Failure::Final(Error::ScopeMissing {
-                    image: self.image.clone(),
-                    registry: self.registry.clone(),
-                    user: self.login.as_ref().map(|login| login.user.clone()),
-                    scope: self.tokens().scope().to_owned(),
-                })
-            }
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN if answer.home => Failure::Final(self.denied()),
             _ => {
                 let told = Body::new(answer.response).whole(REFUSAL_MAX).await;
                 let told = told.ok().and_then(|bytes| told_reason(&bytes));

@@ -1,10 +1,13 @@
 //! What refers to a manifest: signatures, bills of materials (OCI distribution specification 1.1, "Listing Referrers").
 
+use std::sync::atomic::Ordering;
+
 use serde::Deserialize;
 
 use super::super::digest::Digest;
 use super::super::error::Error;
 use super::super::manifest::{Descriptor, OCI_IMAGE_INDEX_MEDIA_TYPE};
+use super::endpoint::Endpoint;
 use super::{MANIFESTS, Session};
 
 /// Most pages of referrers that are read.
@@ -23,41 +26,72 @@ pub(in crate::image) struct Referrer {
 impl Session {
     /// The manifest or index with another tag of the repository; none when there is none.
     pub(in crate::image) async fn tagged(&self, tag: &str) -> Result<Option<Vec<u8>>, Error> {
-        let endpoint = self.endpoint();
-        let url = endpoint.url(&format!("manifests/{tag}"))?;
-        let page = endpoint.page(url, &MANIFESTS.join(", ")).await?;
-        Ok(page.map(|(bytes, _)| bytes))
+        self.first_that_knows(async |endpoint: &Endpoint| {
+            let url = endpoint.url(&format!("manifests/{tag}"))?;
+            let page = endpoint.page(url, &MANIFESTS.join(", ")).await?;
+            Ok(page.map(|(bytes, _)| bytes))
+        })
+        .await
     }
 
     /// Everything that refers to a manifest of the repository. A registry that does not know the question is asked for the
     /// tag that stands in for it.
+    ///
+    /// A mirror that knows of none is not the last word: mirrors often copy images without what refers to them.
     pub(in crate::image) async fn referrers(&self, digest: &Digest) -> Result<Vec<Referrer>, Error> {
-        let endpoint = self.endpoint();
+        let found = self.first_that_knows(async |endpoint: &Endpoint| {
+            let found = endpoint.referrers(digest).await?;
+            Ok((!found.is_empty()).then_some(found))
+        });
+        Ok(found.await?.unwrap_or_default())
+    }
+
+    /// Asks the endpoint that serves, and then those that it stands in for. What the registry itself says is the last word.
+    async fn first_that_knows<T>(
+        &self,
+        ask: impl AsyncFn(&Endpoint) -> Result<Option<T>, Error>,
+    ) -> Result<Option<T>, Error> {
+        let serving = self.serving.load(Ordering::Relaxed);
+        let mut last = Ok(None);
+        for endpoint in &self.endpoints[serving..] {
+            last = ask(endpoint).await;
+            match &last {
+                Ok(None) => {}
+                Err(error) if error.lets_the_next_endpoint_try() => {}
+                Ok(Some(_)) | Err(_) => break,
+            }
+        }
+        last
+    }
+}
+
+impl Endpoint {
+    async fn referrers(&self, digest: &Digest) -> Result<Vec<Referrer>, Error> {
         let mut found = Vec::new();
-        let mut next = Some(endpoint.url(&format!("referrers/{digest}"))?);
+        let mut next = Some(self.url(&format!("referrers/{digest}"))?);
         let mut fallback = true;
         for _ in 0..PAGES_MAX {
             let Some(url) = next.take() else {
                 return Ok(found);
             };
-            let mut page = endpoint.page(url, OCI_IMAGE_INDEX_MEDIA_TYPE).await?;
+            let mut page = self.page(url, OCI_IMAGE_INDEX_MEDIA_TYPE).await?;
             if page.is_none() && fallback {
-                let tag = endpoint.url(&format!("manifests/sha256-{}", digest.hex()))?;
-                page = endpoint.page(tag, OCI_IMAGE_INDEX_MEDIA_TYPE).await?;
+                let tag = self.url(&format!("manifests/sha256-{}", digest.hex()))?;
+                page = self.page(tag, OCI_IMAGE_INDEX_MEDIA_TYPE).await?;
             }
             fallback = false;
             let Some((bytes, following)) = page else {
                 return Ok(found);
             };
             found.extend(parse(&bytes).ok_or_else(|| {
-                endpoint.unreachable(format!("its list of referrers of {digest} cannot be read"))
+                self.unreachable(format!("its list of referrers of {digest} cannot be read"))
             })?);
             if found.len() > REFERRERS_MAX {
                 break;
             }
             next = following;
         }
-        Err(endpoint.unreachable(format!(
+        Err(self.unreachable(format!(
             "it lists more than {REFERRERS_MAX} referrers of {digest}"
         )))
     }

@@ -96,6 +96,13 @@ impl Tokens {
         }
     }
 
+    /// This repository is none of ours to read after all.
+    pub(super) async fn no_longer_read(&self, repository: &str) {
+        let mut state = self.state.lock().await;
+        state.sources.remove(repository);
+        state.held = None;
+    }
+
     /// What the next request takes along; nothing before the registry has asked.
     pub(super) async fn current(&self, endpoint: &Endpoint) -> Result<Option<HeaderValue>, Failure> {
         let mut state = self.state.lock().await;

@@ -294,6 +294,20 @@ fn contains(network: IpAddr, prefix: u8, address: IpAddr) -> bool {
 /// Looks names up for connections to what a registry named.
 pub(super) struct GuardedResolver {
     pub(super) reach: Reach,
+    /// Hosts that the operator has us go through: their own addresses are no registry's choice.
+    proxies: Vec<String>,
+}
+
+/// The proxies that the HTTP client takes from the environment.
+fn proxies() -> Vec<String> {
+    let matcher = hyper_util::client::proxy::matcher::Matcher::from_env();
+    ["http://registry.invalid/", "https://registry.invalid/"]
+        .iter()
+        .filter_map(|address| {
+            let proxy = matcher.intercept(&address.parse().ok()?)?;
+            proxy.uri().host().map(str::to_owned)
+        })
+        .collect()
 }
 
 impl fmt::Debug for GuardedResolver {
@@ -305,10 +319,15 @@ impl fmt::Debug for GuardedResolver {
 impl Resolve for GuardedResolver {
     fn resolve(&self, name: Name) -> Resolving {
         let reach = self.reach.clone();
+        let is_proxy = self.proxies.iter().any(|proxy| proxy == name.as_str());
         Box::pin(async move {
             let host = name.as_str().to_owned();
             let found: Vec<SocketAddr> = tokio::net::lookup_host((host.as_str(), 0)).await?.collect();
-            let chosen = reach.choose(&host, found)?;
+            let chosen = if is_proxy {
+                found
+            } else {
+                reach.choose(&host, found)?
+            };
             Ok(Box::new(chosen.into_iter()) as reqwest::dns::Addrs)
         })
     }
@@ -316,7 +335,10 @@ impl Resolve for GuardedResolver {
 
 /// Shares a resolver with a client.
 pub(super) fn guarded(reach: &Reach) -> Arc<GuardedResolver> {
-    Arc::new(GuardedResolver { reach: reach.clone() })
+    Arc::new(GuardedResolver {
+        reach: reach.clone(),
+        proxies: proxies(),
+    })
 }
 
 /// Where a registry really answers: Docker Hub's API is at another name than its images'.

@@ -6,6 +6,8 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
+use std::pin::Pin;
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use jiff::{SignedDuration, Timestamp};
@@ -80,6 +82,13 @@ impl std::fmt::Display for Reason {
             Reason::Room => "it was used least recently, and room was wanted",
         })
     }
+}
+
+/// Removes images for one that is coming. The store asks; only others know which images are in use.
+pub trait MakeRoom: std::fmt::Debug + Send + Sync {
+    /// Removes images until `lacking` bytes are free beyond those that are, and all images with `coming` bytes more are within
+    /// the operator's budget. Nothing goes if that cannot be reached. How many bytes were freed.
+    fn make_room(&self, coming: u64, lacking: u64) -> Pin<Box<dyn Future<Output = u64> + Send + '_>>;
 }
 
 /// One image that is to go.
@@ -171,6 +180,22 @@ fn newest(images: &[Candidate], count: usize) -> BTreeSet<Digest> {
 }
 
 impl Store {
+    /// The same store, which has images removed where one that is coming needs the room.
+    #[must_use]
+    pub fn with_room_by(mut self, maker: Arc<dyn MakeRoom>) -> Self {
+        self.maker = Some(maker);
+        self
+    }
+
+    /// Has room made for an image of at least so many bytes, beside what must stay free. How many bytes were freed.
+    pub(in crate::image) async fn make_room(&self, coming: u64, keep_free: u64) -> u64 {
+        let Some(maker) = &self.maker else { return 0 };
+        // Where it cannot be told, whoever writes will say so.
+        let free = fs4::available_space(&self.dir).unwrap_or(u64::MAX);
+        let lacking = coming.saturating_add(keep_free).saturating_sub(free);
+        maker.make_room(coming, lacking).await
+    }
+
     /// Removes an image with its names, unless it is leased or pinned, or `kept` says otherwise once nobody can begin to use it
     /// any more. Whether it was removed; false also when it was not here.
     ///

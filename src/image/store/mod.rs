@@ -23,6 +23,7 @@
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -49,7 +50,7 @@ mod verify;
 
 pub use access::Asker;
 pub(super) use access::{Plea, Standing};
-pub use collect::{Candidate, Going, Policy, Reason, plan};
+pub use collect::{Candidate, Going, MakeRoom, Policy, Reason, plan};
 pub(super) use files::{inherited_mode, remove};
 use files::{make_dirs, read_record, serialised, sync_dir, write_synced};
 pub use inventory::Held;
@@ -65,6 +66,8 @@ pub(super) const VERSION: u32 = 1;
 #[derive(Debug, Clone)]
 pub struct Store {
     dir: PathBuf,
+    /// Who removes images where one that is coming needs the room.
+    maker: Option<Arc<dyn MakeRoom>>,
 }
 
 /// A verified, read-only disk in the store.
@@ -149,7 +152,10 @@ impl Store {
     /// # Errors
     /// [`Error::Storage`] when the folder cannot be made or read.
     pub fn open(dir: &Path) -> Result<Self, Error> {
-        let store = Self { dir: dir.to_owned() };
+        let store = Self {
+            dir: dir.to_owned(),
+            maker: None,
+        };
         make_dirs(dir, &hidden)?;
         for part in ["blobs/sha256", "disks", "refs", "partial"] {
             make_dirs(&dir.join(part), &hidden)?;

@@ -104,7 +104,7 @@ pub async fn write(
             digest: None,
             ..
         } => tag,
-        Reference::Registry { .. } => {
+        Reference::Registry { .. } | Reference::File { .. } | Reference::Web { .. } => {
             return Err(Error::Unnameable {
                 image: to.reference.to_string(),
             });

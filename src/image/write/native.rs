@@ -171,6 +171,10 @@ impl Work<'_> {
                 .await?;
                 Ok(Source::Registry(Box::new(session)))
             }
+            // Nothing is written there, and no manifest is there to build upon.
+            Reference::File { .. } | Reference::Web { .. } => Err(Error::Unnameable {
+                image: image.to_owned(),
+            }),
         }
     }
 }
