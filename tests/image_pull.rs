@@ -74,6 +74,7 @@ impl Bench {
 
     fn request(&self, tag: &str) -> Request {
         Request {
+            requirements: cannery::image::Requirements::default(),
             reference: format!("{}/vm:{tag}", self.registry.host).parse().unwrap(),
             architecture: "x86_64".to_owned(),
             policies: vec![PullPolicy::Always],

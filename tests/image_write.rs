@@ -85,7 +85,7 @@ fn what_cannot_be_written_is_refused_in_a_sentence() {
         (push(&disk, &target, "raw", &[]), "not written as raw"),
         (
             push(&disk, &pinned, "qcow2", &[]),
-            "a digest is what an image turns out to have",
+            "written to tags",
         ),
         (
             push(&disk, &target, "qcow2", &["--base", "a:1"]),

@@ -157,9 +157,11 @@ pub async fn import(
             granted: &Granted {
                 cpus: machine
                     .cpus
-                    .or(disk.hints.cpus)
-                    .unwrap_or(machine.max_cpus)
-                    .min(machine.max_cpus),
+                    .or(disk
+                        .hints
+                        .cpus
+                        .map(|wished| wished.min(machine.max_cpus.max(MachineSettings::DEFAULT_CPUS))))
+                    .unwrap_or(MachineSettings::DEFAULT_CPUS),
                 memory: memory(&machine, disk),
                 disk: Size::from_bytes(disk.virtual_size),
             },

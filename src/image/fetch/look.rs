@@ -95,7 +95,7 @@ impl Store {
         };
         let read = format::parse_config(&config, format::described(kind, &manifest)).unwrap_or_default();
         Ok(Sight {
-            reference: image,
+            reference: image.clone(),
             digest,
             format: kind.to_string(),
             platform: [read.os, read.architecture]
