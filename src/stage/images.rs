@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::order;
 use crate::image::{
-    Asker, Credentials, Limits, MakeRoom, PullPolicy, Reference, Registries, RegistryOptions, Request, Requirements,
-    Store,
+    Asker, Credentials, Limits, MakeRoom, PullPolicy, Reference, Registries, RegistryOptions, Request,
+    Requirements, Store,
 };
 use crate::outcome::Failure;
 use crate::reap::Images;

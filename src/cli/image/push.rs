@@ -60,7 +60,7 @@ pub(super) async fn send(
     let lines = Lines::new(&name, &context.log);
     let progress: &dyn Progress = if quiet { &Silent } else { &lines };
     let credentials = images::credentials(settings)?;
-    let registries = crate::stage::registries(&settings.images)?;
+    let registries = images::registries(settings)?;
     let to = Addressee {
         reference: target,
         credentials: &credentials,
