@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use cannery::image::{
     Asker, Credentials, Disk, Error, Limits, Origin, PullPolicy, Registries, RegistryOptions, Request,
-    Silent, Store,
+    Requirements, Silent, Store,
 };
 use cannery::secret::Secret;
 use https_fixture::{Answer, Authority, Seen, Server, Speech};
@@ -102,6 +102,7 @@ impl Puller {
                 keep_free: 0,
             },
             asker: Asker::Operator,
+            requirements: Requirements::default(),
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
