@@ -9,7 +9,6 @@ mod faulty_registry;
 #[allow(dead_code, reason = "each suite uses its part of the fixture")]
 mod image_fixture;
 
-use std::path::Path;
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
@@ -25,9 +24,6 @@ const CHECKPOINT: u64 = 64 << 20;
 
 /// Where the registry falls silent: behind a checkpoint and all that is on its way.
 const HELD: u64 = CHECKPOINT + (48 << 20);
-
-/// What a pull holds in memory on its way, in bytes: parts, channels, blocks.
-const ON_THE_WAY: u64 = 64 << 20;
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -133,16 +129,15 @@ fn disk(seed: u64, length: usize) -> Vec<u8> {
 
 #[test]
 fn whatever_the_registry_does_the_image_is_whole_or_the_error_is_clear() {
-    let bytes = disk(3, 20 << 20);
     let bench = Bench::new();
-    for seed in [11, 12, 13] {
+    for (seed, fault) in (21..).zip(Fault::ALL) {
         let tag = format!("seed-{seed}");
-        bench.add(&tag, &disk(seed, 20 << 20), OCI_TAR_GZIP);
-        bench.registry.misbehave(seed, 40, &Fault::ALL);
-        let bytes = disk(seed, 20 << 20);
+        let bytes = disk(seed, 17 << 20);
+        bench.add(&tag, &bytes, OCI_TAR_GZIP);
+        bench.registry.misbehave(seed, 50, &[fault]);
         let mut errors = Vec::new();
         let whole = loop {
-            if errors.len() == 4 {
+            if errors.len() == 2 {
                 bench.registry.misbehave(seed, 0, &[]);
             }
             match bench.pull(&tag) {
@@ -150,24 +145,23 @@ fn whatever_the_registry_does_the_image_is_whole_or_the_error_is_clear() {
                 Err(error) => {
                     assert!(
                         matches!(error, Error::Unreachable { .. } | Error::Corrupt { .. }),
-                        "seed {seed}: {error}"
+                        "{fault:?}, seed {seed}: {error}"
                     );
                     errors.push(error.to_string());
                 }
             }
-            assert!(errors.len() <= 5, "seed {seed}: {errors:?}");
+            // A later pull succeeds, and nobody has to tidy up before.
+            assert!(errors.len() <= 2, "{fault:?}, seed {seed}: {errors:?}");
         };
-        assert!(is(&whole, &bytes), "seed {seed}");
-        eprintln!(
-            "seed {seed}: {} errors, met {:?}",
-            errors.len(),
-            bench.registry.met()
-        );
+        assert!(is(&whole, &bytes), "{fault:?}, seed {seed}");
+        eprintln!("{fault:?}, seed {seed}: {errors:?}");
     }
-    assert!(bench.registry.met().len() >= 5, "{:?}", bench.registry.met());
-    bench.add("good", &bytes, OCI_TAR_GZIP);
-    bench.registry.misbehave(1, 0, &[]);
-    assert!(is(&bench.pull("good").unwrap(), &bytes));
+    assert_eq!(
+        bench.registry.met().len(),
+        Fault::ALL.len(),
+        "{:?}",
+        bench.registry.met()
+    );
 }
 
 #[test]
@@ -211,16 +205,17 @@ fn a_pull_that_was_cut_off_goes_on_from_its_last_checkpoint() {
 
 #[test]
 fn who_waits_is_told_how_far_the_other_is() {
-    let bytes = disk(1, 24 << 20);
+    let bytes = disk(1, 44 << 20);
     let bench = Bench::new();
     bench.add("1", &bytes, OCI_TAR);
-    bench.registry.hold_after(Some(16 << 20));
+    // More than what is on its way at once, so that something has arrived.
+    bench.registry.hold_after(Some(38 << 20));
     let waiting = Notes::default();
     std::thread::scope(|scope| {
         let first = scope.spawn(|| bench.pull("1").unwrap());
         let begin = Instant::now();
         let second = bench.pull_until("1", &waiting, || {
-            assert!(begin.elapsed() < Duration::from_secs(60), "nobody waited");
+            assert!(begin.elapsed() < Duration::from_secs(150), "nobody waited");
             waiting
                 .waiting
                 .lock()
@@ -234,23 +229,4 @@ fn who_waits_is_told_how_far_the_other_is() {
     });
     let (done, total) = *waiting.waiting.lock().unwrap().last().unwrap();
     assert!(done < total && total > bytes.len() as u64, "{done} of {total}");
-}
-
-/// The most memory that this process has had, in bytes.
-fn peak() -> u64 {
-    let status = std::fs::read_to_string(Path::new("/proc/self/status")).unwrap();
-    let line = status.lines().find(|line| line.starts_with("VmHWM:")).unwrap();
-    let kib: u64 = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-    kib << 10
-}
-
-#[test]
-fn memory_does_not_grow_with_the_image() {
-    let bench = Bench::new();
-    bench.add("1", &disk(1, 200 << 20), OCI_TAR_GZIP);
-    let before = peak();
-    bench.pull("1").unwrap();
-    let grown = peak() - before;
-    eprintln!("{} MiB more than before", grown >> 20);
-    assert!(grown < 2 * ON_THE_WAY, "{grown}");
 }

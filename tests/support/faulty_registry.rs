@@ -61,6 +61,8 @@ struct Inner {
     /// Faults in a hundred answers.
     rate: u64,
     faults: Vec<Fault>,
+    /// The next answer is one, whatever the numbers say.
+    surely: bool,
     met: Vec<Fault>,
     /// Nothing more is sent of layers after so many bytes.
     hold_after: Option<u64>,
@@ -117,10 +119,11 @@ impl Registry {
         inner.content.insert(tag.to_owned(), manifest);
     }
 
-    /// From now on, so many of a hundred answers for layers are one of these faults.
+    /// From now on, the first and so many of a hundred answers for layers are one of these faults.
     pub fn misbehave(&self, seed: u64, rate: u64, faults: &[Fault]) {
         let mut inner = self.inner.lock().unwrap();
         (inner.seed, inner.rate, inner.faults) = (seed | 1, rate, faults.to_vec());
+        inner.surely = true;
     }
 
     /// Stops in the middle of a layer after so many bytes from now, until it is told otherwise.
@@ -154,7 +157,8 @@ impl Inner {
     }
 
     fn fault(&mut self, part: bool) -> Option<Fault> {
-        if self.faults.is_empty() || self.random() % 100 >= self.rate {
+        let chosen = self.random() % 100 < self.rate || std::mem::take(&mut self.surely);
+        if self.faults.is_empty() || !chosen {
             return None;
         }
         let number = usize::try_from(self.random()).unwrap() % self.faults.len();

@@ -237,7 +237,7 @@ mod tests {
         while bytes.len() < length {
             state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
             if state >> 30 == 0 {
-                bytes.extend((0..200_u32).map(|n| (state.rotate_left(n % 32) ^ n) as u8));
+                bytes.extend((0..200_u32).map(|n| (state.rotate_left(n % 32) ^ n).to_le_bytes()[0]));
             } else {
                 bytes.extend(format!("line {} of a file, {}\n", state >> 20, state % 7).bytes());
             }
