@@ -12,7 +12,9 @@ use crate::image::manifest::{self, Descriptor, Document, Manifest, OCI_IMAGE_MED
 use crate::image::registry::Registries;
 use crate::image::registry::credentials::Credentials;
 use crate::image::write::Guest;
-use crate::image::{Asker, Digest, Disk, Error, Limits, PullPolicy, Reference, Request, Requirements, Silent, Store};
+use crate::image::{
+    Asker, Digest, Disk, Error, Limits, PullPolicy, Reference, Request, Requirements, Silent, Store,
+};
 
 /// A folder with a layout, a store, and files to push.
 struct Bench {
