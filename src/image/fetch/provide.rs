@@ -495,7 +495,7 @@ impl Pull<'_> {
                     total,
                     progress: self.progress,
                 };
-                let files = native::pull(pull, reader).await?;
+                let files = native::pull(pull, *reader).await?;
                 (guess, Selected::made(files, &place.dir))
             }
         };
