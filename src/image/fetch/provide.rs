@@ -626,7 +626,7 @@ impl Pull<'_> {
                     total,
                     progress: &shown,
                 };
-                let files = native::pull(pull, reader).await?;
+                let files = native::pull(pull, *reader).await?;
                 (guess, Selected::made(files, &place.dir))
             }
         };

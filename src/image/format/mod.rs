@@ -67,7 +67,7 @@ pub(super) enum Parts {
     /// In any order.
     Pieces(Pieces),
     /// In any order within each part of the index, which is read as it is needed.
-    Indexed(native::Reader),
+    Indexed(Box<native::Reader>),
 }
 
 /// What is known of an image before its disk is fetched.
@@ -167,7 +167,7 @@ pub(super) fn recipe(format: Format, facts: &Facts<'_>) -> Result<Recipe, Error>
     let (own, parts) = match format {
         Format::Native => {
             let reader = native::Reader::new(facts.manifest).map_err(|reason| facts.malformed(reason))?;
-            (Hints::default(), Parts::Indexed(reader))
+            (Hints::default(), Parts::Indexed(Box::new(reader)))
         }
         Format::ContainerDisk | Format::Plain | Format::PodmanMachine => {
             (Hints::default(), plain::streams(facts)?)

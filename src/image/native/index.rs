@@ -354,14 +354,14 @@ mod tests {
         };
         assert!(change(|s| s.file_length = 1 << 39).contains("outside of its file"));
         assert!(change(|s| s.chunks[0].length = 0).contains("impossible length"));
-        assert!(change(|s| s.chunks[0].length = u32::MAX).contains("impossible length"));
+        assert!(change(|s| s.chunks[3].length = u32::MAX).contains("impossible length"));
         assert!(change(|s| s.chunks[1].packed_length = 0).contains("frame of an impossible length"));
         assert!(
             change(|s| s.chunks[1].packed_length = 4096 + 32 + 1025)
                 .contains("frame of an impossible length")
         );
         assert!(change(|s| s.packs.push(Digest::of(b"three"))).contains("does not use"));
-        assert!(change(|s| s.chunks[3].at = u64::MAX).contains("outside of its file"));
+        assert!(change(|s| s.chunks[3].at = u64::MAX - 512).contains("outside of its file"));
 
         let plain = plain(&segment());
         for cut in 0..plain.len() {
@@ -396,9 +396,12 @@ mod tests {
     #[test]
     fn a_bomb_is_cut_off() {
         let zeros = vec![0; 64 << 20];
-        let bomb = zstd::bulk::compress(&zeros, 19).unwrap();
+        let bomb = zstd::bulk::compress(&zeros, 1).unwrap();
         assert!(bomb.len() < 16 << 10);
         assert!(decode(&bomb).unwrap_err().contains("more than"));
+        // One that wants a window of 64 MiB is not even begun.
+        let wide = zstd::bulk::compress(&zeros, 19).unwrap();
+        assert!(decode(&wide).unwrap_err().contains("cannot be unpacked"));
         assert!(decode(b"no zstd").is_err());
         assert!(decode(b"").is_err());
     }
