@@ -83,10 +83,7 @@ fn what_cannot_be_written_is_refused_in_a_sentence() {
             "NAME=VALUE",
         ),
         (push(&disk, &target, "raw", &[]), "not written as raw"),
-        (
-            push(&disk, &pinned, "qcow2", &[]),
-            "written to tags",
-        ),
+        (push(&disk, &pinned, "qcow2", &[]), "written to tags"),
         (
             push(&disk, &target, "qcow2", &["--base", "a:1"]),
             "only a native image",

@@ -156,6 +156,7 @@ mod tests {
             path: "/disk".into(),
             format: DiskFormat::Raw,
             image_format: None,
+            lease: None,
             virtual_size: 1 << 20,
             boot: None,
             hints: Hints {
