@@ -86,7 +86,7 @@ fn what_cannot_be_written_is_refused_in_a_sentence() {
         (push(&disk, &pinned, "qcow2", &[]), "written to tags"),
         (
             push(&disk, &target, "qcow2", &["--base", "a:1"]),
-            "only a native image",
+            "a native image builds upon another",
         ),
         (push(&vmdk, &target, "qcow2", &[]), "vmdk"),
         (push("/nowhere/disk", &target, "qcow2", &[]), "/nowhere/disk"),
@@ -202,7 +202,7 @@ fn what_an_image_is_can_be_asked_without_fetching_it() {
         digest.as_str(),
         "container-disk",
         "linux/amd64",
-        "512 MiB",
+        "512.0 MiB",
         "uefi",
         "User:     ci",
         "a = b",
