@@ -632,6 +632,7 @@ impl Pull<'_> {
         };
         // Before the image can be seen: whoever waits for it must not think that it came from nowhere.
         self.note_origin(source, digest).await?;
+        let _held_until_given = self.store.lease_unfinished(&place.dir)?;
         let finished = Finished {
             store: self.store.clone(),
             place,

@@ -54,6 +54,15 @@ impl Store {
         }))
     }
 
+    /// Leases an image in the making by its folder, before anybody can see it: it is not removed between the moment at which it
+    /// appears and the one at which it is given to whoever made it.
+    pub(in crate::image) fn lease_unfinished(&self, work: &Path) -> Result<Option<Lease>, Error> {
+        let locked = lock(work, File::try_lock_shared)?;
+        Ok(locked.map(|folder| Lease {
+            _folder: Arc::new(folder),
+        }))
+    }
+
     /// Locks an image against leases; none when it is not here, or leased.
     pub(super) fn alone(&self, digest: &Digest) -> Result<Option<Alone>, Error> {
         let locked = lock(&self.disk_dir(digest), File::try_lock)?;
