@@ -166,7 +166,6 @@ mod tests {
             },
             fetched_bytes: 0,
             from_cache: true,
-            lease: None,
         };
         let silent = disk(None, None);
         let old = disk(Some(image::DiskBus::Sata), Some(image::Nic::E1000e));
