@@ -91,7 +91,7 @@ impl Puller {
     fn pull(&self, host: &str) -> Result<Disk, Error> {
         let store = tempfile::tempdir_in(self.dir.path()).unwrap().keep();
         let request = Request {
-            requirements: cannery::image::Requirements::default(),
+            requirements: Requirements::default(),
             reference: format!("{host}/vm:1").parse().unwrap(),
             architecture: "x86_64".to_owned(),
             policies: vec![PullPolicy::Always],
@@ -102,7 +102,6 @@ impl Puller {
                 keep_free: 0,
             },
             asker: Asker::Operator,
-            requirements: Requirements::default(),
         };
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()

@@ -223,11 +223,10 @@ async fn everybody_waits_when_a_registry_asks_for_a_pause() {
     let session = session(&server.host(), "vm", &Credentials::none()).await;
     let layer = descriptor(&data);
     let width = session.width();
-    let read_part = async |number: u64| {
+    let read_part = async |number: usize| {
         let begin = number * 1000;
-        assert!(
-            read(&session, &layer, begin..begin + 1000).await == data[begin as usize..begin as usize + 1000]
-        );
+        let range = begin as u64..begin as u64 + 1000;
+        assert!(read(&session, &layer, range).await == data[begin..begin + 1000]);
     };
     for number in 0..3 {
         read_part(number).await;
