@@ -107,6 +107,7 @@ impl Bench {
 
     fn ask_and_hear(&self, reference: &str, job: &Job, progress: &Offline) -> Result<Disk, Error> {
         let request = Request {
+            requirements: cannery::image::Requirements::default(),
             reference: reference.parse().unwrap(),
             architecture: "x86_64".to_owned(),
             policies: job.policies.clone(),
