@@ -147,6 +147,7 @@ fn disk(seed: u64) -> Vec<u8> {
 
 fn request(reference: &str) -> Request {
     Request {
+        requirements: cannery::image::Requirements::default(),
         reference: reference.parse().unwrap(),
         architecture: "x86_64".to_owned(),
         policies: vec![PullPolicy::IfNotPresent],

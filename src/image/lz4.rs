@@ -105,15 +105,22 @@ impl<R: Read> Read for Apple<R> {
 
 /// Unpacks LZ4 frames, one behind the other.
 ///
-/// A frame names its own block size, at most 4 MiB (8 MiB in an old form), which bounds the decoder's memory.
+/// A frame names its own block size, at most 4 MiB, which bounds the decoder's memory. Frames of the old form (`lz4 -l`), whose
+/// blocks have 8 MiB, are refused: the decoder fails an assertion where one of another form follows.
 pub(super) struct Frames<R: Read> {
     decoder: lz4_flex::frame::FrameDecoder<BufReader<R>>,
+    /// Does a frame begin with the next byte?
+    between: bool,
 }
+
+/// The first byte of a frame of the old form.
+const LEGACY: u8 = 0x02;
 
 impl<R: Read> Frames<R> {
     pub(super) fn new(inner: R) -> Self {
         Self {
             decoder: lz4_flex::frame::FrameDecoder::new(BufReader::new(inner)),
+            between: true,
         }
     }
 }
@@ -121,7 +128,11 @@ impl<R: Read> Frames<R> {
 impl<R: Read> Read for Frames<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         loop {
+            if self.between && self.decoder.get_mut().fill_buf()?.first() == Some(&LEGACY) {
+                return Err(broken("its LZ4 frames are of the old form; pack it without -l"));
+            }
             let count = self.decoder.read(buffer)?;
+            self.between = count == 0;
             // The decoder pauses at the end of each frame; whether another one follows, the input says.
             if count > 0 || buffer.is_empty() || self.decoder.get_mut().fill_buf()?.is_empty() {
                 return Ok(count);

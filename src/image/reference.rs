@@ -241,6 +241,10 @@ fn parse_registry(text: &str) -> Result<Reference, &'static str> {
             "an image is written [registry[:port]/]repository[:tag][@sha256:digest]"
         }
     })?;
+    // The parser takes a first part without a dot for a registry while it looks for capitals, and for a repository then.
+    if parsed.repository().bytes().any(|b| b.is_ascii_uppercase()) {
+        return Err("a repository has no capital letters");
+    }
     let digest = match parsed.digest() {
         Some(digest) => Some(
             digest

@@ -52,6 +52,8 @@ pub(super) struct Entry {
 pub(super) struct Archive<'a, R> {
     inner: R,
     image: &'a str,
+    /// Bytes that may still be passed over.
+    idle: u64,
     /// Bytes of the current entry that nobody has read, and of the padding behind it.
     body: u64,
     padding: u64,
@@ -93,8 +95,10 @@ struct Extended {
 }
 
 impl<'a, R: Read> Archive<'a, R> {
-    pub(super) fn new(inner: R, image: &'a str) -> Self {
+    /// `idle` is how many bytes may be passed over, being none that anybody reads.
+    pub(super) fn new(inner: R, image: &'a str, idle: u64) -> Self {
         Self {
+            idle,
             inner,
             image,
             body: 0,
@@ -301,6 +305,10 @@ impl<'a, R: Read> Archive<'a, R> {
     /// Passes over what is left of the current entry.
     fn skip(&mut self) -> Result<(), Error> {
         let left = self.body + self.padding;
+        self.idle = self
+            .idle
+            .checked_sub(self.body)
+            .ok_or_else(|| self.hostile(Hostility::Bomb))?;
         let skipped = io::copy(&mut (&mut self.inner).take(left), &mut io::sink())
             .map_err(|error| unreadable(self.image, error))?;
         // An archive may end without the padding of its last entry, never inside of it.

@@ -18,15 +18,16 @@ pub(super) fn is_disk(path: &str) -> bool {
     path.strip_prefix("disk/").is_some_and(|name| !name.contains('/'))
 }
 
-/// Takes the files that we need out of one layer.
+/// Takes the files that we need out of one layer, passing over at most `idle` bytes of others.
 pub(super) fn take(
     layer: &mut impl Read,
     number: usize,
     boot: &BootFiles,
     place: &Workplace,
     contents: &mut Contents,
+    idle: u64,
 ) -> Result<(), Error> {
-    let mut archive = Archive::new(layer, &place.image);
+    let mut archive = Archive::new(layer, &place.image, idle);
     while let Some(entry) = archive.next()? {
         let (parent, name) = entry.path.rsplit_once('/').unwrap_or(("", &entry.path));
         if name == OPAQUE {

@@ -3,6 +3,7 @@
 //! Nothing in it reaches libvirt. Its paths, devices and arguments are not even looked at; a machine is always built from our own
 //! description, and these wishes stand below the operator's settings. Source: libvirt's `formatdomain`.
 
+use crate::image::error::quoted;
 use quick_xml::Reader;
 use quick_xml::XmlVersion;
 use quick_xml::events::{BytesStart, Event};
@@ -34,7 +35,7 @@ pub(super) fn read(document: &[u8]) -> Result<Found, String> {
     loop {
         let event = reader
             .read_event()
-            .map_err(|error| format!("its libvirt domain is no XML ({error})"))?;
+            .map_err(|error| format!("its libvirt domain is no XML: {}", quoted(&error.to_string())))?;
         match event {
             Event::Start(element) => walk.enter(&element)?,
             Event::Empty(element) => {
@@ -147,8 +148,12 @@ impl Walk {
 }
 
 fn attribute(element: &BytesStart<'_>, name: &str) -> Result<Option<String>, String> {
-    let wrong =
-        |error: &dyn std::fmt::Display| format!("its libvirt domain has a broken attribute ({error})");
+    let wrong = |error: &dyn std::fmt::Display| {
+        format!(
+            "its libvirt domain has a broken attribute: {}",
+            quoted(&error.to_string())
+        )
+    };
     let attribute = element.try_get_attribute(name).map_err(|error| wrong(&error))?;
     attribute
         .map(|attribute| {

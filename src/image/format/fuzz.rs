@@ -8,7 +8,7 @@ use crate::image::manifest::{self, Document};
 
 /// Reads an archive to its end.
 pub(in crate::image) fn tar(bytes: &[u8]) {
-    let mut archive = archive::Archive::new(bytes, "vm");
+    let mut archive = archive::Archive::new(bytes, "vm", u64::MAX);
     let mut total = 0;
     loop {
         match archive.next() {

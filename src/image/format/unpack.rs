@@ -12,6 +12,7 @@ use super::{Error, archive, container_disk, plain, quoted};
 use crate::image::decompress::{Compression, Peeked, unreadable};
 use crate::image::digest::Digest;
 use crate::image::hints::BootFiles;
+use crate::image::inspect::Hostility;
 use crate::image::ledger::Ledger;
 use crate::image::manifest::{Descriptor, Manifest};
 use crate::image::plan;
@@ -137,7 +138,14 @@ pub(in crate::image) fn unpack(
         Peeked::new(&mut counted, TAR_HEADER).map_err(|error| unreadable(&place.image, error))?;
     match layer.kind {
         Kind::Archive | Kind::ArchiveOrDisk if archive::begins(peeked.head(), media_type) => {
-            container_disk::take(&mut peeked, layer.number, boot, place, &mut contents)?;
+            let idle = idle(size);
+            container_disk::take(&mut peeked, layer.number, boot, place, &mut contents, idle)?;
+            // What follows the archive, of which nobody reads anything either.
+            let rest = io::copy(&mut peeked.by_ref().take(idle), &mut io::sink());
+            if rest.map_err(|error| unreadable(&place.image, error))? == idle {
+                let (image, class) = (place.image.clone(), Hostility::Bomb);
+                return Err(Error::Hostile { image, class });
+            }
         }
         Kind::Archive => {
             return Err(place.unsupported(format!(
@@ -272,6 +280,14 @@ impl Contents {
         }
         Ok(())
     }
+}
+
+/// How many unpacked bytes of a layer may serve nothing: a bomb must not cost more than what was sent for it. Files of an
+/// operating system pack to a tenth at best.
+fn idle(packed: u64) -> u64 {
+    const ANYHOW: u64 = 64 << 20;
+    const RATIO: u64 = 32;
+    packed.saturating_mul(RATIO).saturating_add(ANYHOW)
 }
 
 /// Counts unpacked bytes and stops at the limit, so that a bomb costs no more than the largest

@@ -45,6 +45,9 @@ pub enum Hostility {
     /// A device, pipe or other special file at such a place.
     #[error("{} is a special file in the archive; only plain files are taken", quoted(.0))]
     SpecialFile(String),
+    /// It unpacks to far more than it was sent as, for nothing.
+    #[error("it is a bomb: what it unpacks to beside its disk is far more than what was sent")]
+    Bomb,
     /// Two readers of the archive would see two different contents.
     #[error("the archive is ambiguous: {0}")]
     AmbiguousArchive(&'static str),

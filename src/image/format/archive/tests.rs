@@ -37,7 +37,7 @@ fn pax(records: &[(&str, &str)]) -> Vec<u8> {
 }
 
 fn read(archive: &[u8]) -> Result<Vec<(Entry, Vec<u8>)>, Error> {
-    let mut archive = Archive::new(archive, "vm");
+    let mut archive = Archive::new(archive, "vm", u64::MAX);
     let mut entries = Vec::new();
     while let Some(entry) = archive.next()? {
         let mut bytes = Vec::new();
