@@ -158,7 +158,6 @@ fn request(reference: &str) -> Request {
             keep_free: 0,
         },
         asker: Asker::Operator,
-        requirements: Requirements::default(),
     }
 }
 
