@@ -271,19 +271,16 @@ impl Source {
 }
 
 /// Divides blobs that follow each other, from an offset on: which of them, and which bytes of it.
-fn parts(blobs: &[Descriptor], offset: u64) -> Vec<(usize, Range<u64>)> {
-    let mut parts = Vec::new();
+fn parts(blobs: &[Descriptor], offset: u64) -> impl Iterator<Item = (usize, Range<u64>)> {
     let mut skipped = offset;
-    for (number, blob) in blobs.iter().enumerate() {
-        let mut begin = skipped.min(blob.size);
+    blobs.iter().enumerate().flat_map(move |(number, blob)| {
+        let (begin, size) = (skipped.min(blob.size), blob.size);
         skipped -= begin;
-        while begin < blob.size {
-            let end = begin.saturating_add(PART).min(blob.size);
-            parts.push((number, begin..end));
-            begin = end;
-        }
-    }
-    parts
+        // One after the other: a stranger's size may make for more of them than there is memory.
+        let from = move |begin: u64| (begin < size).then(|| begin..begin.saturating_add(PART).min(size));
+        let ranges = std::iter::successors(from(begin), move |last| from(last.end));
+        ranges.map(move |range| (number, range))
+    })
 }
 
 /// Tells how far a transfer is for as long as it lasts.
@@ -325,9 +322,10 @@ mod tests {
             annotations: std::collections::BTreeMap::new(),
         };
         let blobs = [blob(PART + 5), blob(0), blob(7)];
-        assert_eq!(parts(&blobs, 0), [(0, 0..PART), (0, PART..PART + 5), (2, 0..7)]);
-        assert_eq!(parts(&blobs, PART + 1), [(0, PART + 1..PART + 5), (2, 0..7)]);
-        assert_eq!(parts(&blobs, PART + 6), [(2, 1..7)]);
-        assert_eq!(parts(&blobs, PART + 12), []);
+        let parts = |offset| parts(&blobs, offset).collect::<Vec<_>>();
+        assert_eq!(parts(0), [(0, 0..PART), (0, PART..PART + 5), (2, 0..7)]);
+        assert_eq!(parts(PART + 1), [(0, PART + 1..PART + 5), (2, 0..7)]);
+        assert_eq!(parts(PART + 6), [(2, 1..7)]);
+        assert_eq!(parts(PART + 12), []);
     }
 }

@@ -20,6 +20,8 @@ pub(super) struct Verified<'a, R> {
     hasher: Hasher,
     /// Bytes of it that were read.
     count: u64,
+    /// There was a byte behind the last blob.
+    too_long: bool,
     meter: &'a Meter,
     cancelled: &'a AtomicBool,
     image: &'a str,
@@ -47,7 +49,9 @@ impl<R: Read> Read for Verified<'_, R> {
         CancelledOnDrop::check(self.cancelled)?;
         self.pass().map_err(io::Error::other)?;
         let Some(blob) = self.blobs.get(self.blob) else {
-            if self.inner.read(&mut [0])? > 0 {
+            // Once seen, it is seen each time: the byte itself is gone.
+            self.too_long = self.too_long || self.inner.read(&mut [0])? > 0;
+            if self.too_long {
                 return Err(io::Error::other(
                     self.corrupt("there are more bytes than announced".to_owned()),
                 ));
@@ -85,6 +89,7 @@ impl<'a, R: Read> Verified<'a, R> {
             blob: 0,
             hasher: Hasher::default(),
             count: 0,
+            too_long: false,
             meter,
             cancelled,
             image,

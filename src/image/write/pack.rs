@@ -210,19 +210,16 @@ impl Compressor {
             Self::Zstd(compressor) => compressor.compress(block).map(Bytes::from),
             Self::Gzip(compress) => {
                 compress.reset();
-                let mut packed = Vec::with_capacity(block.len() / 2 + 1024);
-                loop {
-                    let done = usize::try_from(compress.total_in()).unwrap_or(usize::MAX);
-                    let rest = block.get(done..).unwrap_or_default();
-                    compress
-                        .compress_vec(rest, &mut packed, FlushCompress::Sync)
-                        .map_err(io::Error::other)?;
-                    // Room that was left over says that the flush came to its end.
-                    if compress.total_in() == block.len() as u64 && packed.len() < packed.capacity() {
-                        return Ok(packed.into());
-                    }
-                    packed.reserve(block.len() / 4 + 1024);
+                // More than a block can become: a flush that ran out of room could not be told from one that is over.
+                let mut packed = Vec::with_capacity(block.len() + block.len() / 8 + 4096);
+                compress
+                    .compress_vec(block, &mut packed, FlushCompress::Sync)
+                    .map_err(io::Error::other)?;
+                if compress.total_in() != block.len() as u64 || packed.len() == packed.capacity() {
+                    return Err(io::Error::other("a block did not fit when it was packed"));
                 }
+                packed.shrink_to_fit();
+                Ok(packed.into())
             }
         }
     }
