@@ -4,6 +4,7 @@
 #![allow(clippy::print_stderr, reason = "the seed of a failure has to be known")]
 
 #[path = "support/faulty_registry.rs"]
+#[allow(dead_code, reason = "each suite uses its part of the registry")]
 mod faulty_registry;
 #[path = "support/image_fixture.rs"]
 #[allow(dead_code, reason = "each suite uses its part of the fixture")]
@@ -229,4 +230,27 @@ fn who_waits_is_told_how_far_the_other_is() {
     });
     let (done, total) = *waiting.waiting.lock().unwrap().last().unwrap();
     assert!(done < total && total > bytes.len() as u64, "{done} of {total}");
+}
+
+#[test]
+fn a_tag_that_moves_during_a_pull_gives_the_image_that_it_named_at_first() {
+    let (old, new) = (disk(1, 1 << 20), disk(2, 1 << 20));
+    let bench = Bench::new();
+    bench.add("1", &old, OCI_TAR_GZIP);
+    bench.registry.hold_after(Some(0));
+    let first = std::thread::scope(|scope| {
+        let first = scope.spawn(|| bench.pull("1").unwrap());
+        let begin = Instant::now();
+        while bench.registry.asked("1") == 0 {
+            assert!(begin.elapsed() < Duration::from_secs(60), "nobody asked");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        bench.add("1", &new, OCI_TAR_GZIP);
+        bench.registry.hold_after(None);
+        first.join().unwrap()
+    });
+    assert!(is(&first, &old));
+    assert_eq!(bench.registry.asked("1"), 1, "the tag was followed once");
+    let second = bench.pull("1").unwrap();
+    assert!(is(&second, &new) && second.digest != first.digest);
 }

@@ -116,6 +116,9 @@ fn plan(point: Point) -> (Scene, [u32; 3]) {
         P::ReferenceForgotten | P::ImageHidden | P::ImageRemoved | P::PinKept | P::PinRemoved => {
             (Scene::Images("tests/image_cache.rs"), FIRST)
         }
+        P::CheckpointBegun | P::CheckpointKept | P::PiecesBegun | P::PiecesKept | P::FileNamed => {
+            (Scene::Images("tests/image_kills.rs"), FIRST)
+        }
         P::OriginKept | P::GrantKept => (Scene::Images("tests/image_grants.rs"), FIRST),
         P::RemainSwept | P::WorkSwept => (Scene::Sweep, FIRST),
     }

@@ -66,6 +66,8 @@ struct Inner {
     met: Vec<Fault>,
     /// Nothing more is sent of layers after so many bytes.
     hold_after: Option<u64>,
+    /// How often each name was asked for.
+    asked: HashMap<String, usize>,
 }
 
 /// The registry. It serves until the test ends.
@@ -136,6 +138,17 @@ impl Registry {
         self.sent.load(SeqCst)
     }
 
+    /// How often a tag or a digest was asked for.
+    pub fn asked(&self, name: &str) -> usize {
+        self.inner
+            .lock()
+            .unwrap()
+            .asked
+            .get(name)
+            .copied()
+            .unwrap_or_default()
+    }
+
     /// The faults that were met, each with its number.
     pub fn met(&self) -> Vec<(Fault, usize)> {
         let met = &self.inner.lock().unwrap().met;
@@ -178,6 +191,7 @@ async fn answer(
 ) -> Response<Body> {
     let (bytes, fault, random) = {
         let mut inner = registry.inner.lock().unwrap();
+        *inner.asked.entry(name.clone()).or_default() += 1;
         let Some(bytes) = inner.content.get(&name).cloned() else {
             return Response::builder().status(404).body("{}".into()).unwrap();
         };

@@ -17,6 +17,7 @@ use std::sync::{Mutex, PoisonError};
 
 use crate::image::error::Error;
 use crate::image::plan::Pieces;
+use crate::kill::{self, Point};
 
 /// How the names of these files begin.
 pub(super) const PIECES: &str = "pieces.";
@@ -72,6 +73,7 @@ impl Done {
                 file.set_len(0)?;
                 file.set_len(length)?;
                 file.write_all_at(&header, 0)?;
+                kill::point(Point::PiecesBegun);
             }
             Ok(file)
         };
@@ -119,6 +121,7 @@ impl Done {
         self.file
             .write_all_at(&bits, HEADER)
             .map_err(Error::storage(&self.path))?;
+        kill::point(Point::PiecesKept);
         Ok(())
     }
 

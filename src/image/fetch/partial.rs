@@ -177,8 +177,11 @@ impl Work {
         Ok(())
     }
 
-    /// Nobody is to go on from the layers any more: their files are about to get other names.
+    /// Nobody is to go on from the layers any more: their files are about to get other names. What was written down in the
+    /// middle of a layer goes first. Without the note that the layer is done, it would be gone on with, and in a new file what
+    /// it says is there would be zeros.
     pub(in crate::image) fn forget_layers(&self) -> Result<(), Error> {
+        remove(&self.dir.join(CHECKPOINT))?;
         remove(&self.dir.join(LAYERS))
     }
 

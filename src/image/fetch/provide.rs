@@ -780,6 +780,7 @@ impl Finished {
     fn name(&self, file: &Path, name: &str) -> Result<RecordedFile, Error> {
         let target = self.place.dir.join(name);
         fs::rename(file, &target).map_err(Error::storage(file))?;
+        kill::point(Point::FileNamed);
         let length = fs::metadata(&target).map_err(Error::storage(&target))?.len();
         Ok(RecordedFile {
             name: name.to_owned(),

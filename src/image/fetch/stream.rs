@@ -31,6 +31,7 @@ use crate::image::digest::{Digest, Hasher};
 use crate::image::error::Error;
 use crate::image::format::Workplace;
 use crate::image::manifest::Descriptor;
+use crate::kill::{self, Point};
 
 /// Packed bytes between two checkpoints: what a kill costs at most.
 pub(in crate::image) const CHECKPOINT_EVERY: u64 = 64 << 20;
@@ -186,9 +187,11 @@ impl Checkpoint {
         let write = || -> io::Result<()> {
             fs::write(&begun, serde_json::to_vec(self)?)?;
             File::open(&begun)?.sync_all()?;
+            kill::point(Point::CheckpointBegun);
             fs::rename(&begun, &path)
         };
         write().map_err(Error::storage(&path))?;
+        kill::point(Point::CheckpointKept);
         Ok(())
     }
 }
