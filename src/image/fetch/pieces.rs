@@ -86,6 +86,10 @@ pub(in crate::image) async fn fetch(
             progress.event(Event::Reused { bytes: reused });
         }
     }
+    // Packed bytes are never more than a little more than unpacked ones, holes being none.
+    place
+        .room()
+        .require(site.packed_bytes(|blob, piece| !site.done.has(blob, piece)))?;
     let cancelled = CancelledOnDrop::default();
     let crew = Crew {
         source,

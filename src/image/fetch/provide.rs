@@ -551,12 +551,25 @@ impl Pull<'_> {
             Err(error @ Error::DiskFull { needed, .. }) => {
                 // What is needed has what must stay free in it.
                 if self.store.make_room(needed, 0).await == 0 {
+                    self.give_up(digest)?;
                     return Err(error);
                 }
-                self.make(source, digest, manifest).await
+                let made = self.make(source, digest, manifest).await;
+                if matches!(made, Err(Error::DiskFull { .. })) {
+                    self.give_up(digest)?;
+                }
+                made
             }
             made => made,
         }
+    }
+
+    /// Removes what there is of an image for which there is no room: others need what it takes, running jobs above all.
+    fn give_up(&self, digest: &Digest) -> Result<(), Error> {
+        if let Some(work) = Work::try_lock(&self.store.partial(), digest)? {
+            work.discard();
+        }
+        Ok(())
     }
 
     /// Makes the disk, unless another process does so in the meantime.

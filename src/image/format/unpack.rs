@@ -41,7 +41,7 @@ pub(in crate::image) struct Workplace {
 }
 
 impl Workplace {
-    pub(super) fn room(&self) -> Room {
+    pub(in crate::image) fn room(&self) -> Room {
         Room::new(&self.image, &self.dir, self.limits.keep_free)
     }
 

@@ -1,0 +1,181 @@
+//! Pulls into a store that is too small.
+
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on panics")]
+
+#[path = "support/faulty_registry.rs"]
+#[allow(dead_code, reason = "each suite uses its part of the registry")]
+mod faulty_registry;
+#[path = "support/image_fixture.rs"]
+#[allow(dead_code, reason = "each suite uses its part of the fixture")]
+mod image_fixture;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use cannery::image::{
+    Asker, Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Requirements, Silent, Store,
+};
+use cannery::secret::Secret;
+use faulty_registry::Registry;
+use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, Tar, noise};
+
+/// Bytes of a store's file system.
+const SMALL: u64 = 24 << 20;
+
+/// What must stay free of it.
+const KEEP_FREE: u64 = 1 << 20;
+
+/// A file system in memory; it goes with this value.
+struct Small {
+    dir: tempfile::TempDir,
+}
+
+impl Small {
+    fn new() -> Self {
+        let small = Self {
+            dir: tempfile::tempdir().unwrap(),
+        };
+        small.mount(&["-t", "tmpfs", "-o", &format!("size={SMALL}"), "tmpfs"]);
+        small
+    }
+
+    fn mount(&self, arguments: &[&str]) {
+        let mounted = Command::new("mount")
+            .args(arguments)
+            .arg(self.dir.path())
+            .output()
+            .unwrap();
+        assert!(mounted.status.success(), "root can mount: {mounted:?}");
+    }
+
+    fn grow(&self) {
+        self.mount(&["-o", &format!("remount,size={}", 8 * SMALL)]);
+    }
+
+    fn store(&self) -> PathBuf {
+        self.dir.path().join("store")
+    }
+
+    fn free(&self) -> u64 {
+        let room = rustix::fs::statvfs(self.dir.path()).unwrap();
+        room.f_bavail * room.f_frsize
+    }
+}
+
+impl Drop for Small {
+    fn drop(&mut self) {
+        drop(Command::new("umount").arg(self.dir.path()).status());
+    }
+}
+
+/// Adds a containerDisk; the size of its layer.
+fn add(registry: &Registry, tag: &str, disk: &[u8], media_type: &str) -> u64 {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = Layout::new(dir.path());
+    let archive = Tar::new().dir("disk/").file("disk/disk.img", disk).bytes();
+    let image = Image::container_disk(&archive, media_type);
+    let digest = layout.add(tag, &image);
+    registry.add(&layout.dir, &digest, tag);
+    image.layers[0].0.len() as u64
+}
+
+/// Adds an image in cannery's own format; the size of its layers.
+fn add_native(registry: &Registry, tag: &str, disk: &[u8]) -> u64 {
+    let dir = tempfile::tempdir().unwrap();
+    let layout = Layout::new(&dir.path().join("layout"));
+    let at = |name: &str| dir.path().join(name);
+    fs::write(at("disk.raw"), disk).unwrap();
+    let settings = format!("state_dir = \"{}\"\n", at("state").display());
+    fs::write(at("cannery.toml"), settings).unwrap();
+    let pushed = Command::new(env!("CARGO_BIN_EXE_cannery"))
+        .arg("--config")
+        .arg(at("cannery.toml"))
+        .args(["image", "push", "--quiet"])
+        .arg(at("disk.raw"))
+        .arg(layout.reference(tag))
+        .output()
+        .unwrap();
+    assert!(pushed.status.success(), "{pushed:?}");
+    let digest = String::from_utf8(pushed.stdout).unwrap();
+    registry.add(&layout.dir, digest.trim(), tag);
+    let manifest = fs::read(layout.path(digest.trim())).unwrap();
+    let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
+    let layers = manifest["layers"].as_array().unwrap();
+    layers.iter().map(|layer| layer["size"].as_u64().unwrap()).sum()
+}
+
+fn pull(store: &Path, registry: &Registry, tag: &str) -> Result<Disk, Error> {
+    let request = Request {
+        requirements: Requirements::default(),
+        reference: format!("{}/vm:{tag}", registry.host).parse().unwrap(),
+        architecture: "x86_64".to_owned(),
+        policies: vec![PullPolicy::Always],
+        credentials: Credentials::basic(&registry.host, "ci", Secret::new("sesame")),
+        registries: Registries::without_tls([&registry.host]),
+        limits: Limits {
+            max_disk: 4 << 30,
+            keep_free: KEEP_FREE,
+        },
+        asker: Asker::Operator,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    let store = Store::open(store).unwrap();
+    runtime.block_on(store.provide(&request, &Silent))
+}
+
+fn partial(store: &Path) -> usize {
+    fs::read_dir(store.join("partial")).unwrap().count()
+}
+
+#[test]
+#[ignore = "needs root, to mount a file system of some MiB"]
+fn a_full_disk_is_told_in_numbers_and_leaves_nothing() {
+    let registry = Registry::new();
+    let bytes = noise(1, 40 << 20);
+    let packed = add(&registry, "gzip", &bytes, OCI_TAR_GZIP);
+    let native = add_native(&registry, "native", &bytes);
+    add(&registry, "tar", &bytes, OCI_TAR);
+    // A disk that is not packed may have holes: how much it takes shows only when it is written.
+    for (tag, known) in [("gzip", Some(packed)), ("native", Some(native)), ("tar", None)] {
+        let small = Small::new();
+        let store = small.store();
+        for _ in 0..2 {
+            drop(Store::open(&store).unwrap());
+            let before = small.free();
+            let error = pull(&store, &registry, tag).unwrap_err();
+            let Error::DiskFull {
+                image,
+                dir,
+                needed,
+                free,
+            } = &error
+            else {
+                panic!("{tag}: {error}")
+            };
+            assert!(dir.starts_with(&store), "{error}");
+            assert_eq!(image, &format!("{}/vm:{tag}", registry.host));
+            assert!(*needed > KEEP_FREE && needed > free, "{error}");
+            assert!(*free <= before, "{error}: {before}");
+            if let Some(known) = known {
+                // It is told before anything is written. The index of an image of ours is here by then, and is not counted.
+                let whole = known + KEEP_FREE;
+                assert!(whole - needed < 64 << 10, "{error}: {whole}");
+                assert!(before - free < 256 << 10, "{error}: {before}");
+            }
+            eprintln!("{error}");
+            assert_eq!(partial(&store), 0, "{tag}");
+            assert!(
+                before - small.free() < 64 << 10,
+                "{tag}: what was written is gone"
+            );
+        }
+        small.grow();
+        let disk = pull(&store, &registry, tag).unwrap();
+        assert!(fs::read(&disk.path).unwrap() == bytes, "{tag}");
+        assert_eq!(partial(&store), 0, "{tag}");
+    }
+}
