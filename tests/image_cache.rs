@@ -17,7 +17,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 use cannery::image::{
-    Asker, Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Requirements, Silent, Store,
+    Asker, Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Silent, Store,
 };
 use cannery::record::{Caller, JobKey, Jobs, Record};
 use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, Tar, noise};
@@ -64,7 +64,11 @@ impl Host {
         let disk = disk(seed);
         let image = Image::container_disk(
             &Tar::new().dir("disk/").file("disk/disk.img", &disk).bytes(),
-            if seed % 2 == 0 { OCI_TAR } else { OCI_TAR_GZIP },
+            if seed.is_multiple_of(2) {
+                OCI_TAR
+            } else {
+                OCI_TAR_GZIP
+            },
         );
         self.layout.add(tag, &image);
         self.layout.reference(tag)

@@ -166,7 +166,6 @@ fn a_full_disk_is_told_in_numbers_and_leaves_nothing() {
                 assert!(whole - needed < 64 << 10, "{error}: {whole}");
                 assert!(before - free < 256 << 10, "{error}: {before}");
             }
-            eprintln!("{error}");
             assert_eq!(partial(&store), 0, "{tag}");
             assert!(
                 before - small.free() < 64 << 10,
