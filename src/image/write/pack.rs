@@ -100,7 +100,8 @@ impl<W: Write> Packer<W> {
                 let _ = reply.send(Ok(packed.clone()));
             }
             (None, true) => {
-                let packed = Compressor::new(self.packing)?.pack(&block)?;
+                // Packed once and written many times.
+                let packed = Compressor::new(self.packing, Compression::best())?.pack(&block)?;
                 self.zeros = Some(packed.clone());
                 let _ = reply.send(Ok(packed));
             }
@@ -179,7 +180,7 @@ fn gzip_header(name: Option<&str>) -> Vec<u8> {
 }
 
 fn labour(todo: &Mutex<Receiver<Work>>, packing: Packing) {
-    let mut compressor = Compressor::new(packing);
+    let mut compressor = Compressor::new(packing, GZIP_LEVEL);
     loop {
         let next = todo.lock().unwrap_or_else(PoisonError::into_inner).recv();
         let Ok((block, reply)) = next else { return };
@@ -198,9 +199,9 @@ enum Compressor {
 }
 
 impl Compressor {
-    fn new(packing: Packing) -> io::Result<Self> {
+    fn new(packing: Packing, gzip: Compression) -> io::Result<Self> {
         Ok(match packing {
-            Packing::Gzip => Self::Gzip(Compress::new(GZIP_LEVEL, false)),
+            Packing::Gzip => Self::Gzip(Compress::new(gzip, false)),
             Packing::Zstd => Self::Zstd(Box::new(zstd::bulk::Compressor::new(ZSTD_LEVEL)?)),
         })
     }
