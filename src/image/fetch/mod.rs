@@ -8,7 +8,8 @@
 //!
 //! | concern | modules |
 //! |---|---|
-//! | in which order | [`provide`] |
+//! | in which order | [`provide`], [`make`] |
+//! | who may have what is here | [`access`] |
 //! | where bytes come from | [`source`] |
 //! | how a stream is unpacked | [`decompress`], [`sparse`] |
 //! | how pieces are fetched | [`pieces`]: `batch` divides them, `codec` unpacks, `placed` writes, `done` remembers |
@@ -17,6 +18,7 @@
 //! | what an image is, without fetching it | [`look`] |
 //! | what is told meanwhile | [`progress`] |
 
+mod access;
 mod batch;
 mod codec;
 pub(super) mod decompress;
@@ -24,6 +26,7 @@ mod done;
 mod gunzip;
 pub(super) mod ledger;
 pub(super) mod look;
+mod make;
 mod part;
 pub(super) mod partial;
 pub(super) mod pieces;

@@ -1,38 +1,24 @@
 //! From a request to a disk: the one choreography of this room.
 
-use std::any::Any;
-use std::fs;
-use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::path::PathBuf;
 
-use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::partial::{Sight, Work};
-use super::pieces;
-use super::progress::{Event, Meter, Progress};
+use super::progress::{Event, Progress};
 use super::room::Limits;
-use super::source::{Source, told};
-use super::stream::{CHECKPOINT_EVERY, Stream};
+use super::source::Source;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
-use crate::image::format::{
-    self, Config, Contents, Facts, Format, Layer, Parts, Recipe, Selected, Workplace,
-};
-use crate::image::hints::{BootFiles, Hints};
-use crate::image::inspect::{self, DiskFormat};
+use crate::image::format::{self, Config, Facts, Format, Recipe};
 use crate::image::layout::Layout;
 use crate::image::manifest::{self, Document, Manifest, NoChoice};
-use crate::image::native;
 use crate::image::platform::{self, Platform};
 use crate::image::policy::{Requirements, Rules};
 use crate::image::reference::Reference;
-use crate::image::registry::credentials::{Credentials, Origin};
+use crate::image::registry::credentials::Credentials;
 use crate::image::registry::{Address, Purpose, Registries, Session, Target, WebFile};
 use crate::image::single::LocalFile;
-use crate::image::store::{self, Asker, Disk, Plea, Record, RecordedFile, Standing, Store};
-use crate::kill::{self, Point};
+use crate::image::store::{Asker, Disk, Standing, Store};
 
 /// When to ask the registry, spelled as GitLab spells it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -67,9 +53,6 @@ pub struct Request {
     /// What it must be to be used at all.
     pub requirements: Requirements,
 }
-
-/// How often those who wait are shown how far we are: they look more often than a person reads.
-const SHOW_EVERY: Duration = Duration::from_millis(500);
 
 impl Store {
     /// Provides the disk of an image: from the store, or fetched, verified and put there.
@@ -121,48 +104,14 @@ impl Store {
     }
 }
 
-/// Layers that are done, and what they held.
-#[derive(Debug, Default, Serialize, Deserialize)]
-struct Kept {
-    done: usize,
-    contents: Contents,
-}
-
-/// Hands events on, and shows those who wait how far we are.
-struct Shown<'a> {
-    progress: &'a dyn Progress,
-    work: &'a Work,
-    last: Mutex<Option<Instant>>,
-}
-
-impl<'a> Shown<'a> {
-    fn new(progress: &'a dyn Progress, work: &'a Work) -> Self {
-        let last = Mutex::new(None);
-        Self { progress, work, last }
-    }
-}
-
-impl Progress for Shown<'_> {
-    fn event(&self, event: Event<'_>) {
-        if let Event::Fetching { done, total } = event {
-            let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
-            if last.is_none_or(|last| last.elapsed() >= SHOW_EVERY) {
-                *last = Some(Instant::now());
-                self.work.show(Sight { done, total });
-            }
-        }
-        self.progress.event(event);
-    }
-}
-
 /// One request on its way.
 pub(super) struct Pull<'a> {
-    store: &'a Store,
-    request: &'a Request,
-    platform: Platform,
-    image: String,
-    rules: Rules<'a>,
-    progress: &'a dyn Progress,
+    pub(super) store: &'a Store,
+    pub(super) request: &'a Request,
+    pub(super) platform: Platform,
+    pub(super) image: String,
+    pub(super) rules: Rules<'a>,
+    pub(super) progress: &'a dyn Progress,
 }
 
 impl<'a> Pull<'a> {
@@ -189,7 +138,7 @@ impl<'a> Pull<'a> {
 }
 
 impl Pull<'_> {
-    async fn by(&self, policy: PullPolicy) -> Result<Disk, Error> {
+    pub(super) async fn by(&self, policy: PullPolicy) -> Result<Disk, Error> {
         let pinned = self.request.reference.digest().is_some();
         if (policy != PullPolicy::Always || pinned)
             && let Some(disk) = self.known()?
@@ -212,7 +161,7 @@ impl Pull<'_> {
     }
 
     /// What the store knows under this name; a digest in it is known by itself.
-    fn known(&self) -> Result<Option<Disk>, Error> {
+    pub(super) fn known(&self) -> Result<Option<Disk>, Error> {
         if let Some(digest) = self.request.reference.digest()
             && let Some(disk) = self.here(digest)?
         {
@@ -228,7 +177,7 @@ impl Pull<'_> {
     }
 
     /// A disk of the store, if it is allowed by this request.
-    fn here(&self, digest: &Digest) -> Result<Option<Disk>, Error> {
+    pub(super) fn here(&self, digest: &Digest) -> Result<Option<Disk>, Error> {
         let Some(mut disk) = self.store.take(digest)? else {
             return Ok(None);
         };
@@ -246,7 +195,7 @@ impl Pull<'_> {
         Ok(Some(disk))
     }
 
-    async fn fetch(&self) -> Result<Disk, Error> {
+    pub(super) async fn fetch(&self) -> Result<Disk, Error> {
         let source = self.source().await?;
         let (root, digest, manifest) = self.resolve(&source).await?;
         self.progress.event(Event::Resolved { digest: &digest });
@@ -273,7 +222,7 @@ impl Pull<'_> {
     }
 
     /// The same place, asked for another of its images.
-    async fn source_of(&self, version: String) -> Result<Source, Error> {
+    pub(super) async fn source_of(&self, version: String) -> Result<Source, Error> {
         match &self.request.reference {
             Reference::Layout { dir, tag } => Ok(Source::Layout(Layout::new(&self.image, dir, tag))),
             Reference::File { path, digest } => Ok(Source::File(LocalFile::new(&self.image, path, *digest))),
@@ -310,135 +259,9 @@ impl Pull<'_> {
         }
     }
 
-    /// May whoever asks have this image, which is here? False where it must be fetched from where the reference says.
-    async fn may_have(&self, digest: &Digest, policy: PullPolicy) -> Result<bool, Error> {
-        let Asker::Job {
-            project,
-            auth_ttl,
-            offline_ttl,
-        } = &self.request.asker
-        else {
-            return Ok(true);
-        };
-        let Reference::Registry {
-            registry, repository, ..
-        } = &self.request.reference
-        else {
-            // The operator lists which folders a job may name.
-            return Ok(true);
-        };
-        let place = self.request.reference.place();
-        match self.store.standing(digest, &place)? {
-            Standing::Public => return Ok(true),
-            Standing::Elsewhere => return Ok(false),
-            Standing::Private => {}
-        }
-        let login = self.request.credentials.find(registry, repository).await?;
-        let plea = Plea {
-            project,
-            place: &place,
-            login: login.as_ref(),
-            digest,
-        };
-        let granted = self.store.granted(&plea);
-        if granted.is_some_and(|ago| ago <= *auth_ttl) {
-            return Ok(true);
-        }
-        if policy == PullPolicy::Never {
-            // What is the host's own, the operator lends to every job that names the image.
-            return if login.is_some_and(|login| login.origin == Origin::Host) {
-                Ok(true)
-            } else {
-                Err(Error::NotGranted {
-                    image: self.image.clone(),
-                })
-            };
-        }
-        let source = self.source_of(digest.to_string()).await?;
-        match source.root().await {
-            Ok(_) => {
-                self.note_access(&source, digest).await?;
-                Ok(true)
-            }
-            // It is gone there, or was never there for this login: what the name means now is another question.
-            Err(Error::NotFound { .. }) => Ok(false),
-            Err(error @ Error::Unreachable { .. }) => match granted {
-                Some(ago) if ago <= *offline_ttl => {
-                    self.progress.event(Event::Offline { error: &error, ago });
-                    Ok(true)
-                }
-                _ => Err(error),
-            },
-            Err(error) => Err(error),
-        }
-    }
-
-    /// Remembers to whom the image was given, now that its source has given it.
-    async fn note_access(&self, source: &Source, digest: &Digest) -> Result<(), Error> {
-        let (
-            Source::Registry(session),
-            Reference::Registry {
-                registry, repository, ..
-            },
-        ) = (source, &self.request.reference)
-        else {
-            return Ok(());
-        };
-        let place = self.request.reference.place();
-        let anonymous = session.is_anonymous().await;
-        self.store.renew_origin(digest, &place, anonymous)?;
-        if anonymous {
-            return Ok(());
-        }
-        if let Asker::Job {
-            project,
-            auth_ttl,
-            offline_ttl,
-        } = &self.request.asker
-        {
-            let login = self.request.credentials.find(registry, repository).await?;
-            let plea = Plea {
-                project,
-                place: &place,
-                login: login.as_ref(),
-                digest,
-            };
-            self.store.grant(&plea, *auth_ttl.max(offline_ttl))?;
-        }
-        Ok(())
-    }
-
-    /// Makes sure that a place has an image that is here already, and does not only know its digest: all bytes are read from
-    /// there once. What everybody may have needs no proof.
-    async fn vouch(&self, source: &Source, digest: &Digest, manifest: &Manifest) -> Result<(), Error> {
-        let place = self.request.reference.place();
-        if !matches!(source, Source::Registry(_))
-            || self.store.standing(digest, &place)? != Standing::Elsewhere
-        {
-            return Ok(());
-        }
-        let meter = Arc::new(Meter::default());
-        let total = packed_size(manifest);
-        for descriptor in &manifest.layers {
-            let image = self.image.clone();
-            let read = move |packed: &mut dyn std::io::Read| match std::io::copy(packed, &mut std::io::sink())
-            {
-                Ok(_) => Ok(()),
-                // What it was is told by whoever sent it.
-                Err(error) => Err(Error::Malformed {
-                    image,
-                    reason: error.to_string(),
-                }),
-            };
-            let verified = source.verified(std::slice::from_ref(descriptor), &meter, read);
-            told(self.progress, &meter, total, verified).await?;
-        }
-        self.note_origin(source, digest).await
-    }
-
     /// The folders of images whose bytes this image's author may have: an index that names a stranger's chunks by their digests
     /// must not get them.
-    fn others(&self) -> Result<Vec<PathBuf>, Error> {
+    pub(super) fn others(&self) -> Result<Vec<PathBuf>, Error> {
         let place = self.request.reference.place();
         let mut dirs = Vec::new();
         for disk in self.store.list()? {
@@ -447,15 +270,6 @@ impl Pull<'_> {
             }
         }
         Ok(dirs)
-    }
-
-    /// Remembers that all bytes of an image came from this source.
-    async fn note_origin(&self, source: &Source, digest: &Digest) -> Result<(), Error> {
-        if let Source::Registry(session) = source {
-            let (place, anonymous) = (self.request.reference.place(), session.is_anonymous().await);
-            self.store.note_origin(digest, &place, anonymous)?;
-        }
-        Ok(())
     }
 
     /// Follows the reference to the manifest for our platform; what it leads to first, and that manifest.
@@ -484,195 +298,8 @@ impl Pull<'_> {
         }
     }
 
-    fn parsed(&self, bytes: &[u8]) -> Result<Document, Error> {
+    pub(super) fn parsed(&self, bytes: &[u8]) -> Result<Document, Error> {
         manifest::parse(bytes).map_err(|reason| self.malformed(reason))
-    }
-
-    /// Unpacks all layers, from where an earlier process came to.
-    async fn streams(
-        &self,
-        source: &Source,
-        layers: Vec<Layer>,
-        boot: &BootFiles,
-        place: &Workplace,
-        work: &Arc<Work>,
-        total: u64,
-    ) -> Result<Contents, Error> {
-        let kept: Kept = work.layers().unwrap_or_default();
-        let Kept { done, mut contents } = kept;
-        let size = |layer: &Layer| layer.blobs.iter().map(|blob| blob.size).sum::<u64>();
-        place.meter.add_here(layers.iter().take(done).map(size).sum());
-        let shown = Shown::new(self.progress, work);
-        for layer in layers.into_iter().skip(done) {
-            let before = place.meter.fetched();
-            let blobs = layer.blobs.clone();
-            let held: Arc<dyn Any + Send + Sync> = Arc::clone(work) as _;
-            let stream = Stream {
-                source,
-                number: layer.number,
-                blobs: &blobs,
-                diff_id: layer.diff_id,
-                place,
-                held,
-                every: CHECKPOINT_EVERY,
-            };
-            let number = layer.number;
-            let (boot, for_format) = (boot.clone(), place.clone());
-            let carried = stream.carry(&shown, move |unpacked, compression| {
-                format::unpack(unpacked, compression, &layer, &boot, &for_format, contents)
-            });
-            contents = told(&shown, &place.meter, total, carried).await?;
-            tracing::debug!(
-                number,
-                fetched = place.meter.fetched() - before,
-                "a layer is unpacked"
-            );
-            kill::point(Point::LayerUnpacked);
-            let kept = Kept {
-                done: number + 1,
-                contents,
-            };
-            work.keep_layers(&kept)?;
-            contents = kept.contents;
-        }
-        Ok(contents)
-    }
-
-    /// Makes the disk; where there turns out to be no room, once more after others have gone for it.
-    async fn make_with_room(
-        &self,
-        source: &Source,
-        digest: &Digest,
-        manifest: Manifest,
-    ) -> Result<Disk, Error> {
-        let keep_free = self.request.limits.keep_free;
-        self.store.make_room(packed_size(&manifest), keep_free).await;
-        match self.make(source, digest, manifest.clone()).await {
-            Err(error @ Error::DiskFull { needed, .. }) => {
-                // What is needed has what must stay free in it.
-                if self.store.make_room(needed, 0).await == 0 {
-                    self.give_up(digest)?;
-                    return Err(error);
-                }
-                let made = self.make(source, digest, manifest).await;
-                if matches!(made, Err(Error::DiskFull { .. })) {
-                    self.give_up(digest)?;
-                }
-                made
-            }
-            made => made,
-        }
-    }
-
-    /// Removes what there is of an image for which there is no room: others need what it takes, running jobs above all.
-    fn give_up(&self, digest: &Digest) -> Result<(), Error> {
-        if let Some(work) = Work::try_lock(&self.store.partial(), digest)? {
-            work.discard();
-        }
-        Ok(())
-    }
-
-    /// Makes the disk, unless another process does so in the meantime.
-    async fn make(&self, source: &Source, digest: &Digest, manifest: Manifest) -> Result<Disk, Error> {
-        let unsupported = |reason| Error::Unsupported {
-            image: self.image.clone(),
-            reason,
-        };
-        let guess = format::recognise(&manifest).map_err(unsupported)?;
-        let work = Work::lock(&self.store.partial(), digest, &self.image, self.progress).await?;
-        // Shared with the threads that write there: a cancelled one must be gone before others take the lock.
-        let work = Arc::new(work);
-        if let Some(disk) = self.here(digest)? {
-            self.vouch(source, digest, &manifest).await?;
-            self.progress.event(Event::Cached { digest });
-            return Ok(disk);
-        }
-        let made = self.make_in(&work, source, digest, manifest, guess).await;
-        // What a registry or a full disk cut off, the next pull goes on with. Whatever else is wrong stays wrong.
-        if made.as_ref().is_err_and(|error| !error.lets_a_later_pull_go_on()) {
-            work.discard();
-        }
-        made
-    }
-
-    async fn make_in(
-        &self,
-        work: &Arc<Work>,
-        source: &Source,
-        digest: &Digest,
-        manifest: Manifest,
-        guess: Format,
-    ) -> Result<Disk, Error> {
-        let recipe = self.recipe(source, &manifest, guess).await?;
-        let meter = Arc::new(Meter::default());
-        let place = Workplace {
-            image: self.image.clone(),
-            dir: work.dir(&self.request.reference.place())?.to_owned(),
-            limits: self.request.limits,
-            meter: Arc::clone(&meter),
-            ledger: Arc::default(),
-        };
-        let total = packed_size(&manifest);
-        let boot = recipe.boot;
-        let (format, selected) = match recipe.parts {
-            Parts::Streams(layers) => {
-                let contents = self.streams(source, layers, &boot, &place, work, total).await?;
-                (
-                    contents.format(guess),
-                    contents.select(&boot, &manifest, recipe.bootc, &place)?,
-                )
-            }
-            Parts::Pieces(plan) => {
-                let (plan, held) = (Arc::new(plan), Arc::clone(work) as Arc<dyn Any + Send + Sync>);
-                let selected = Selected::planned(&plan, &place.dir);
-                let shown = Shown::new(self.progress, work);
-                pieces::fetch(source, plan, &place, None, held, total, &shown).await?;
-                (guess, selected)
-            }
-            Parts::Indexed(reader) => {
-                let shown = Shown::new(self.progress, work);
-                let pull = native::Pull {
-                    source,
-                    place: &place,
-                    others: self.others()?,
-                    held: Arc::clone(work) as _,
-                    total,
-                    progress: &shown,
-                };
-                let files = native::pull(pull, *reader).await?;
-                (guess, Selected::made(files, &place.dir))
-            }
-        };
-        // Before the image can be seen: whoever waits for it must not think that it came from nowhere.
-        self.note_origin(source, digest).await?;
-        let _held_until_given = self.store.lease_unfinished(&place.dir)?;
-        let finished = Finished {
-            store: self.store.clone(),
-            place,
-            selected,
-            reference: self.image.clone(),
-            digest: *digest,
-            cmdline: boot.cmdline,
-            hints: recipe.hints,
-            format,
-            work: Arc::clone(work),
-        };
-        let committed = tokio::task::spawn_blocking(move || finished.commit()).await;
-        committed.unwrap_or_else(|panic| match panic.try_into_panic() {
-            Ok(panic) => std::panic::resume_unwind(panic),
-            Err(error) => Err(Error::Storage {
-                path: self.store.disk_dir(digest),
-                source: std::io::Error::other(error),
-            }),
-        })?;
-        self.progress.event(Event::Verified { digest });
-        let mut disk = self.here(digest)?.ok_or_else(|| Error::Storage {
-            path: self.store.disk_dir(digest),
-            source: std::io::ErrorKind::NotFound.into(),
-        })?;
-        disk.from_cache = false;
-        disk.fetched_bytes = meter.fetched();
-        Ok(disk)
     }
 
     /// Reads all that is said about the image, and decides how it becomes a disk.
@@ -698,7 +325,12 @@ impl Pull<'_> {
         format::recipe(format, &facts)
     }
 
-    async fn config(&self, source: &Source, manifest: &Manifest, format: Format) -> Result<Config, Error> {
+    pub(super) async fn config(
+        &self,
+        source: &Source,
+        manifest: &Manifest,
+        format: Format,
+    ) -> Result<Config, Error> {
         if !format::has_image_config(manifest) {
             return Ok(Config::default());
         }
@@ -718,7 +350,7 @@ impl Pull<'_> {
         Ok(config)
     }
 
-    fn wrong_platform(&self, found: String) -> Error {
+    pub(super) fn wrong_platform(&self, found: String) -> Error {
         Error::WrongPlatform {
             image: self.image.clone(),
             wanted: self.platform.written(),
@@ -726,91 +358,10 @@ impl Pull<'_> {
         }
     }
 
-    fn malformed(&self, reason: String) -> Error {
+    pub(super) fn malformed(&self, reason: String) -> Error {
         Error::Malformed {
             image: self.image.clone(),
             reason,
         }
-    }
-}
-
-/// Packed bytes of all layers.
-fn packed_size(manifest: &Manifest) -> u64 {
-    let sizes = manifest.layers.iter().map(|layer| layer.size);
-    sizes.fold(0, u64::saturating_add)
-}
-
-/// An image whose bytes are all here and verified.
-struct Finished {
-    store: Store,
-    place: Workplace,
-    selected: format::Selected,
-    reference: String,
-    digest: Digest,
-    cmdline: Option<String>,
-    hints: Hints,
-    format: Format,
-    /// Held to the end: its lock covers the rename.
-    work: Arc<Work>,
-}
-
-impl Finished {
-    /// The header check, and then the step into the store.
-    fn commit(self) -> Result<(), Error> {
-        // From here on it is all or nothing.
-        self.work.forget_layers()?;
-        let inspected = inspect::disk(&self.selected.disk, self.place.limits.max_disk, &self.reference)?;
-        let mut files = vec![self.name(&self.selected.disk, store::disk_name(inspected.format))?];
-        if let Some(kernel) = &self.selected.kernel {
-            files.push(self.name(kernel, store::KERNEL)?);
-        }
-        if let Some(initrd) = &self.selected.initrd {
-            files.push(self.name(initrd, store::INITRD)?);
-        }
-        let chunks = self.place.dir.join(native::CHUNKS);
-        if inspected.format == DiskFormat::Raw && chunks.exists() {
-            files.push(self.name(&chunks, native::CHUNKS)?);
-        }
-        self.remove_others(&files)?;
-        kill::point(Point::DiskNamed);
-        let record = Record {
-            version: store::VERSION,
-            reference: self.reference.clone(),
-            digest: self.digest,
-            format: inspected.format,
-            image_format: Some(self.format),
-            virtual_size: inspected.virtual_size,
-            files,
-            cmdline: self.cmdline.clone(),
-            hints: self.hints.clone(),
-            created: Timestamp::now(),
-        };
-        self.store.commit(&self.place.dir, record)?;
-        drop(self.work);
-        Ok(())
-    }
-
-    fn name(&self, file: &Path, name: &str) -> Result<RecordedFile, Error> {
-        let target = self.place.dir.join(name);
-        fs::rename(file, &target).map_err(Error::storage(file))?;
-        kill::point(Point::FileNamed);
-        let length = fs::metadata(&target).map_err(Error::storage(&target))?.len();
-        Ok(RecordedFile {
-            name: name.to_owned(),
-            length,
-            sum: None,
-        })
-    }
-
-    /// Removes what was unpacked and is not part of the image after all.
-    fn remove_others(&self, files: &[RecordedFile]) -> Result<(), Error> {
-        let dir = &self.place.dir;
-        for entry in fs::read_dir(dir).map_err(Error::storage(dir))? {
-            let entry = entry.map_err(Error::storage(dir))?;
-            if !files.iter().any(|file| entry.file_name() == file.name.as_str()) {
-                store::remove(&entry.path())?;
-            }
-        }
-        Ok(())
     }
 }

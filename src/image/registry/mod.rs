@@ -26,7 +26,6 @@ pub(super) mod credentials;
 mod endpoint;
 mod helper;
 mod login;
-#[allow(dead_code, reason = "nothing writes images yet")]
 mod push;
 mod range;
 mod referrers;

@@ -32,10 +32,6 @@ const CHUNK_MIN_LENGTH: &str = "oci-chunk-min-length";
 /// Largest refusal that is read for its reason, in bytes.
 const REFUSAL_MAX: u64 = 64 << 10;
 
-/// Most tags that are asked for at a time, and most pages that are read.
-const TAGS_PAGE: usize = 1000;
-const PAGES_MAX: usize = 100;
-
 /// What blobs are sent as.
 const OCTETS: &str = "application/octet-stream";
 
@@ -145,46 +141,6 @@ impl Session {
             })
             .await?;
         Ok(digest)
-    }
-
-    /// Removes a manifest by digest, or a tag where the registry can. One that is not there is as good as removed.
-    pub(in crate::image) async fn delete_manifest(&self, name: &str) -> Result<(), Error> {
-        let endpoint = self.endpoint();
-        let ask = Ask::new(Method::DELETE, endpoint.url(&format!("manifests/{name}"))?);
-        endpoint
-            .persistently(async || {
-                let answer = endpoint.ask(&ask).await?;
-                match answer.response.status() {
-                    status if status.is_success() || status == StatusCode::NOT_FOUND => Ok(()),
-                    _ => Err(endpoint.refusal(answer, "the removal").await),
-                }
-            })
-            .await
-    }
-
-    /// All tags of the repository; none when there is no such repository.
-    pub(in crate::image) async fn tags(&self) -> Result<Vec<String>, Error> {
-        #[derive(Deserialize)]
-        struct Page {
-            tags: Option<Vec<String>>,
-        }
-        let endpoint = self.endpoint();
-        let mut tags = Vec::new();
-        let mut next = Some(endpoint.url(&format!("tags/list?n={TAGS_PAGE}"))?);
-        for _ in 0..PAGES_MAX {
-            let Some(url) = next.take() else {
-                break;
-            };
-            let page = endpoint.page(url, "*/*").await?;
-            let Some((bytes, following)) = page else {
-                break;
-            };
-            let page: Page = serde_json::from_slice(&bytes)
-                .map_err(|_| endpoint.unreachable("its list of tags cannot be read"))?;
-            tags.extend(page.tags.unwrap_or_default());
-            next = following;
-        }
-        Ok(tags)
     }
 }
 

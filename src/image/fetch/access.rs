@@ -1,0 +1,157 @@
+//! Who may have an image: asked for each job, answered by the registry or by what it answered a little while ago.
+
+use std::sync::Arc;
+
+use super::progress::{Event, Meter};
+use super::source::{Source, told};
+use crate::image::digest::Digest;
+use crate::image::error::Error;
+use crate::image::manifest::Manifest;
+use crate::image::reference::Reference;
+use crate::image::registry::credentials::Origin;
+use crate::image::store::{Asker, Plea, Standing};
+
+use super::make::packed_size;
+use super::provide::{Pull, PullPolicy};
+
+impl Pull<'_> {
+    /// May whoever asks have this image, which is here? False where it must be fetched from where the reference says.
+    pub(super) async fn may_have(&self, digest: &Digest, policy: PullPolicy) -> Result<bool, Error> {
+        let Asker::Job {
+            project,
+            auth_ttl,
+            offline_ttl,
+        } = &self.request.asker
+        else {
+            return Ok(true);
+        };
+        let Reference::Registry {
+            registry, repository, ..
+        } = &self.request.reference
+        else {
+            // The operator lists which folders a job may name.
+            return Ok(true);
+        };
+        let place = self.request.reference.place();
+        match self.store.standing(digest, &place)? {
+            Standing::Public => return Ok(true),
+            Standing::Elsewhere => return Ok(false),
+            Standing::Private => {}
+        }
+        let login = self.request.credentials.find(registry, repository).await?;
+        let plea = Plea {
+            project,
+            place: &place,
+            login: login.as_ref(),
+            digest,
+        };
+        let granted = self.store.granted(&plea);
+        if granted.is_some_and(|ago| ago <= *auth_ttl) {
+            return Ok(true);
+        }
+        if policy == PullPolicy::Never {
+            // What is the host's own, the operator lends to every job that names the image.
+            return if login.is_some_and(|login| login.origin == Origin::Host) {
+                Ok(true)
+            } else {
+                Err(Error::NotGranted {
+                    image: self.image.clone(),
+                })
+            };
+        }
+        let source = self.source_of(digest.to_string()).await?;
+        match source.root().await {
+            Ok(_) => {
+                self.note_access(&source, digest).await?;
+                Ok(true)
+            }
+            // It is gone there, or was never there for this login: what the name means now is another question.
+            Err(Error::NotFound { .. }) => Ok(false),
+            Err(error @ Error::Unreachable { .. }) => match granted {
+                Some(ago) if ago <= *offline_ttl => {
+                    self.progress.event(Event::Offline { error: &error, ago });
+                    Ok(true)
+                }
+                _ => Err(error),
+            },
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Remembers to whom the image was given, now that its source has given it.
+    pub(super) async fn note_access(&self, source: &Source, digest: &Digest) -> Result<(), Error> {
+        let (
+            Source::Registry(session),
+            Reference::Registry {
+                registry, repository, ..
+            },
+        ) = (source, &self.request.reference)
+        else {
+            return Ok(());
+        };
+        let place = self.request.reference.place();
+        let anonymous = session.is_anonymous().await;
+        self.store.renew_origin(digest, &place, anonymous)?;
+        if anonymous {
+            return Ok(());
+        }
+        if let Asker::Job {
+            project,
+            auth_ttl,
+            offline_ttl,
+        } = &self.request.asker
+        {
+            let login = self.request.credentials.find(registry, repository).await?;
+            let plea = Plea {
+                project,
+                place: &place,
+                login: login.as_ref(),
+                digest,
+            };
+            self.store.grant(&plea, *auth_ttl.max(offline_ttl))?;
+        }
+        Ok(())
+    }
+
+    /// Makes sure that a place has an image that is here already, and does not only know its digest: all bytes are read from
+    /// there once. What everybody may have needs no proof.
+    pub(super) async fn vouch(
+        &self,
+        source: &Source,
+        digest: &Digest,
+        manifest: &Manifest,
+    ) -> Result<(), Error> {
+        let place = self.request.reference.place();
+        if !matches!(source, Source::Registry(_))
+            || self.store.standing(digest, &place)? != Standing::Elsewhere
+        {
+            return Ok(());
+        }
+        let meter = Arc::new(Meter::default());
+        let total = packed_size(manifest);
+        for descriptor in &manifest.layers {
+            let image = self.image.clone();
+            let read = move |packed: &mut dyn std::io::Read| match std::io::copy(packed, &mut std::io::sink())
+            {
+                Ok(_) => Ok(()),
+                // What it was is told by whoever sent it.
+                Err(error) => Err(Error::Malformed {
+                    image,
+                    reason: error.to_string(),
+                }),
+            };
+            let verified = source.verified(std::slice::from_ref(descriptor), &meter, read);
+            told(self.progress, &meter, total, verified).await?;
+        }
+        self.note_origin(source, digest).await
+    }
+
+    /// Remembers that all bytes of an image came from this source.
+    pub(super) async fn note_origin(&self, source: &Source, digest: &Digest) -> Result<(), Error> {
+        if let Source::Registry(session) = source {
+            let (place, anonymous) = (self.request.reference.place(), session.is_anonymous().await);
+            self.store.note_origin(digest, &place, anonymous)?;
+        }
+        Ok(())
+    }
+}
