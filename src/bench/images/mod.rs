@@ -165,15 +165,7 @@ impl<'a> Bench<'a> {
                 Registry::start(&scratch.join("registry-80"), SARDE_PORT).await?,
             )),
         };
-        let config = scratch.join("cannery.toml");
-        let text = format!(
-            "state_dir = {:?}\n[images]\nplain_http = [{:?}, \"localhost\"]\n",
-            scratch.join("state"),
-            registry.host
-        );
-        std::fs::write(&config, text).map_err(|e| cannot("write", &config, &e))?;
-        let mut cannery = Tool::new(&plan.cannery);
-        cannery.arguments = vec!["--config".into(), config.into()];
+        let cannery = cannery(&plan.cannery, scratch, &registry)?;
         let bench = Self {
             plan,
             log,
@@ -375,10 +367,13 @@ impl<'a> Bench<'a> {
         Ok(cost.time)
     }
 
-    /// What the second of two disks adds to the registry that has the first.
+    /// What the second of two disks adds to a registry that has the first, and nothing else.
     async fn pair(&self, pair: &Pair) -> Result<Figure, Failure> {
-        let image = |tag| format!("{}/bench/pair-{}:{tag}", self.registry.host, tag_of(&pair.name));
-        let mut held = vec![self.registry.holds()];
+        let scratch = self.plan.scratch.join(tag_of(&pair.name));
+        let registry = Registry::start(&scratch, 0).await?;
+        let cannery = cannery(&self.plan.cannery, &scratch, &registry)?;
+        let image = |tag| format!("{}/bench/disk:{tag}", registry.host);
+        let mut held = vec![registry.holds()];
         for (disk, tag) in [(&pair.old, "old"), (&pair.new, "new")] {
             let mut arguments: Vec<OsString> = ["image", "push", "--format", NATIVE]
                 .into_iter()
@@ -388,8 +383,8 @@ impl<'a> Bench<'a> {
                 arguments.extend(["--base".into(), image("old").into()]);
             }
             arguments.extend([disk.into(), image(tag).into()]);
-            self.cannery.call(&self.plan.scratch, arguments).await?;
-            held.push(self.registry.holds());
+            cannery.call(&scratch, arguments).await?;
+            held.push(registry.holds());
         }
         let name = format!("{}: what it adds to the registry, against the whole", pair.name);
         let mut figure = Figure::of_bytes(name, Peer::None, Goal::Times(pair.goal));
@@ -397,8 +392,23 @@ impl<'a> Bench<'a> {
             figure.peer_counted(old - before);
             figure.counted(new - old);
         }
+        remove(&scratch)?;
         Ok(figure)
     }
+}
+
+/// cannery with a state of its own in `folder`, and this registry.
+fn cannery(program: &Path, folder: &Path, registry: &Registry) -> Result<Tool, Failure> {
+    let config = folder.join("cannery.toml");
+    let text = format!(
+        "state_dir = {:?}\n[images]\nplain_http = [{:?}, \"localhost\"]\n",
+        folder.join("state"),
+        registry.host
+    );
+    std::fs::write(&config, text).map_err(|e| cannot("write", &config, &e))?;
+    let mut cannery = Tool::new(program);
+    cannery.arguments = vec!["--config".into(), config.into()];
+    Ok(cannery)
 }
 
 /// sardinecake's tool, which finds a registry without TLS on port 80 of loopback.
