@@ -106,7 +106,7 @@ pub enum Error {
         reason: &'static str,
     },
     /// The store's file system has no room. Operator.
-    #[error("no room for {image} in {}: {needed} bytes are needed and {free} are free", dir.display())]
+    #[error("no room for {image} in {}: {needed} bytes are needed and {free} are free, which is {} too few", dir.display(), needed.saturating_sub(*free))]
     DiskFull {
         /// The reference.
         image: String,

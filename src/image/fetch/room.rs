@@ -25,6 +25,9 @@ impl Default for Limits {
     }
 }
 
+/// The folder of a store in which images are made.
+pub(in crate::image) const PARTIAL: &str = "partial";
+
 /// The free space around one folder.
 #[derive(Debug, Clone)]
 pub(in crate::image) struct Room {
@@ -68,9 +71,12 @@ impl Room {
     }
 
     fn full(&self, needed: u64, free: u64) -> Error {
+        // What its operator knows is the store, not where an image lies in it until it is whole.
+        let within = self.dir.ancestors().find(|dir| dir.ends_with(PARTIAL));
+        let store = within.and_then(Path::parent).unwrap_or(&self.dir);
         Error::DiskFull {
             image: self.image.clone(),
-            dir: self.dir.clone(),
+            dir: store.to_owned(),
             needed,
             free,
         }
@@ -89,6 +95,13 @@ mod tests {
             let error = Room::new("vm", dir.path(), keep).require(bytes).unwrap_err();
             assert!(matches!(error, Error::DiskFull { .. }), "{error}");
         }
+    }
+
+    #[test]
+    fn the_store_is_named_and_what_is_missing() {
+        let full = Room::new("vm", Path::new("/store/partial/abc"), 5).full(12, 9);
+        let text = "no room for vm in /store: 12 bytes are needed and 9 are free, which is 3 too few";
+        assert_eq!(full.to_string(), text);
     }
 
     #[test]
