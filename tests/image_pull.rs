@@ -215,6 +215,10 @@ fn who_waits_is_told_how_far_the_other_is() {
     std::thread::scope(|scope| {
         let first = scope.spawn(|| bench.pull("1").unwrap());
         let begin = Instant::now();
+        while bench.registry.sent() == 0 {
+            assert!(begin.elapsed() < Duration::from_secs(60), "nothing was fetched");
+            std::thread::sleep(Duration::from_millis(5));
+        }
         let second = bench.pull_until("1", &waiting, || {
             assert!(begin.elapsed() < Duration::from_secs(150), "nobody waited");
             waiting
