@@ -75,7 +75,7 @@ fn rooms_import_only_what_the_plan_allows() {
         (
             "cli",
             &[
-                "bench", "settings", "job", "image", "host", "machine", "stage", "history", "reap",
+                "bench", "settings", "job", "image", "host", "machine", "guest", "stage", "history", "reap",
                 "outcome", "report",
             ],
         ),
