@@ -5,6 +5,7 @@
 
 mod support;
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -17,7 +18,7 @@ use rustix::process::Signal;
 use serde_json::{Value, json};
 use support::console::{API_TOKEN, Browser, Place, Served, read_until, type_in};
 use support::host::{EMULATION, Host};
-use support::kills::{KILL_AT, killed};
+use support::kills::KILL_AT;
 use support::stages::Stages;
 use support::until;
 use tokio_tungstenite::tungstenite::Message;
@@ -428,7 +429,7 @@ fn a_kill_while_a_ticket_is_minted_or_taken_away_leaves_a_ticket_or_none() {
         (&["console", "end", "1"], "ticket-revoked", 0),
     ] {
         let output = call(arguments, at);
-        assert!(killed(output.status), "{at}: {output:?}");
+        assert_eq!(output.status.signal(), Some(9), "{at}: {output:?}");
         assert!(output.stdout.is_empty(), "{at}");
         assert_eq!(ticket::list(&job).unwrap().len(), left, "{at}");
     }
