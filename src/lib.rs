@@ -18,6 +18,7 @@
 //! | what was asked | [`job`], [`settings`] |
 //! | what it runs on | [`image`], [`host`], [`machine`], [`guest`] |
 //! | what is remembered | [`record`], [`history`] |
+//! | who may see a machine, and how | [`ticket`], [`serve`] |
 //! | whose threads are waited for, and whose programs end with us | [`threads`], [`children`] |
 //! | where tests have it killed | [`kill`] |
 //! | choreography | [`start`], [`stage`], [`reap`] |
@@ -44,7 +45,9 @@ pub mod reap;
 pub mod record;
 pub mod report;
 pub mod secret;
+pub mod serve;
 pub mod settings;
 pub mod stage;
 pub mod start;
 pub mod threads;
+pub mod ticket;

@@ -189,6 +189,17 @@ impl From<crate::record::Error> for Failure {
     }
 }
 
+impl From<crate::ticket::Error> for Failure {
+    fn from(e: crate::ticket::Error) -> Self {
+        use crate::ticket::Error as E;
+        match e {
+            E::Record(e) => e.into(),
+            E::Gone(_) => Failure::system(e.to_string()).hint("`cannery vm list` shows those that have one"),
+            E::Random(_) => Failure::system(e.to_string()),
+        }
+    }
+}
+
 impl From<crate::host::Error> for Failure {
     fn from(e: crate::host::Error) -> Self {
         use crate::host::Error as E;

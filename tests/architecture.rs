@@ -39,6 +39,7 @@ fn rooms_import_only_what_the_plan_allows() {
         ("threads", &[]),
         ("children", &[]),
         ("kill", &[]),
+        ("ticket", &[]),
         ("job", &[]),
         ("image", &[]),
         ("host", &[]),
@@ -49,7 +50,7 @@ fn rooms_import_only_what_the_plan_allows() {
         ("settings", &["report"]),
         (
             "outcome",
-            &["settings", "job", "image", "host", "machine", "guest"],
+            &["settings", "job", "image", "host", "machine", "guest", "ticket"],
         ),
         (
             "reap",
@@ -69,6 +70,12 @@ fn rooms_import_only_what_the_plan_allows() {
             ],
         ),
         (
+            "serve",
+            &[
+                "settings", "ticket", "job", "machine", "guest", "start", "outcome", "report",
+            ],
+        ),
+        (
             "bench",
             &["settings", "machine", "guest", "start", "outcome", "report"],
         ),
@@ -76,7 +83,7 @@ fn rooms_import_only_what_the_plan_allows() {
             "cli",
             &[
                 "bench", "settings", "job", "image", "host", "machine", "guest", "stage", "history", "reap",
-                "outcome", "report",
+                "serve", "ticket", "outcome", "report",
             ],
         ),
     ];

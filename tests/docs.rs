@@ -39,7 +39,7 @@ fn keys_of(table: &str) -> BTreeSet<String> {
 #[test]
 fn the_configure_page_lists_every_key_and_no_other() {
     let tables = [
-        "libvirt", "host", "images", "machine", "limits", "network", "guest", "history",
+        "libvirt", "host", "images", "machine", "limits", "network", "guest", "history", "console",
     ];
     let mut real: BTreeSet<String> = keys_of("");
     for table in tables {
@@ -76,6 +76,7 @@ fn every_settings_example_in_the_docs_is_accepted() {
     for name in [
         "README.md",
         "docs/configure.md",
+        "docs/consoles.md",
         "docs/install.md",
         "docs/operate.md",
         "docs/troubleshoot.md",

@@ -22,6 +22,7 @@ use crate::threads;
 mod bench;
 mod cleanup;
 mod config;
+mod console;
 mod image;
 mod job;
 mod login;
@@ -30,6 +31,7 @@ mod network;
 mod prepare;
 mod reap;
 mod run;
+mod serve;
 mod vm;
 
 /// Run every GitLab CI job in a virtual machine of its own.
@@ -66,9 +68,13 @@ enum Command {
     #[command(subcommand, display_order = 20)]
     Job(job::Command),
     #[command(subcommand, display_order = 20)]
+    Console(console::Command),
+    #[command(subcommand, display_order = 20)]
     Image(image::Command),
     #[command(display_order = 21)]
     Reap(reap::Arguments),
+    #[command(display_order = 21)]
+    Serve(serve::Arguments),
     #[command(subcommand, display_order = 22)]
     Network(network::Command),
     #[command(display_order = 24)]
@@ -231,8 +237,10 @@ fn dispatch(command: Command, context: &Context) -> Result<(), Failure> {
             Command::Cleanup(arguments) => unless_terminated(cleanup::run(context, &arguments)).await,
             Command::Vm(command) => vm::run(context, &command).await,
             Command::Job(command) => job::run(context, &command),
+            Command::Console(command) => console::run(context, &command),
             Command::Image(command) => image::run(context, command).await,
             Command::Reap(arguments) => reap::run(context, &arguments).await,
+            Command::Serve(arguments) => serve::run(context, &arguments).await,
             Command::Network(command) => network::run(context, &command).await,
             Command::Login(arguments) => login::run(context, arguments).await,
             Command::Logout(arguments) => logout::run(context, &arguments).await,

@@ -14,10 +14,12 @@ use crate::secret::Secret;
 
 mod masked;
 mod response;
+mod variables;
 mod wants;
 
 pub use masked::Masked;
 pub use response::{RegistryCredential, Response};
+pub use variables::Variables;
 pub use wants::{Bounds, Granted, Wants};
 
 /// Why a job cannot be understood.

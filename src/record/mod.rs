@@ -51,6 +51,9 @@ pub use stages::{Ending, Outcome, PREPARE, Reason, Stage};
 /// The version of [`Record`] that this program writes. A reader accepts no newer one.
 pub const VERSION: u32 = 1;
 
+/// The file of a job's folder that holds the job's variables, secrets too, where there is a console.
+pub const VARIABLES: &str = "variables";
+
 /// Why a record cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

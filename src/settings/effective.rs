@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use super::console::ConsoleSettings;
 use super::file::{
     Accelerator, DiskBus, File, Firmware, GuestTable, HostPort, LimitsTable, MachineTable, Nic, PullPolicy,
     Services, Shell, Subnet,
@@ -44,6 +45,8 @@ pub struct Settings {
     pub history_keep: Duration,
     /// How many bytes that may take; zero for not at all.
     pub history_size: u64,
+    /// The console, where there is one.
+    pub console: Option<ConsoleSettings>,
     machine: MachineTable,
     guest: GuestTable,
     limits: LimitsTable,
@@ -401,6 +404,7 @@ impl Settings {
             network,
             history_keep: file.history.keep.map_or(DEFAULT_HISTORY_KEEP, |s| s.0),
             history_size: file.history.max_size.unwrap_or(DEFAULT_HISTORY_SIZE).bytes(),
+            console: file.console.resolve().map_err(wrong)?,
             machine: file.machine,
             guest: file.guest,
             limits: file.limits,

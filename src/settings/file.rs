@@ -6,6 +6,7 @@ use std::path::PathBuf;
 
 use serde::Deserialize;
 
+use super::console::ConsoleTable;
 use super::pattern::Pattern;
 use super::registry::{PrivateRegistry, RegistryName, RegistryTable};
 use crate::quantity::{Size, Span};
@@ -43,6 +44,8 @@ pub struct File {
     pub guest: GuestTable,
     /// What is remembered of jobs that are over.
     pub history: HistoryTable,
+    /// The console: how people see and enter machines.
+    pub console: ConsoleTable,
     /// What is special about single registries, by `host[:port]`.
     pub registry: BTreeMap<RegistryName, RegistryTable>,
     /// Exceptions for images, by pattern; of several that fit, the longest pattern wins, key by key.

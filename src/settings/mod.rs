@@ -6,11 +6,13 @@
 use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 
+pub mod console;
 mod effective;
 pub mod file;
 mod pattern;
 pub mod registry;
 
+pub use console::ConsoleSettings;
 pub use effective::{
     GuestSettings, ImageRules, ImageSettings, MachineSettings, Network, OwnNetwork, Settings,
 };

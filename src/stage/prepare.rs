@@ -8,7 +8,7 @@ use super::order::Order;
 use crate::history::{self, Entry, Removal};
 use crate::host::{self, Capacity, Slots};
 use crate::image::{Asker, Disk, Event, Progress};
-use crate::job::{Bounds, Environment, Granted, Job, Masked, Wants};
+use crate::job::{Bounds, Environment, Granted, Job, Masked, Variables, Wants};
 use crate::machine::{Libvirt, network};
 use crate::outcome::Failure;
 use crate::quantity::Size;
@@ -187,13 +187,31 @@ async fn get_ready(
     };
     let started = start::start(&plan, &hardware, phases, log).await?;
     started.remarks.iter().for_each(|remark| log.line(remark));
+    if settings.console.is_some() {
+        keep_variables(environment, &folder)?;
+    }
     drop(folder.enter(State::Ready, |r| {
         r.guest = Some(started.guest);
         r.phases = phases.record();
         r.end(PREPARE, course.begin.elapsed(), Ending::Succeeded);
     })?);
     log.line(format!("Ready: {}", phases.line()));
+    if let Some(console) = &settings.console {
+        // Everybody who may read the job log reads it: the address alone opens nothing.
+        log.line(format!(
+            "Console: {} (ask an admin of this runner for a ticket).",
+            console.page(folder.key())
+        ));
+    }
     Ok(())
+}
+
+/// Keeps the job's variables for the console's terminal. Its keys, beside them, open the guest that knows them anyway.
+fn keep_variables(environment: &Environment, folder: &JobDir) -> Result<(), Failure> {
+    let path = folder.file(record::VARIABLES);
+    Variables::of(environment)
+        .save(&path)
+        .map_err(|e| Failure::system(format!("cannot write {}: {e}", path.display())))
 }
 
 /// For whom the image is asked: what a registry allows one project, another still has to ask for.

@@ -18,9 +18,14 @@ pub mod runner;
 
 // The demo shares what is above and knows the program by its arguments; what is below is told by cargo where it is.
 #[cfg(test)]
+pub mod console;
+#[cfg(test)]
 pub mod desk;
 #[cfg(test)]
 pub mod host;
+#[cfg(test)]
+#[path = "https_fixture.rs"]
+pub mod https;
 #[cfg(test)]
 pub mod kills;
 #[cfg(test)]

@@ -6,7 +6,7 @@ use crate::record::JobKey;
 
 /// Why a name means no job.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
-pub(super) enum Unclear {
+pub(in crate::cli) enum Unclear {
     /// There is none.
     #[error("no job \"{0}\" is here or remembered")]
     None(String),
@@ -20,7 +20,7 @@ const MOST_NAMED: usize = 8;
 
 /// Finds a job by its key, by its machine's name, by its key without the try's number, by its number, or by the beginning of
 /// its key. Of several tries of one job the last one is meant.
-pub(super) fn choose(keys: &[JobKey], name: &str) -> Result<JobKey, Unclear> {
+pub(in crate::cli) fn choose(keys: &[JobKey], name: &str) -> Result<JobKey, Unclear> {
     let ways: [&dyn Fn(&JobKey) -> bool; 4] = [
         &|key| key.to_string() == name || key.machine_name() == name,
         &|key| format!("{}-{}", key.coordinator, key.id) == name,

@@ -6,6 +6,8 @@ mod list;
 mod seen;
 mod show;
 
+pub(super) use choose::choose;
+
 /// See which jobs run and ran on this host, and why they failed
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {

@@ -12,6 +12,7 @@ use super::dial::{Ladder, dial};
 use super::input::Input;
 use super::link::{Link, Setback, Way};
 use super::serve::{Event, Request, serve};
+use super::terminal::{Desk, Keyboard, Window};
 use super::wake::Wake;
 use super::{Agreed, Error, Patience, Progress, Target};
 use crate::guest::keys::PublicKey;
@@ -31,6 +32,8 @@ const ASK_AGAIN: [Duration; 4] = [
 ];
 /// Chunks of output under way between thread and reader: with 64 KiB each, half a megabyte.
 const CHUNKS_UNDER_WAY: usize = 8;
+/// Strokes under way between a browser and the thread: a person types no faster, and who pastes waits.
+const STROKES_UNDER_WAY: usize = 16;
 /// Most output of a small command that is kept.
 const MOST_OUTPUT: usize = 256 << 10;
 
@@ -153,11 +156,25 @@ impl Connection {
 
     /// Starts a command with all of its input.
     pub fn start(&self, command: impl Into<String>, input: impl Into<Input>) -> Running {
+        self.request(command.into(), input.into(), None)
+    }
+
+    /// Starts a command on a terminal of this size. All that it prints is [`Event::Output`].
+    pub fn terminal(&self, command: impl Into<String>, window: Window) -> (Running, Keyboard) {
+        let (strokes, taken) = tokio::sync::mpsc::channel(STROKES_UNDER_WAY);
+        let desk = Desk::new(window, taken);
+        let running = self.request(command.into(), Vec::new().into(), Some(desk));
+        let wake = Arc::clone(&self.wake);
+        (running, Keyboard { strokes, wake })
+    }
+
+    fn request(&self, command: String, input: Input, desk: Option<Desk>) -> Running {
         let (sender, events) = tokio::sync::mpsc::channel(CHUNKS_UNDER_WAY);
         // Should the thread have ended, `events` is closed, which reads as a lost connection.
         let _ = self.requests.send(Request {
-            command: command.into(),
-            input: input.into(),
+            command,
+            input,
+            desk,
             events: sender,
         });
         self.wake.ring();

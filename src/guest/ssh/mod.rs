@@ -6,6 +6,7 @@
 //! | `link` | key exchange and login over one socket |
 //! | `serve` | the thread's loop: commands on channels, liveness |
 //! | [`Input`] | what a command reads |
+//! | [`Keyboard`], [`Window`] | a command on a terminal |
 //! | [`Connection`] | the asynchronous handle of all that |
 
 mod connection;
@@ -13,12 +14,14 @@ mod dial;
 mod input;
 mod link;
 mod serve;
+mod terminal;
 mod wake;
 
 pub(crate) use connection::unless;
 pub use connection::{Connection, Login, Output, Running};
 pub use input::Input;
 pub use serve::Event;
+pub use terminal::{Keyboard, Window};
 
 use std::fmt;
 use std::net::SocketAddr;

@@ -17,6 +17,7 @@ use tokio::sync::mpsc::{Sender, error::TrySendError};
 use super::Error;
 use super::input::Input;
 use super::link::{Link, would_block};
+use super::terminal::{self, Desk, Next};
 use super::wake::Wake;
 
 /// How many bytes of output a server may send ahead of what we have taken: bounds our memory, and is enough for
@@ -52,6 +53,8 @@ pub enum Event {
 pub(super) struct Request {
     pub(super) command: String,
     pub(super) input: Input,
+    /// Where the command runs on a terminal: then it reads what is typed, not `input`.
+    pub(super) desk: Option<Desk>,
     pub(super) events: Sender<Event>,
 }
 
@@ -68,7 +71,9 @@ struct Task {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Stage {
     Opening,
+    Equipping,
     Starting,
+    Talking,
     Sending,
     Closing,
     Reading,
@@ -244,7 +249,10 @@ impl Task {
                 return Ok(false);
             };
             self.channel = Some(channel);
-            self.stage = Stage::Starting;
+            self.stage = match self.request.desk {
+                Some(_) => Stage::Equipping,
+                None => Stage::Starting,
+            };
             return Ok(true);
         };
         match self.stage {
@@ -252,7 +260,45 @@ impl Task {
                 if settle(channel.exec(&self.request.command))?.is_none() {
                     return Ok(false);
                 }
-                self.stage = Stage::Sending;
+                self.stage = match self.request.desk {
+                    Some(_) => Stage::Talking,
+                    None => Stage::Sending,
+                };
+            }
+            Stage::Equipping => {
+                let window = self
+                    .request
+                    .desk
+                    .as_ref()
+                    .map(|desk| desk.window)
+                    .unwrap_or_default();
+                let size = Some((window.columns(), window.rows(), 0, 0));
+                if settle(channel.request_pty(terminal::TYPE, None, size))?.is_none() {
+                    return Ok(false);
+                }
+                self.stage = Stage::Starting;
+            }
+            Stage::Talking => {
+                let sent = match self.request.desk.as_mut().and_then(Desk::next) {
+                    None => return self.receive(buffer),
+                    Some(Next::Resize(window)) => {
+                        let size = channel.request_pty_size(window.columns(), window.rows(), None, None);
+                        settle(size)?.map(|()| 0)
+                    }
+                    Some(Next::Keys(keys)) => match channel.write(keys) {
+                        Ok(count) => Some(count),
+                        Err(e) if e.kind() == ErrorKind::WouldBlock => None,
+                        Err(e) => return Err(Error::Lost(e.to_string())),
+                    },
+                };
+                match (sent, &mut self.request.desk) {
+                    (Some(count), Some(desk)) => {
+                        desk.sent(count);
+                        return Ok(true);
+                    }
+                    _ if link.wants().contains(PollFlags::OUT) => return Ok(false),
+                    _ => return self.receive(buffer),
+                }
             }
             Stage::Sending => {
                 let rest = self.request.input.rest().map_err(|e| Error::Host {

@@ -1,0 +1,152 @@
+//! `cannery serve`: pages on which people see and enter the machines of jobs.
+//!
+//! ```text
+//! browser ──TLS──▶ door ─▶ site ─▶ session ─▶ terminal ──SSH──▶ guest
+//!                   │       │        │     └▶ serial   ──▶ serial.log
+//!                 limit    api     ticket (a file in the job's folder)
+//! ```
+//!
+//! | part | what it does |
+//! |---|---|
+//! | `door` | takes connections: TLS, deadlines, bounds on strangers |
+//! | `site` | which request may have what: host, origin, ticket, cookie |
+//! | `session` | who is in, until when; ends what a ticket opened when the ticket or the machine goes |
+//! | `terminal`, `shell` | a shell in the guest over a WebSocket |
+//! | `serial` | the serial log over another |
+//! | `api` | sessions listed and ended, tickets minted, for programs |
+//! | `audit`, `count` | what happened, for people and for Prometheus |
+//!
+//! It holds nothing that a job needs: jobs run the same while it is stopped, and what it knows is gone with it.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use crate::outcome::Failure;
+use crate::record::Jobs;
+use crate::secret::Secret;
+use crate::settings::{ConsoleSettings, Settings};
+
+mod api;
+mod audit;
+mod count;
+mod door;
+mod limit;
+mod serial;
+mod session;
+mod shell;
+mod site;
+mod terminal;
+mod tls;
+
+use audit::Audit;
+use count::Counts;
+use limit::{Connections, Guesses};
+use session::{End, Sessions};
+use terminal::Screens;
+use tls::Certificate;
+
+/// How soon a session ends whose ticket or machine has gone.
+const LOOK: Duration = Duration::from_millis(250);
+/// A secret of the API that is shorter is guessed sooner than a ticket.
+const SHORTEST_TOKEN: usize = 32;
+
+/// What all requests share.
+#[derive(Debug)]
+struct House {
+    settings: Settings,
+    console: ConsoleSettings,
+    jobs: Jobs,
+    sessions: Sessions,
+    screens: Screens,
+    guesses: Guesses,
+    connections: Arc<Connections>,
+    audit: Arc<Audit>,
+    counts: Arc<Counts>,
+    api_token: Option<Secret>,
+}
+
+/// Serves until `stop` ends. For each word of `reload` the certificate's files are read again. `ready` is told once the port is open.
+///
+/// # Errors
+/// The settings have no console, or name files that cannot be used, or the port is taken.
+pub async fn serve(
+    settings: Settings,
+    ready: impl FnOnce(std::net::SocketAddr),
+    mut reload: mpsc::Receiver<()>,
+    stop: impl Future<Output = ()>,
+) -> Result<(), Failure> {
+    let Some(console) = settings.console.clone() else {
+        return Err(
+            Failure::system("the settings have no console").hint("docs/consoles.md shows what it needs")
+        );
+    };
+    let certificate = Certificate::load(console.certificate.clone(), console.key.clone()).map_err(|e| {
+        Failure::system(e.to_string()).hint("console.certificate and console.key name PEM files")
+    })?;
+    let audit = Audit::open(console.audit_log.as_deref())
+        .map_err(|e| Failure::system(format!("cannot write console.audit_log: {e}")))?;
+    let (audit, counts) = (Arc::new(audit), Arc::new(Counts::default()));
+    let house = Arc::new(House {
+        api_token: api_token(&console)?,
+        jobs: Jobs::open(&settings.state_dir)?,
+        sessions: Sessions::new(console.max_sessions, Arc::clone(&audit), Arc::clone(&counts)),
+        screens: Screens::default(),
+        guesses: Guesses::default(),
+        connections: Arc::default(),
+        settings,
+        console,
+        audit,
+        counts,
+    });
+    let door = door::Door::open(Arc::clone(&house), Arc::new(certificate)).await?;
+    ready(door.address());
+    let looking = async {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            house.sessions.look(Instant::now());
+        }
+    };
+    let reloading = async {
+        while reload.recv().await.is_some() {
+            match door.certificate().reload() {
+                Ok(()) => tracing::info!("the certificate was read again"),
+                Err(e) => tracing::error!("the old certificate stays in use: {e}"),
+            }
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        () = stop => {}
+        () = door.serve() => {}
+        () = looking => {}
+        () = reloading => {}
+    }
+    house.sessions.end_all(End::Stopping);
+    door.close().await;
+    Ok(())
+}
+
+/// The API's secret, where the settings name a file that holds one.
+fn api_token(console: &ConsoleSettings) -> Result<Option<Secret>, Failure> {
+    let Some(path) = &console.api_token_file else {
+        return Ok(None);
+    };
+    let text = std::fs::read_to_string(path).map_err(|e| {
+        Failure::system(format!(
+            "cannot read console.api_token_file {}: {e}",
+            path.display()
+        ))
+    })?;
+    let token = text.trim();
+    if token.len() < SHORTEST_TOKEN || !token.bytes().all(|b| b.is_ascii_graphic()) {
+        return Err(Failure::system(format!(
+            "console.api_token_file {} does not hold {SHORTEST_TOKEN} or more plain characters in one line",
+            path.display()
+        ))
+        .hint("`openssl rand -hex 32` makes such a secret"));
+    }
+    Ok(Some(Secret::new(token)))
+}

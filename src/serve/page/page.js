@@ -1,0 +1,126 @@
+// The console's page: a ticket becomes a cookie, and tabs show the machine.
+
+const here = location.pathname.replace(/\/$/, "");
+const find = (id) => document.getElementById(id);
+const say = (text) => { find("message").textContent = text; };
+
+async function ask(method, body) {
+  const answer = await fetch(`${here}/session`, {
+    method,
+    headers: body ? { "content-type": "application/json" } : {},
+    body: body && JSON.stringify(body),
+  });
+  const text = await answer.text();
+  const value = text ? JSON.parse(text) : {};
+  return { status: answer.status, value };
+}
+
+async function enter(ticket) {
+  const { status, value } = await ask("POST", { ticket });
+  if (status !== 204) {
+    say(`This did not work: ${value.error}.`);
+    return false;
+  }
+  say("");
+  return true;
+}
+
+// One window of text that a WebSocket fills.
+function view(name, mode, options) {
+  const section = find(name);
+  const terminal = new Terminal({ convertEol: name === "serial", scrollback: 10000, fontSize: 14, ...options });
+  const fit = new FitAddon.FitAddon();
+  terminal.loadAddon(fit);
+  terminal.open(section);
+  const socket = new WebSocket(`wss://${location.host}${here}/${name}`);
+  socket.binaryType = "arraybuffer";
+  const open = () => socket.readyState === WebSocket.OPEN;
+  const resize = () => {
+    if (section.hidden) return;
+    fit.fit();
+    if (name === "terminal" && mode === "full" && open()) {
+      socket.send(JSON.stringify({ columns: terminal.cols, rows: terminal.rows }));
+    }
+  };
+  let ended = false;
+  const end = (text) => {
+    if (ended) return;
+    ended = true;
+    terminal.write(`\r\n\x1b[7m ${text} \x1b[0m\r\n`);
+  };
+  socket.onopen = resize;
+  socket.onmessage = ({ data }) => {
+    if (typeof data !== "string") {
+      terminal.write(new Uint8Array(data));
+      return;
+    }
+    const word = JSON.parse(data);
+    if (word.end !== undefined) end(word.end);
+    if (word.note !== undefined) say(word.note);
+  };
+  socket.onclose = () => end("the connection has ended");
+  if (name === "terminal" && mode === "full") {
+    const encoder = new TextEncoder();
+    terminal.onData((keys) => { if (open()) socket.send(encoder.encode(keys)); });
+    terminal.onBinary((keys) => { if (open()) socket.send(Uint8Array.from(keys, (c) => c.charCodeAt(0))); });
+  }
+  new ResizeObserver(resize).observe(section);
+  return { show() { resize(); terminal.focus(); } };
+}
+
+const views = {};
+
+function choose(name, mode) {
+  for (const other of ["terminal", "serial"]) {
+    find(other).hidden = other !== name;
+    find(`tab-${other}`).setAttribute("aria-selected", String(other === name));
+  }
+  const silent = name === "serial" || mode !== "full";
+  views[name] ??= view(name, mode, { disableStdin: silent, cursorBlink: !silent });
+  views[name].show();
+}
+
+function show(job) {
+  find("entry").hidden = true;
+  find("tabs").hidden = false;
+  find("title").textContent = job.name;
+  document.title = `${job.name} · cannery console`;
+  const seeing = job.mode === "full" ? "" : " · you may only see";
+  find("about").textContent = `${job.project} · ${job.image ?? ""}${seeing}`;
+  for (const name of ["terminal", "serial"]) {
+    find(`tab-${name}`).onclick = () => choose(name, job.mode);
+  }
+  find("leave").onclick = async () => {
+    await ask("DELETE");
+    location.reload();
+  };
+  choose("terminal", job.mode);
+}
+
+async function begin() {
+  const handed = new URLSearchParams(location.hash.slice(1)).get("ticket");
+  // Neither the history nor whoever looks at the screen keeps it.
+  if (location.hash) history.replaceState(null, "", here);
+  if (handed) await enter(handed);
+  const { status, value } = await ask("GET");
+  if (status === 200) {
+    show(value);
+    return;
+  }
+  find("entry").hidden = false;
+  find("ticket").focus();
+}
+
+find("entry").onsubmit = async (event) => {
+  event.preventDefault();
+  const field = find("ticket");
+  const ticket = field.value.trim();
+  field.value = "";
+  if (await enter(ticket)) await begin();
+};
+
+if (typeof Terminal === "undefined") {
+  say("The terminal's program is not installed: the operator runs contrib/console-assets.");
+} else {
+  begin();
+}

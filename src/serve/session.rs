@@ -1,0 +1,433 @@
+//! Sessions: somebody who showed a ticket, until the ticket, the machine or the person is gone.
+//!
+//! A session is opened once and known by a cookie from then on; terminals, logs and screens are channels of a session. So how long a
+//! ticket may be redeemed says nothing about how long one may stay, and taking the ticket away ends everything that came of it.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use serde::Serialize;
+use sha2::{Digest, Sha256};
+use tokio::sync::watch;
+
+use super::audit::{Audit, Event};
+use super::count::Counts;
+use crate::record::{JobDir, JobKey};
+use crate::secret::Secret;
+use crate::ticket::{self, Mode, Redeemed, TicketId};
+
+/// A session with no open channel ends after this: a page that is loaded anew is back at once, a closed one never.
+const IDLE: Duration = Duration::from_secs(120);
+/// A session ends after this, whatever goes on in it: no job that somebody watches takes longer.
+const LONGEST: Duration = Duration::from_secs(24 * 3600);
+
+/// Why a session is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    /// The viewer left.
+    Left,
+    /// The ticket was taken away, or the machine is being removed.
+    Revoked,
+    /// An admin ended it.
+    Admin,
+    /// Nothing was open for a while, or something for far too long.
+    Time,
+    /// The server stops.
+    Stopping,
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            End::Left => "you have left",
+            End::Revoked => "the machine is gone, or the ticket was taken away",
+            End::Admin => "an admin has ended this session",
+            End::Time => "the session's time is over",
+            End::Stopping => "the console is being restarted",
+        })
+    }
+}
+
+/// Why a session is not opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(super) enum Full {
+    #[error("as many viewers as the ticket allows are there already")]
+    Ticket,
+    #[error("there are as many console sessions as this host allows")]
+    Host,
+}
+
+/// Somebody at a machine.
+#[derive(Debug)]
+pub(super) struct Session {
+    /// Its number, for people.
+    pub(super) number: u64,
+    pub(super) job: JobDir,
+    pub(super) mode: Mode,
+    ticket: TicketId,
+    minted_by: String,
+    from: IpAddr,
+    opened: Timestamp,
+    begin: Instant,
+    last: Mutex<Instant>,
+    channels: AtomicUsize,
+    sent: AtomicU64,
+    received: AtomicU64,
+    end: watch::Sender<Option<End>>,
+}
+
+/// What a list shows of a session.
+#[derive(Debug, Serialize)]
+pub(super) struct Shown {
+    session: u64,
+    job: JobKey,
+    ticket: String,
+    minted_by: String,
+    mode: Mode,
+    from: IpAddr,
+    opened: Timestamp,
+    channels: usize,
+    bytes_sent: u64,
+    bytes_received: u64,
+}
+
+/// All of them.
+#[derive(Debug)]
+pub(super) struct Sessions {
+    by_cookie: Mutex<HashMap<[u8; 32], Arc<Session>>>,
+    next: AtomicU64,
+    most: usize,
+    audit: Arc<Audit>,
+    counts: Arc<Counts>,
+}
+
+fn name_of(cookie: &str) -> [u8; 32] {
+    Sha256::digest(cookie.as_bytes()).into()
+}
+
+impl Sessions {
+    pub(super) fn new(most: usize, audit: Arc<Audit>, counts: Arc<Counts>) -> Self {
+        Self {
+            by_cookie: Mutex::default(),
+            next: AtomicU64::new(1),
+            most,
+            audit,
+            counts,
+        }
+    }
+
+    fn all(&self) -> MutexGuard<'_, HashMap<[u8; 32], Arc<Session>>> {
+        self.by_cookie.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Opens a session and returns its cookie.
+    pub(super) fn open(
+        &self,
+        redeemed: Redeemed,
+        from: IpAddr,
+    ) -> Result<Result<Secret, Full>, ticket::Error> {
+        let cookie = ticket::random_text()?;
+        let mut all = self.all();
+        if all.len() >= self.most {
+            return Ok(Err(Full::Host));
+        }
+        let with_ticket = all
+            .values()
+            .filter(|s| s.ticket == redeemed.id && s.job == redeemed.job);
+        if u32::try_from(with_ticket.count()).unwrap_or(u32::MAX) >= redeemed.grant.viewers {
+            return Ok(Err(Full::Ticket));
+        }
+        let now = Instant::now();
+        let session = Arc::new(Session {
+            number: self.next.fetch_add(1, Ordering::Relaxed),
+            job: redeemed.job,
+            mode: redeemed.grant.mode,
+            ticket: redeemed.id,
+            minted_by: redeemed.grant.by,
+            from,
+            opened: Timestamp::now(),
+            begin: now,
+            last: Mutex::new(now),
+            channels: AtomicUsize::new(0),
+            sent: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            end: watch::Sender::new(None),
+        });
+        self.counts.sessions.add(1);
+        self.audit.note(&Event::SessionOpened {
+            session: session.number,
+            job: session.job.key(),
+            ticket: session.ticket.short(),
+            minted_by: &session.minted_by,
+            mode: session.mode,
+            from,
+        });
+        all.insert(name_of(cookie.reveal()), session);
+        Ok(Ok(cookie))
+    }
+
+    /// The session of a cookie, if it is one of this job.
+    pub(super) fn of(&self, cookie: &str, job: &JobKey) -> Option<Arc<Session>> {
+        let all = self.all();
+        let session = all.get(&name_of(cookie)).filter(|s| s.job.key() == job)?;
+        Some(Arc::clone(session))
+    }
+
+    /// Ends a session and all its channels.
+    pub(super) fn end(&self, session: &Session, why: End) {
+        let before = self.all().len();
+        self.all().retain(|_, other| other.number != session.number);
+        if self.all().len() == before {
+            return;
+        }
+        session.end.send_replace(Some(why));
+        self.audit.note(&Event::SessionClosed {
+            session: session.number,
+            job: session.job.key(),
+            reason: &why.to_string(),
+            seconds: session.begin.elapsed().as_secs_f64(),
+            bytes_sent: session.sent.load(Ordering::Relaxed),
+            bytes_received: session.received.load(Ordering::Relaxed),
+        });
+    }
+
+    /// Ends the session of this number; false where there is none.
+    pub(super) fn end_number(&self, number: u64, why: End) -> bool {
+        let session = self.all().values().find(|s| s.number == number).cloned();
+        session.map(|session| self.end(&session, why)).is_some()
+    }
+
+    pub(super) fn end_all(&self, why: End) {
+        let sessions: Vec<_> = self.all().values().cloned().collect();
+        sessions.iter().for_each(|session| self.end(session, why));
+    }
+
+    /// Ends those whose ticket, machine or time is gone.
+    pub(super) fn look(&self, now: Instant) {
+        let sessions: Vec<_> = self.all().values().cloned().collect();
+        for session in sessions {
+            // What cannot be read holds nobody's door open.
+            let holds = ticket::holds(&session.job, &session.ticket).unwrap_or(false);
+            if !holds {
+                self.end(&session, End::Revoked);
+            } else if session.is_over(now) {
+                self.end(&session, End::Time);
+            }
+        }
+    }
+
+    pub(super) fn list(&self) -> Vec<Shown> {
+        let mut list: Vec<Shown> = self.all().values().map(|s| s.shown()).collect();
+        list.sort_by_key(|shown| shown.session);
+        list
+    }
+
+    /// How many sessions there are, and how many channels in all.
+    pub(super) fn size(&self) -> (usize, usize) {
+        let all = self.all();
+        let channels = all.values().map(|s| s.channels.load(Ordering::Relaxed)).sum();
+        (all.len(), channels)
+    }
+
+    /// Opens a channel of a session.
+    pub(super) fn channel(&self, session: &Arc<Session>, name: &'static str) -> Channel {
+        session.channels.fetch_add(1, Ordering::Relaxed);
+        self.counts.channels.add(1);
+        self.audit.note(&Event::ChannelOpened {
+            session: session.number,
+            channel: name,
+        });
+        Channel {
+            session: Arc::clone(session),
+            name,
+            begin: Instant::now(),
+            sent: 0,
+            received: 0,
+            audit: Arc::clone(&self.audit),
+            counts: Arc::clone(&self.counts),
+        }
+    }
+}
+
+impl Session {
+    fn is_over(&self, now: Instant) -> bool {
+        let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let idle = self.channels.load(Ordering::Relaxed) == 0 && now.saturating_duration_since(last) > IDLE;
+        idle || now.saturating_duration_since(self.begin) > LONGEST
+    }
+
+    fn shown(&self) -> Shown {
+        Shown {
+            session: self.number,
+            job: self.job.key().clone(),
+            ticket: self.ticket.short().to_owned(),
+            minted_by: self.minted_by.clone(),
+            mode: self.mode,
+            from: self.from,
+            opened: self.opened,
+            channels: self.channels.load(Ordering::Relaxed),
+            bytes_sent: self.sent.load(Ordering::Relaxed),
+            bytes_received: self.received.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Waits until it is over, and says why.
+    pub(super) async fn ended(&self) -> End {
+        let mut end = self.end.subscribe();
+        match end.wait_for(Option::is_some).await {
+            Ok(why) => why.unwrap_or(End::Stopping),
+            // Its sender is part of the session that we hold.
+            Err(_) => End::Stopping,
+        }
+    }
+}
+
+/// An open terminal, log or screen; dropping it closes it.
+#[derive(Debug)]
+pub(super) struct Channel {
+    pub(super) session: Arc<Session>,
+    name: &'static str,
+    begin: Instant,
+    sent: u64,
+    received: u64,
+    audit: Arc<Audit>,
+    counts: Arc<Counts>,
+}
+
+impl Channel {
+    /// So many bytes went to the viewer.
+    pub(super) fn sent(&mut self, bytes: usize) {
+        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+        self.sent += bytes;
+        self.session.sent.fetch_add(bytes, Ordering::Relaxed);
+        self.counts.sent.add(bytes);
+    }
+
+    /// So many bytes came from the viewer.
+    pub(super) fn received(&mut self, bytes: usize) {
+        let bytes = u64::try_from(bytes).unwrap_or(u64::MAX);
+        self.received += bytes;
+        self.session.received.fetch_add(bytes, Ordering::Relaxed);
+        self.counts.received.add(bytes);
+    }
+}
+
+impl Drop for Channel {
+    fn drop(&mut self) {
+        self.session.channels.fetch_sub(1, Ordering::Relaxed);
+        *self.session.last.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        self.audit.note(&Event::ChannelClosed {
+            session: self.session.number,
+            channel: self.name,
+            seconds: self.begin.elapsed().as_secs_f64(),
+            bytes_sent: self.sent,
+            bytes_received: self.received,
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::{Caller, Jobs, Record};
+    use crate::ticket::Grant;
+
+    struct Place {
+        _folder: tempfile::TempDir,
+        job: JobDir,
+        sessions: Sessions,
+    }
+
+    impl Place {
+        fn new(most: usize) -> Self {
+            let folder = tempfile::tempdir().unwrap();
+            let jobs = Jobs::open(folder.path()).unwrap();
+            let now = Timestamp::now();
+            let key = JobKey::new("https://gitlab.example.com", 1, 0);
+            let record = Record::new(key, "/tmp/x".into(), Caller::this(), now, now);
+            Self {
+                job: jobs.create(record).unwrap(),
+                sessions: Sessions::new(most, Arc::default(), Arc::default()),
+                _folder: folder,
+            }
+        }
+
+        fn ticket(&self, viewers: u32) -> Redeemed {
+            let now = Timestamp::now();
+            let later = now.saturating_add(jiff::SignedDuration::from_mins(1)).unwrap();
+            let grant = Grant::new(Mode::Full, now, later, viewers, "root".into());
+            let (text, _) = ticket::mint(&self.job, &grant).unwrap();
+            ticket::redeem_for(&self.job, text.reveal(), now)
+                .unwrap()
+                .unwrap()
+        }
+
+        fn open(&self, ticket: &Redeemed) -> Result<Secret, Full> {
+            self.sessions.open(ticket.clone(), [127, 0, 0, 1].into()).unwrap()
+        }
+    }
+
+    #[test]
+    fn a_ticket_has_no_more_viewers_than_it_allows_and_a_place_that_is_left_is_free() {
+        let place = Place::new(10);
+        let ticket = place.ticket(2);
+        let first = place.open(&ticket).unwrap();
+        place.open(&ticket).unwrap();
+        assert_eq!(place.open(&ticket).unwrap_err(), Full::Ticket);
+        place.open(&place.ticket(1)).unwrap();
+        let session = place.sessions.of(first.reveal(), place.job.key()).unwrap();
+        place.sessions.end(&session, End::Left);
+        assert!(place.sessions.of(first.reveal(), place.job.key()).is_none());
+        place.open(&ticket).unwrap();
+    }
+
+    #[test]
+    fn a_host_has_no_more_sessions_than_it_allows() {
+        let place = Place::new(1);
+        place.open(&place.ticket(9)).unwrap();
+        assert_eq!(place.open(&place.ticket(9)).unwrap_err(), Full::Host);
+    }
+
+    #[test]
+    fn a_cookie_is_good_for_its_own_machine_only() {
+        let place = Place::new(10);
+        let cookie = place.open(&place.ticket(1)).unwrap();
+        let other = "aaaa1111-7-1".parse().unwrap();
+        assert!(place.sessions.of(cookie.reveal(), &other).is_none());
+        assert!(place.sessions.of("", place.job.key()).is_none());
+    }
+
+    #[tokio::test]
+    async fn taking_the_ticket_away_ends_its_sessions_and_no_other() {
+        let place = Place::new(10);
+        let (one, two) = (place.ticket(1), place.ticket(1));
+        let (first, second) = (place.open(&one).unwrap(), place.open(&two).unwrap());
+        let session = place.sessions.of(first.reveal(), place.job.key()).unwrap();
+        place.sessions.look(Instant::now());
+        assert_eq!(place.sessions.size().0, 2);
+        ticket::revoke(&place.job, &one.id).unwrap();
+        place.sessions.look(Instant::now());
+        assert_eq!(session.ended().await, End::Revoked);
+        assert!(place.sessions.of(second.reveal(), place.job.key()).is_some());
+    }
+
+    #[tokio::test]
+    async fn an_open_channel_keeps_a_session_and_without_one_it_ends_after_a_while() {
+        let place = Place::new(10);
+        let cookie = place.open(&place.ticket(1)).unwrap();
+        let session = place.sessions.of(cookie.reveal(), place.job.key()).unwrap();
+        let mut channel = place.sessions.channel(&session, "terminal");
+        channel.sent(5);
+        let later = Instant::now() + IDLE * 2;
+        place.sessions.look(later);
+        assert_eq!(place.sessions.size(), (1, 1));
+        drop(channel);
+        place.sessions.look(later);
+        assert_eq!(session.ended().await, End::Time);
+    }
+}

@@ -1,0 +1,326 @@
+//! Which request gets what.
+//!
+//! | request | for whom | what |
+//! |---|---|---|
+//! | `GET /jobs/KEY` | anybody | the page, the same for all: it says nothing about the job |
+//! | `POST /jobs/KEY/session` | a ticket, in the body | a cookie for this machine |
+//! | `GET`, `DELETE /jobs/KEY/session` | the cookie | what may be seen; leaves |
+//! | `GET /jobs/KEY/terminal`, `/serial` | the cookie | WebSockets |
+//! | `GET /assets/…`, `/page/…` | anybody | programs for the browser |
+//! | `/api/…`, `/metrics` | the API's secret | see [`super::api`] |
+//! | `GET /healthz` | anybody | whether it serves |
+//!
+//! A ticket is in no address: addresses end up in logs, histories and `Referer`. The page takes it from the part of the address that
+//! browsers keep to themselves, or from whoever types it. Each request names our host, and each that changes something or opens a
+//! WebSocket comes from our own pages: browsers send cookies along with what other sites make them ask.
+
+use std::net::IpAddr;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+use axum::extract::ws::WebSocketUpgrade;
+use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
+use axum::middleware::{self, Next};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use axum::{Extension, Json, Router};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+
+use super::limit::Place;
+use super::session::{End, Session};
+use super::{House, api, serial, terminal};
+use crate::record::JobKey;
+use crate::report;
+use crate::ticket::{self, Mode};
+
+/// The cookie's name. With this beginning, browsers take it over TLS only.
+const COOKIE: &str = "__Secure-cannery";
+/// No request has more to say.
+const LONGEST_BODY: usize = 4 << 10;
+/// A message from a browser: what somebody types, or a page of text that is pasted.
+const LONGEST_MESSAGE: usize = 256 << 10;
+/// Characters of a name that a page shows.
+const LONGEST_NAME: usize = 120;
+
+const PAGE: &str = include_str!("page/index.html");
+const SCRIPT: &str = include_str!("page/page.js");
+const STYLE: &str = include_str!("page/page.css");
+
+/// Files of `console.assets` that browsers may have, and what they are.
+const ASSETS: [(&str, &str); 3] = [
+    ("xterm.js", JAVASCRIPT),
+    ("xterm.css", CSS),
+    ("addon-fit.js", JAVASCRIPT),
+];
+const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
+const CSS: &str = "text/css; charset=utf-8";
+
+/// The address of whoever connected.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Peer(pub(super) IpAddr);
+
+/// A request that is not answered as asked, with the reason.
+#[derive(Debug)]
+pub(super) struct Refused(pub(super) StatusCode, pub(super) String);
+
+impl Refused {
+    pub(super) fn new(status: StatusCode, why: impl Into<String>) -> Self {
+        Self(status, why.into())
+    }
+}
+
+impl IntoResponse for Refused {
+    fn into_response(self) -> Response {
+        (self.0, Json(serde_json::json!({ "error": self.1 }))).into_response()
+    }
+}
+
+impl From<ticket::Error> for Refused {
+    fn from(e: ticket::Error) -> Self {
+        // Paths of this host are the operator's business.
+        tracing::error!("{e}");
+        Self::new(
+            StatusCode::INTERNAL_SERVER_ERROR,
+            "the host cannot read its own files",
+        )
+    }
+}
+
+pub(super) fn router(house: Arc<House>) -> Router {
+    Router::new()
+        .route(
+            "/",
+            get(async || {
+                Refused::new(
+                    StatusCode::NOT_FOUND,
+                    "the job log has the address of its console",
+                )
+            }),
+        )
+        .route("/jobs/{key}", get(page))
+        .route("/jobs/{key}/session", get(shown).post(enter).delete(leave))
+        .route("/jobs/{key}/terminal", get(open_terminal))
+        .route("/jobs/{key}/serial", get(open_serial))
+        .route("/page/page.js", get(async || typed(JAVASCRIPT, SCRIPT)))
+        .route("/page/page.css", get(async || typed(CSS, STYLE)))
+        .route("/assets/{name}", get(asset))
+        .route("/healthz", get(async || "ok\n"))
+        .merge(api::router())
+        .layer(DefaultBodyLimit::max(LONGEST_BODY))
+        .layer(middleware::from_fn_with_state(Arc::clone(&house), gate))
+        .with_state(house)
+}
+
+/// Lets in what names our host and, where it matters, comes from our own pages; sends everything out with the rules for browsers.
+async fn gate(State(house): State<Arc<House>>, request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    // Programs ask by whatever name they know, without cookies.
+    let for_programs = path.starts_with("/api/") || matches!(path, "/metrics" | "/healthz");
+    let mut response = if for_programs || is_ours(&house, request.method(), request.headers()) {
+        next.run(request).await
+    } else {
+        Refused::new(
+            StatusCode::FORBIDDEN,
+            "this request does not come from a page of this console",
+        )
+        .into_response()
+    };
+    let policy = format!(
+        "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; \
+         connect-src 'self' wss://{}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+        house.console.authority
+    );
+    let headers = response.headers_mut();
+    if let Ok(policy) = HeaderValue::try_from(policy) {
+        headers.insert(header::CONTENT_SECURITY_POLICY, policy);
+    }
+    for (name, value) in [
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        (header::STRICT_TRANSPORT_SECURITY, "max-age=31536000"),
+        (header::CACHE_CONTROL, "no-store"),
+    ] {
+        headers.insert(name, HeaderValue::from_static(value));
+    }
+    headers.insert(
+        "cross-origin-opener-policy",
+        HeaderValue::from_static("same-origin"),
+    );
+    headers.insert(
+        "cross-origin-resource-policy",
+        HeaderValue::from_static("same-origin"),
+    );
+    response
+}
+
+fn is_ours(house: &House, method: &Method, headers: &HeaderMap) -> bool {
+    let one = |name: header::HeaderName| headers.get(name).and_then(|value| value.to_str().ok());
+    let host = one(header::HOST).is_some_and(|host| host.eq_ignore_ascii_case(&house.console.authority));
+    let changes = !matches!(*method, Method::GET | Method::HEAD) || headers.contains_key(header::UPGRADE);
+    let origin = one(header::ORIGIN).is_some_and(|origin| origin == house.console.origin());
+    host && (!changes || origin)
+}
+
+fn typed(kind: &'static str, text: &'static str) -> Response {
+    ([(header::CONTENT_TYPE, kind)], text).into_response()
+}
+
+async fn page() -> Response {
+    typed("text/html; charset=utf-8", PAGE)
+}
+
+async fn asset(State(house): State<Arc<House>>, uri: Uri) -> Result<Response, Refused> {
+    let name = uri.path().trim_start_matches("/assets/");
+    // Only these, so that no name leads out of the folder.
+    let (name, kind) = ASSETS
+        .iter()
+        .find(|(known, _)| *known == name)
+        .ok_or_else(|| Refused::new(StatusCode::NOT_FOUND, "there is no such file"))?;
+    let path: &Path = &house.console.assets;
+    let text = tokio::fs::read(path.join(name)).await.map_err(|e| {
+        tracing::error!("{}: {e}", path.join(name).display());
+        Refused::new(
+            StatusCode::NOT_FOUND,
+            "the operator has not installed the terminal's program",
+        )
+    })?;
+    Ok(([(header::CONTENT_TYPE, *kind)], text).into_response())
+}
+
+/// The job that an address names.
+fn key_of(uri: &Uri) -> Result<JobKey, Refused> {
+    let mut parts = uri.path().split('/').skip(2);
+    let key = parts.next().and_then(|key| key.parse().ok());
+    key.ok_or_else(|| Refused::new(StatusCode::NOT_FOUND, "no job has this name"))
+}
+
+/// The session that a request's cookie means.
+fn session_of(house: &House, uri: &Uri, headers: &HeaderMap) -> Result<Arc<Session>, Refused> {
+    let key = key_of(uri)?;
+    let cookies = headers.get_all(header::COOKIE).iter();
+    cookies
+        .filter_map(|cookies| cookies.to_str().ok())
+        .flat_map(|cookies| cookies.split(';'))
+        .filter_map(|cookie| cookie.trim().split_once('='))
+        .filter(|(name, _)| *name == COOKIE)
+        .find_map(|(_, value)| house.sessions.of(value, &key))
+        .ok_or_else(|| Refused::new(StatusCode::UNAUTHORIZED, "a ticket is needed"))
+}
+
+/// What somebody who comes in brings.
+#[derive(Deserialize)]
+struct Shows {
+    ticket: crate::secret::Secret,
+}
+
+async fn enter(
+    State(house): State<Arc<House>>,
+    Extension(Peer(from)): Extension<Peer>,
+    uri: Uri,
+    Json(shows): Json<Shows>,
+) -> Result<Response, Refused> {
+    let key = key_of(&uri)?;
+    let now = Instant::now();
+    if !house.guesses.may_try(from, now) {
+        house.counts.refused_often.add(1);
+        return Err(Refused::new(
+            StatusCode::TOO_MANY_REQUESTS,
+            "too many wrong tickets came from your address; try again in a minute",
+        ));
+    }
+    let redeemed = match house.jobs.find(&key) {
+        Some(job) => ticket::redeem_for(&job, shows.ticket.reveal().trim(), Timestamp::now())?,
+        // No other answer than for a wrong ticket: who has none learns nothing about jobs.
+        None => Err(ticket::Refusal::Unknown),
+    };
+    let redeemed = redeemed.map_err(|refusal| {
+        house.guesses.wrong(from, now);
+        house.counts.refused_ticket.add(1);
+        Refused::new(StatusCode::FORBIDDEN, refusal.to_string())
+    })?;
+    let cookie = house.sessions.open(redeemed, from)?.map_err(|full| {
+        house.counts.refused_full.add(1);
+        Refused::new(StatusCode::CONFLICT, full.to_string())
+    })?;
+    let cookie = format!(
+        "{COOKIE}={}; Path=/jobs/{key}; Secure; HttpOnly; SameSite=Strict",
+        cookie.reveal()
+    );
+    Ok((StatusCode::NO_CONTENT, [(header::SET_COOKIE, cookie)]).into_response())
+}
+
+/// What a page shows of a job.
+#[derive(Serialize)]
+struct Shown {
+    job: JobKey,
+    project: String,
+    name: String,
+    image: Option<String>,
+    state: String,
+    mode: Mode,
+}
+
+async fn shown(
+    State(house): State<Arc<House>>,
+    uri: Uri,
+    headers: HeaderMap,
+) -> Result<Json<Shown>, Refused> {
+    let session = session_of(&house, &uri, &headers)?;
+    let record = session.job.read().map_err(ticket::Error::from)?;
+    let record = record.ok_or_else(|| Refused::new(StatusCode::GONE, End::Revoked.to_string()))?;
+    Ok(Json(Shown {
+        project: report::line(&record.project, LONGEST_NAME),
+        name: report::line(&record.job, LONGEST_NAME),
+        image: record.image.map(|image| report::line(&image, LONGEST_NAME)),
+        state: record.state.to_string(),
+        job: record.key,
+        mode: session.mode,
+    }))
+}
+
+async fn leave(State(house): State<Arc<House>>, uri: Uri, headers: HeaderMap) -> Result<StatusCode, Refused> {
+    let session = session_of(&house, &uri, &headers)?;
+    house.sessions.end(&session, End::Left);
+    Ok(StatusCode::NO_CONTENT)
+}
+
+async fn open_terminal(
+    State(house): State<Arc<House>>,
+    Extension(place): Extension<Arc<Place>>,
+    uri: Uri,
+    headers: HeaderMap,
+    upgrade: WebSocketUpgrade,
+) -> Result<Response, Refused> {
+    let session = session_of(&house, &uri, &headers)?;
+    let upgrade = upgrade
+        .max_message_size(LONGEST_MESSAGE)
+        .max_frame_size(LONGEST_MESSAGE);
+    Ok(upgrade.on_upgrade(async move |socket| {
+        let channel = house.sessions.channel(&session, "terminal");
+        match session.mode {
+            Mode::Full => terminal::serve(&house.settings, &house.screens, socket, channel).await,
+            Mode::ViewOnly => terminal::show(&house.screens, socket, channel).await,
+        }
+        drop(place);
+    }))
+}
+
+async fn open_serial(
+    State(house): State<Arc<House>>,
+    Extension(place): Extension<Arc<Place>>,
+    uri: Uri,
+    headers: HeaderMap,
+    upgrade: WebSocketUpgrade,
+) -> Result<Response, Refused> {
+    let session = session_of(&house, &uri, &headers)?;
+    let upgrade = upgrade
+        .max_message_size(LONGEST_BODY)
+        .max_frame_size(LONGEST_BODY);
+    Ok(upgrade.on_upgrade(async move |socket| {
+        serial::serve(socket, house.sessions.channel(&session, "serial")).await;
+        drop(place);
+    }))
+}

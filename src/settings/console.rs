@@ -1,0 +1,187 @@
+//! `[console]`: how people see and enter the machines of jobs.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use serde::Deserialize;
+
+use crate::quantity::Span;
+
+/// `[console]`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct ConsoleTable {
+    /// The address of the console's pages, as browsers know it. With it the console is on.
+    pub url: Option<String>,
+    /// Where `cannery serve` listens.
+    pub listen: Option<SocketAddr>,
+    /// The certificate's file: PEM, with those between it and its authority.
+    pub certificate: Option<PathBuf>,
+    /// The file of its private key, PEM.
+    pub key: Option<PathBuf>,
+    /// For how long a ticket may be redeemed.
+    pub ticket_ttl: Option<Span>,
+    /// How many sessions a ticket may have open at once.
+    pub viewers: Option<u32>,
+    /// How many sessions there may be at once, of all machines.
+    pub max_sessions: Option<u32>,
+    /// The folder with the terminal's program for browsers.
+    pub assets: Option<PathBuf>,
+    /// The file with the secret that opens the API.
+    pub api_token_file: Option<PathBuf>,
+    /// The file that the audit log is appended to.
+    pub audit_log: Option<PathBuf>,
+}
+
+/// `[console]` with defaults, where it is on.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct ConsoleSettings {
+    /// The host that browsers ask for, and the port where it is not 443: what stands in their `Host` header.
+    pub authority: String,
+    /// Where `cannery serve` listens.
+    pub listen: SocketAddr,
+    /// The certificate's file.
+    pub certificate: PathBuf,
+    /// The file of its private key.
+    pub key: PathBuf,
+    /// For how long a ticket may be redeemed, where whoever mints it says nothing else.
+    pub ticket_ttl: Duration,
+    /// How many sessions a ticket may have open at once, where whoever mints it says nothing else.
+    pub viewers: u32,
+    /// How many sessions there may be at once.
+    pub max_sessions: usize,
+    /// The folder with the terminal's program for browsers.
+    pub assets: PathBuf,
+    /// The file with the secret that opens the API, if it is to be open.
+    pub api_token_file: Option<PathBuf>,
+    /// The file that the audit log is appended to, if there is to be one.
+    pub audit_log: Option<PathBuf>,
+}
+
+/// The port that browsers take for themselves, and any other program less easily.
+const DEFAULT_LISTEN: ([u8; 4], u16) = ([0, 0, 0, 0], 8443);
+/// Long enough to be handed to somebody who is called first, short enough to be worthless in an old chat.
+const DEFAULT_TICKET_TTL: Duration = Duration::from_secs(3600);
+/// One person, with two windows.
+const DEFAULT_VIEWERS: u32 = 2;
+/// Each is a connection or two to a guest; more people than a host has jobs.
+const DEFAULT_MAX_SESSIONS: u32 = 100;
+/// Where `contrib/console-assets` puts what it fetches.
+const DEFAULT_ASSETS: &str = "/usr/local/share/cannery/console";
+
+impl ConsoleSettings {
+    /// The address of a job's page, for its job log. It holds no secret.
+    pub fn page(&self, job: &crate::record::JobKey) -> String {
+        format!("{}/jobs/{job}", self.origin())
+    }
+
+    /// What browsers call the pages' origin.
+    pub fn origin(&self) -> String {
+        format!("https://{}", self.authority)
+    }
+}
+
+impl ConsoleTable {
+    /// Fills in the defaults; nothing where the console is off.
+    pub(super) fn resolve(self) -> Result<Option<ConsoleSettings>, String> {
+        let Some(url) = self.url else { return Ok(None) };
+        let authority = authority(&url).ok_or_else(|| {
+            format!(
+                "console.url \"{url}\" is not an address of pages; write for example \"https://ci-host.example.com:8443\", with no path"
+            )
+        })?;
+        let (Some(certificate), Some(key)) = (self.certificate, self.key) else {
+            return Err(
+                "console.url needs console.certificate and console.key: the pages are served with TLS only"
+                    .to_owned(),
+            );
+        };
+        let (viewers, max_sessions) = (
+            self.viewers.unwrap_or(DEFAULT_VIEWERS),
+            self.max_sessions.unwrap_or(DEFAULT_MAX_SESSIONS),
+        );
+        if viewers == 0 || max_sessions == 0 {
+            return Err("console.viewers and console.max_sessions must be at least 1".to_owned());
+        }
+        Ok(Some(ConsoleSettings {
+            authority,
+            listen: self.listen.unwrap_or_else(|| DEFAULT_LISTEN.into()),
+            certificate,
+            key,
+            ticket_ttl: self.ticket_ttl.map_or(DEFAULT_TICKET_TTL, |span| span.0),
+            viewers,
+            max_sessions: usize::try_from(max_sessions).unwrap_or(usize::MAX),
+            assets: self.assets.unwrap_or_else(|| DEFAULT_ASSETS.into()),
+            api_token_file: self.api_token_file,
+            audit_log: self.audit_log,
+        }))
+    }
+}
+
+/// Host and port of an address that has nothing else, as browsers write them.
+fn authority(url: &str) -> Option<String> {
+    let rest = url.strip_prefix("https://")?;
+    let rest = rest.strip_suffix('/').unwrap_or(rest);
+    let (host, port) = match rest.rsplit_once(':') {
+        Some((host, port)) if !port.contains(']') => (host, Some(port)),
+        _ => (rest, None),
+    };
+    let name = |host: &str| {
+        !host.is_empty()
+            && host
+                .bytes()
+                .all(|b| b.is_ascii_alphanumeric() || b == b'.' || b == b'-')
+    };
+    let six = |host: &str| {
+        let inner = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+        inner.is_some_and(|inner| inner.parse::<std::net::Ipv6Addr>().is_ok())
+    };
+    let host = host.to_ascii_lowercase();
+    if !name(&host) && !six(&host) {
+        return None;
+    }
+    match port.map(str::parse::<u16>) {
+        None | Some(Ok(443)) => Some(host),
+        Some(Ok(port)) if port > 0 => Some(format!("{host}:{port}")),
+        Some(_) => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_address_is_taken_as_browsers_write_it() {
+        for (url, expected) in [
+            ("https://ci.example.com:8443", Some("ci.example.com:8443")),
+            ("https://CI.example.com/", Some("ci.example.com")),
+            ("https://ci.example.com:443", Some("ci.example.com")),
+            ("https://[::1]:8443/", Some("[::1]:8443")),
+            ("https://[::1]", Some("[::1]")),
+            ("http://ci.example.com", None),
+            ("https://ci.example.com/console", None),
+            ("https://user@ci.example.com", None),
+            ("https://", None),
+            ("https://ci.example.com:0", None),
+            ("https://ci.example.com:x", None),
+            ("https://::1", None),
+        ] {
+            assert_eq!(authority(url).as_deref(), expected, "{url}");
+        }
+    }
+
+    #[test]
+    fn the_console_is_off_without_an_address_and_needs_a_certificate_with_one() {
+        let table = |text: &str| toml::from_str::<ConsoleTable>(text).unwrap().resolve();
+        assert_eq!(table("listen = \"127.0.0.1:1\""), Ok(None));
+        let url = "url = \"https://ci.example.com\"\n";
+        assert!(table(url).unwrap_err().contains("console.certificate"));
+        let whole = format!("{url}certificate = \"/c\"\nkey = \"/k\"\n");
+        let settings = table(&whole).unwrap().unwrap();
+        let key = "aaaa1111-7-1".parse().unwrap();
+        assert_eq!(settings.page(&key), "https://ci.example.com/jobs/aaaa1111-7-1");
+        assert!(table(&format!("{whole}viewers = 0")).is_err());
+    }
+}
