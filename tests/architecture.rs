@@ -44,6 +44,7 @@ fn rooms_import_only_what_the_plan_allows() {
         ("host", &[]),
         ("machine", &[]),
         ("guest", &[]),
+        ("console", &[]),
         ("report", &[]),
         ("history", &["report"]),
         ("settings", &["report"]),
