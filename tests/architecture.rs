@@ -45,6 +45,7 @@ fn rooms_import_only_what_the_plan_allows() {
         ("host", &[]),
         ("machine", &[]),
         ("guest", &[]),
+        ("console", &[]),
         ("report", &[]),
         ("history", &["report"]),
         ("settings", &["report"]),
