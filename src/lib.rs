@@ -11,12 +11,14 @@
 //!    start     a running machine and a way to introduce it
 //!    guest     introduction ▶ ready ▶ shell ▶ script ▶ exit status
 //!    outcome   exit code for the runner, one sentence for the user
+//! viewer ──SPICE──▶ console ──▶ machine
 //! ```
 //!
 //! | concern | modules |
 //! |---|---|
 //! | what was asked | [`job`], [`settings`] |
 //! | what it runs on | [`image`], [`host`], [`machine`], [`guest`] |
+//! | who looks at it | [`console`] |
 //! | what is remembered | [`record`], [`history`] |
 //! | who may see a machine, and how | [`ticket`], [`serve`] |
 //! | whose threads are waited for, and whose programs end with us | [`threads`], [`children`] |
@@ -25,13 +27,14 @@
 //! | what people see | [`cli`], [`report`], [`outcome`] |
 //! | how fast it is | [`bench`] |
 //!
-//! `job`, `image`, `host`, `machine` and `guest` do not import each other: they hand on values.
+//! `job`, `image`, `host`, `machine`, `guest` and `console` do not import each other: they hand on values.
 //! `record` is a leaf of plain types that all may use. Only [`cli`] reads the process's environment,
 //! and only [`cli`] and [`report`] print.
 
 pub mod bench;
 pub mod children;
 pub mod cli;
+pub mod console;
 pub mod guest;
 pub mod history;
 pub mod host;

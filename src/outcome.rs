@@ -295,6 +295,8 @@ impl From<machine::libvirt::Error> for Failure {
                 "Is the host overloaded, or /dev/kvm not root:kvm 0660? docs/troubleshoot.md knows more",
             ),
             E::Refused { .. } => failure.hint("libvirt's own log says more: journalctl -u libvirtd"),
+            E::NoMachine(_) => failure.hint("`cannery vm list` shows the machines that there are"),
+            E::NoScreen(_) => failure.hint("Its serial log shows what its guest said: `cannery job show`"),
             E::Panicked(_) | E::Answer(_) => failure.hint("Please report it with libvirt's version"),
         }
     }

@@ -45,6 +45,7 @@ fn rooms_import_only_what_the_plan_allows() {
         ("host", &[]),
         ("machine", &[]),
         ("guest", &[]),
+        ("console", &[]),
         ("report", &[]),
         ("history", &["report"]),
         ("settings", &["report"]),
@@ -82,8 +83,8 @@ fn rooms_import_only_what_the_plan_allows() {
         (
             "cli",
             &[
-                "bench", "settings", "job", "image", "host", "machine", "stage", "history", "reap", "serve",
-                "ticket", "outcome", "report",
+                "bench", "settings", "job", "image", "host", "machine", "guest", "stage", "history", "reap",
+                "serve", "ticket", "outcome", "report",
             ],
         ),
     ];

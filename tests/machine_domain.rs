@@ -345,3 +345,92 @@ async fn the_reaper_finds_its_machines() {
     );
     assert_eq!(addresses, Vec::<std::net::IpAddr>::new());
 }
+
+#[tokio::test]
+#[ignore = "needs libvirt and QEMU"]
+async fn a_screen_is_seen_keys_reach_it_and_its_console_opens_though_it_listens_nowhere() {
+    let stage = Stage::set("sc", 7, |_| {}).await;
+    stage.raise().await;
+    let (libvirt, name) = (&stage.libvirt, &stage.placement.name);
+    // The firmware takes a second or two to write its words, and ends with a line that says that it found nothing to start.
+    let quiet = settled(libvirt, name).await;
+    assert!(quiet.starts_with(b"\x89PNG\r\n\x1a\n"));
+
+    let descriptor = libvirt.open_graphics(name).await.unwrap();
+    let reply = tokio::task::spawn_blocking(move || link(descriptor))
+        .await
+        .unwrap();
+    assert_eq!(&reply[..4], b"REDQ");
+    let listening = std::process::Command::new("virsh")
+        .args(["-c", SYSTEM, "domdisplay", name])
+        .output()
+        .unwrap();
+    assert!(!String::from_utf8_lossy(&listening.stdout).contains("spice://"));
+
+    // The firmware starts anew on this chord, and a machine of ours that would start anew ends.
+    libvirt
+        .send_key(name, &"ctrl-alt-del".parse().unwrap())
+        .await
+        .unwrap();
+    let ended = async {
+        while libvirt.state(name).await.unwrap() != State::Gone {
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(30), ended)
+        .await
+        .unwrap();
+    let error = libvirt.screenshot(name).await.unwrap_err();
+    assert_eq!(error.to_string(), format!("libvirt knows no machine {name}"));
+    stage.strike().await;
+
+    let blind = Stage::set("sd", 8, |d| d.graphics = Graphics::None).await;
+    blind.raise().await;
+    let (libvirt, name) = (&blind.libvirt, &blind.placement.name);
+    for error in [
+        libvirt.screenshot(name).await.map(drop).unwrap_err(),
+        libvirt.open_graphics(name).await.map(drop).unwrap_err(),
+        libvirt.send_key(name, &"a".parse().unwrap()).await.unwrap_err(),
+    ] {
+        assert_eq!(error.to_string(), format!("machine {name} has no screen"));
+    }
+    blind.strike().await;
+}
+
+/// The screen once two pictures a second apart are as good as the same, and not empty.
+async fn settled(libvirt: &Libvirt, name: &str) -> Vec<u8> {
+    let deadline = std::time::Instant::now() + Duration::from_secs(60);
+    let mut last = 0usize;
+    loop {
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let now = libvirt.screenshot(name).await.unwrap();
+        if last > 3000 && last.abs_diff(now.len()) < 100 {
+            return now;
+        }
+        last = now.len();
+        assert!(
+            std::time::Instant::now() < deadline,
+            "the screen does not come to rest"
+        );
+    }
+}
+
+/// Begins SPICE's link on a connection, and what the server answers first.
+fn link(descriptor: std::os::fd::OwnedFd) -> Vec<u8> {
+    use std::io::{Read, Write};
+    let mut stream = std::os::unix::net::UnixStream::from(descriptor);
+    stream.set_read_timeout(Some(Duration::from_secs(20))).unwrap();
+    // Magic, version 2.2, the length of the rest; then session 0, channel main, no capabilities, which would stand at byte 18.
+    let mut message = b"REDQ".to_vec();
+    for number in [2u32, 2, 18, 0] {
+        message.extend(number.to_le_bytes());
+    }
+    message.extend([1, 0]);
+    for number in [0u32, 0, 18] {
+        message.extend(number.to_le_bytes());
+    }
+    stream.write_all(&message).unwrap();
+    let mut reply = vec![0; 16];
+    stream.read_exact(&mut reply).unwrap();
+    reply
+}

@@ -19,6 +19,7 @@ mod link;
 mod machines;
 mod networks;
 mod offer;
+mod screen;
 mod used;
 
 pub use kept::Kept;
@@ -80,6 +81,12 @@ pub enum Error {
         /// libvirt's words.
         reason: String,
     },
+    /// libvirt does not know the machine: it has ended, or never was.
+    #[error("libvirt knows no machine {0}")]
+    NoMachine(String),
+    /// The machine has no graphics.
+    #[error("machine {0} has no screen")]
+    NoScreen(String),
     /// The binding panicked.
     #[error("the libvirt binding failed while it was to {0}")]
     Panicked(String),

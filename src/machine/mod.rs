@@ -15,16 +15,19 @@
 
 pub mod accelerator;
 pub mod description;
+pub mod keys;
 pub mod libvirt;
 pub mod network;
 pub mod overlay;
 pub mod placement;
+pub mod screen;
 pub mod serial;
 pub mod versions;
 pub mod watch;
 pub mod xml;
 
 pub use description::Description;
+pub use keys::Keys;
 pub use libvirt::Libvirt;
 pub use network::{NetworkPlan, Slot};
 pub use placement::Placement;

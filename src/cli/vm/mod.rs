@@ -1,20 +1,27 @@
 use super::Context;
 use crate::outcome::Failure;
 
+mod choose;
 mod list;
 mod rm;
+mod screenshot;
+mod ssh;
 
-/// See and remove the machines on this host
+/// See, enter and remove the machines on this host
 #[derive(Debug, clap::Subcommand)]
 pub(super) enum Command {
     #[command(visible_alias = "ls")]
     List(list::Arguments),
+    Ssh(ssh::Arguments),
+    Screenshot(screenshot::Arguments),
     Rm(rm::Arguments),
 }
 
 pub(super) async fn run(context: &Context, command: &Command) -> Result<(), Failure> {
     match command {
         Command::List(arguments) => list::run(context, arguments),
+        Command::Ssh(arguments) => ssh::run(context, arguments),
+        Command::Screenshot(arguments) => screenshot::run(context, arguments).await,
         Command::Rm(arguments) => rm::run(context, arguments).await,
     }
 }

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use crate::image::digest::Digest;
 use crate::image::error::Error;
 
 /// Most bytes that are kept word for word. Headers of an archive have some KiB; a layer with a whole operating system in front
@@ -52,6 +53,8 @@ struct Inner {
     making: Vec<(String, Arc<Mutex<dyn Making>>)>,
     /// What an earlier process has of each file.
     there: BTreeMap<String, u64>,
+    /// Sums of the files that are finished, also those of earlier layers.
+    sums: BTreeMap<String, Digest>,
 }
 
 /// A ledger at one moment, and what has to be synced before it is true.
@@ -68,10 +71,12 @@ impl Ledger {
             Segment::Verbatim(digits) => digits.len() / 2,
             Segment::InFile(_) => 0,
         });
-        *self.lock() = Inner {
+        let mut inner = self.lock();
+        *inner = Inner {
             verbatim: verbatim.sum(),
             segments,
             there,
+            sums: std::mem::take(&mut inner.sums),
             ..Inner::default()
         };
     }
@@ -83,6 +88,16 @@ impl Ledger {
 
     pub(super) fn made(&self, path: &Path, file: Arc<Mutex<dyn Making>>) {
         self.lock().making.push((name(path), file));
+    }
+
+    /// A file is finished, and this is its sum.
+    pub(super) fn summed(&self, path: &Path, sum: Digest) {
+        self.lock().sums.insert(name(path), sum);
+    }
+
+    /// The sum of a file, where all of it was written by this process.
+    pub(super) fn sum_of(&self, path: &Path) -> Option<Digest> {
+        self.lock().sums.get(&name(path)).copied()
     }
 
     /// Bytes that were just read go into a file, at this place.

@@ -21,7 +21,7 @@ use crate::image::hints::{BootFiles, Hints};
 use crate::image::inspect::{self, DiskFormat};
 use crate::image::manifest::Manifest;
 use crate::image::native;
-use crate::image::store::{self, Disk, Record, RecordedFile, Store};
+use crate::image::store::{self, Disk, Record, RecordedFile, Store, listed};
 use crate::kill::{self, Point};
 
 use super::provide::Pull;
@@ -284,9 +284,11 @@ impl Finished {
         if let Some(initrd) = &self.selected.initrd {
             files.push(self.name(initrd, store::INITRD)?);
         }
-        let chunks = self.place.dir.join(native::CHUNKS);
-        if inspected.format == DiskFormat::Raw && chunks.exists() {
-            files.push(self.name(&chunks, native::CHUNKS)?);
+        let in_place = |name| self.place.dir.join(name);
+        if inspected.format == DiskFormat::Raw && in_place(native::CHUNKS).exists() {
+            files.push(self.name(&in_place(native::CHUNKS), native::CHUNKS)?);
+            files.push(self.name(&in_place(listed::NAME), listed::NAME)?);
+            files[0].listed = true;
         }
         self.remove_others(&files)?;
         kill::point(Point::DiskNamed);
@@ -315,7 +317,8 @@ impl Finished {
         Ok(RecordedFile {
             name: name.to_owned(),
             length,
-            sum: None,
+            sum: self.place.ledger.sum_of(file),
+            listed: false,
         })
     }
 

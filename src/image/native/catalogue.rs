@@ -17,6 +17,7 @@ use std::path::{Path, PathBuf};
 use super::FILES;
 use crate::image::digest::Digest;
 use crate::image::plan::Pieces;
+use crate::image::store::listed::Sums;
 
 /// The list's name beside its disk.
 pub(in crate::image) const NAME: &str = "chunks";
@@ -35,12 +36,12 @@ const LISTS_MAX: usize = 32;
 
 type Line = [u8; LINE];
 
-fn line(digest: &Digest, at: u64, length: u64) -> Option<Line> {
+fn line(digest: &Digest, at: u64, length: u32) -> Line {
     let mut line = [0; LINE];
     line[..KEY].copy_from_slice(&digest.as_bytes()[..KEY]);
     line[KEY..24].copy_from_slice(&at.to_le_bytes());
-    line[24..28].copy_from_slice(&u32::try_from(length).ok()?.to_le_bytes());
-    Some(line)
+    line[24..28].copy_from_slice(&length.to_le_bytes());
+    line
 }
 
 fn place(line: &Line) -> (u64, u64) {
@@ -49,12 +50,13 @@ fn place(line: &Line) -> (u64, u64) {
     (at, u64::from(length))
 }
 
-/// A list in the making: each plan's lines are sorted by themselves and merged at the end, so that memory holds one of them.
+/// A list in the making, and the disk's sums with it: each plan's lines are sorted by themselves and merged at the end, so that memory holds one of them.
 #[derive(Debug)]
 pub(in crate::image) struct Maker {
     path: PathBuf,
     file: BufWriter<File>,
     runs: Vec<u64>,
+    sums: Sums,
 }
 
 impl Maker {
@@ -66,6 +68,7 @@ impl Maker {
             path,
             file,
             runs: Vec::new(),
+            sums: Sums::create(dir)?,
         })
     }
 
@@ -73,16 +76,26 @@ impl Maker {
         path.with_extension("runs")
     }
 
-    /// Adds the pieces of the disk; those of other files are too few to matter.
+    /// Adds the pieces of the disk, which lie behind those that were added before; those of other files are too few to matter.
     pub(in crate::image) fn add(&mut self, plan: &Pieces) -> io::Result<()> {
-        let mut lines: Vec<Line> = Vec::new();
+        let mut chunks: Vec<(u64, u32, Digest)> = Vec::new();
         for piece in plan.blobs.iter().flat_map(|blob| &blob.pieces) {
             if plan.files[piece.file].name == FILES[0]
-                && let Some(digest) = &piece.digest
+                && let Some(digest) = piece.digest
+                && let Ok(length) = u32::try_from(piece.length)
             {
-                lines.extend(line(digest, piece.at, piece.length));
+                chunks.push((piece.at, length, digest));
             }
         }
+        // Each place is one chunk's.
+        chunks.sort_unstable_by_key(|(at, ..)| *at);
+        for (at, length, digest) in &chunks {
+            self.sums.add(*at, *length, digest)?;
+        }
+        let mut lines: Vec<Line> = chunks
+            .iter()
+            .map(|(at, length, digest)| line(digest, *at, *length))
+            .collect();
         lines.sort_unstable();
         for line in &lines {
             self.file.write_all(line)?;
@@ -95,6 +108,7 @@ impl Maker {
 
     /// Writes the list, and brings it to the disk; its length in bytes.
     pub(in crate::image) fn finish(mut self) -> io::Result<u64> {
+        self.sums.finish()?;
         self.file.flush()?;
         let runs_path = Self::runs_path(&self.path);
         let mut runs = Vec::new();
@@ -332,7 +346,7 @@ mod tests {
         }
         let length = maker.finish().unwrap();
         assert_eq!(fs::metadata(dir.join(NAME)).unwrap().len(), length);
-        assert_eq!(fs::read_dir(dir).unwrap().count(), 1);
+        assert_eq!(fs::read_dir(dir).unwrap().count(), 2, "the list, and the sums");
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //!   blobs/sha256/HEX      manifests and configs, as they came
 //!   disks/HEX/            one image, by the digest of its manifest; nothing in here ever changes
 //!     disk.raw | disk.qcow2
+//!     disk.sums, chunks   of a disk that came in chunks: what each must hash to, and where which digest lies
 //!     kernel, initrd      where the image brings them
 //!     image.json          what is known about it
 //!   refs/…                which digest a name had when it was last asked for
@@ -42,9 +43,10 @@ mod collect;
 mod files;
 mod inventory;
 mod leases;
+pub(super) mod listed;
 mod names;
 mod pins;
-mod sum;
+pub(super) mod sum;
 mod verdicts;
 mod verify;
 
@@ -129,9 +131,12 @@ pub(super) struct Record {
 pub(super) struct RecordedFile {
     pub(super) name: String,
     pub(super) length: u64,
-    /// What its data hashes to, as [`sum`] defines it; filled in when the image is put into the store.
+    /// What its data hashes to, as [`sum`] defines it; filled in when the image is put into the store, unless it is known.
     #[serde(default)]
     pub(super) sum: Option<Digest>,
+    /// Where it has no sum: does [`listed`] say what its chunks hash to?
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) listed: bool,
 }
 
 pub(super) const KERNEL: &str = "kernel";
@@ -330,9 +335,13 @@ impl Store {
     }
 }
 
-/// The record with the sums of its files, which are all in the folder.
+/// The record with the sums of its files, which are all in the folder. What came verified in chunks, or was summed while it was
+/// written, is not read again.
 fn summed(work: &Path, mut record: Record) -> Result<Record, Error> {
     for file in &mut record.files {
+        if file.listed || file.sum.is_some() {
+            continue;
+        }
         let path = work.join(&file.name);
         let sum = File::open(&path).and_then(|file| sum::of_file(&file));
         file.sum = Some(sum.map_err(Error::storage(path))?);

@@ -26,12 +26,93 @@ const BATCH: usize = 256;
 /// Most threads that hash one file. More would only take the machine from its guests.
 const THREADS_MAX: usize = 4;
 
+/// The sum of a file that is written from its beginning to its end, so that nobody need read it again for that.
+#[derive(Debug, Default)]
+pub(in crate::image) struct Running {
+    sum: Hasher,
+    /// The block in hand: what of it is hashed, and how many zeros behind that are not.
+    block: Hasher,
+    zeros: u64,
+    /// Has the block any other byte?
+    has_data: bool,
+    /// Bytes so far.
+    length: u64,
+}
+
+impl Running {
+    /// The next bytes of the file.
+    pub(in crate::image) fn add(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            let left = usize::try_from(self.left()).unwrap_or(usize::MAX);
+            let (part, rest) = bytes.split_at(left.min(bytes.len()));
+            if is_zero(part) {
+                self.add_zeros(part.len() as u64);
+            } else {
+                self.catch_up();
+                self.block.update(part);
+                self.has_data = true;
+                self.pass(part.len() as u64);
+            }
+            bytes = rest;
+        }
+    }
+
+    /// The next bytes of the file, of which it is known that they are zeros.
+    pub(in crate::image) fn add_zeros(&mut self, mut count: u64) {
+        while count > 0 {
+            let part = self.left().min(count);
+            self.zeros += part;
+            self.pass(part);
+            count -= part;
+        }
+    }
+
+    /// The sum, now that nothing follows.
+    pub(in crate::image) fn finish(mut self) -> Digest {
+        if !self.length.is_multiple_of(BLOCK) {
+            self.end_block(self.length / BLOCK);
+        }
+        self.sum.finish()
+    }
+
+    /// Bytes up to the end of the block.
+    fn left(&self) -> u64 {
+        BLOCK - self.length % BLOCK
+    }
+
+    fn pass(&mut self, count: u64) {
+        self.length += count;
+        if self.length.is_multiple_of(BLOCK) {
+            self.end_block(self.length / BLOCK - 1);
+        }
+    }
+
+    /// Hashes the zeros that were put off: they count in a block that has data.
+    fn catch_up(&mut self) {
+        static ZEROS: [u8; 4096] = [0; 4096];
+        while self.zeros > 0 {
+            let part = usize::try_from(self.zeros)
+                .unwrap_or(ZEROS.len())
+                .min(ZEROS.len());
+            self.block.update(&ZEROS[..part]);
+            self.zeros -= part as u64;
+        }
+    }
+
+    fn end_block(&mut self, number: u64) {
+        if std::mem::take(&mut self.has_data) {
+            self.catch_up();
+            self.sum.update(&number.to_le_bytes());
+            self.sum
+                .update(std::mem::take(&mut self.block).finish().as_bytes());
+        }
+        self.zeros = 0;
+    }
+}
+
 /// The sum of a file, read by as many threads as the machine has cores, within reason. Holes are not read.
 pub(super) fn of_file(file: &File) -> io::Result<Digest> {
     let length = file.metadata()?.len();
-    let threads = thread::available_parallelism()
-        .map_or(1, usize::from)
-        .min(THREADS_MAX);
     let mut sum = Hasher::default();
     let mut blocks = Blocks {
         file,
@@ -46,7 +127,7 @@ pub(super) fn of_file(file: &File) -> io::Result<Digest> {
         {
             batch.push(block);
         }
-        for (block, digest) in hash(file, length, &batch, threads)? {
+        for (block, digest) in hash(file, length, &batch)? {
             sum.update(&block.to_le_bytes());
             sum.update(digest.as_bytes());
         }
@@ -57,27 +138,36 @@ pub(super) fn of_file(file: &File) -> io::Result<Digest> {
 }
 
 /// The digests of those of these blocks that are not all zeros, in order.
-fn hash(file: &File, length: u64, blocks: &[u64], threads: usize) -> io::Result<Vec<(u64, Digest)>> {
-    let waiting = Mutex::new(blocks.iter().copied());
-    let work = || -> io::Result<Vec<(u64, Digest)>> {
-        let mut buffer = vec![0; usize::try_from(BLOCK).unwrap_or(usize::MAX)];
-        let mut done = Vec::new();
+fn hash(file: &File, length: u64, blocks: &[u64]) -> io::Result<Vec<(u64, Digest)>> {
+    let mut all = on_threads(blocks, |&block, buffer| {
+        let at = block * BLOCK;
+        buffer.resize(usize::try_from((length - at).min(BLOCK)).unwrap_or(usize::MAX), 0);
+        file.read_exact_at(buffer, at)?;
+        Ok((!is_zero(buffer)).then(|| (block, Digest::of(buffer))))
+    })?;
+    all.sort_unstable_by_key(|(block, _)| *block);
+    Ok(all)
+}
+
+/// Does something with each of many on a few threads, each of which has a buffer of its own. What comes of it is in no order.
+pub(super) fn on_threads<T: Sync, R: Send>(
+    items: &[T],
+    work: impl Fn(&T, &mut Vec<u8>) -> io::Result<Option<R>> + Sync,
+) -> io::Result<Vec<R>> {
+    let threads = thread::available_parallelism()
+        .map_or(1, usize::from)
+        .min(THREADS_MAX);
+    let waiting = Mutex::new(items.iter());
+    let work = || -> io::Result<Vec<R>> {
+        let (mut buffer, mut done) = (Vec::new(), Vec::new());
         loop {
             let next = waiting.lock().unwrap_or_else(PoisonError::into_inner).next();
-            let Some(block) = next else { return Ok(done) };
-            let at = block * BLOCK;
-            let bytes = usize::try_from((length - at).min(BLOCK)).unwrap_or(usize::MAX);
-            let bytes = &mut buffer[..bytes];
-            file.read_exact_at(bytes, at)?;
-            if !is_zero(bytes) {
-                done.push((block, Digest::of(bytes)));
-            }
+            let Some(next) = next else { return Ok(done) };
+            done.extend(work(next, &mut buffer)?);
         }
     };
-    let mut all = thread::scope(|scope| {
-        let others: Vec<_> = (1..threads.min(blocks.len()))
-            .map(|_| scope.spawn(work))
-            .collect();
+    thread::scope(|scope| {
+        let others: Vec<_> = (1..threads.min(items.len())).map(|_| scope.spawn(work)).collect();
         let mut all = work()?;
         for other in others {
             match other.join() {
@@ -85,14 +175,12 @@ fn hash(file: &File, length: u64, blocks: &[u64], threads: usize) -> io::Result<
                 Err(panic) => std::panic::resume_unwind(panic),
             }
         }
-        Ok::<_, io::Error>(all)
-    })?;
-    all.sort_unstable_by_key(|(block, _)| *block);
-    Ok(all)
+        Ok(all)
+    })
 }
 
 /// Each byte is the one before it, and the first is zero.
-fn is_zero(bytes: &[u8]) -> bool {
+pub(super) fn is_zero(bytes: &[u8]) -> bool {
     match bytes {
         [] => true,
         [first, rest @ ..] => *first == 0 && *rest == bytes[..rest.len()],
@@ -136,6 +224,8 @@ impl Blocks<'_> {
 #[cfg(test)]
 mod tests {
     use std::io::Write as _;
+
+    use proptest::prelude::*;
 
     use super::*;
 
@@ -183,6 +273,27 @@ mod tests {
         // The same bytes in another block.
         disk.rotate_right(1 << 20);
         assert!(!seen.contains(&of(&disk, true)));
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(60))]
+
+        #[test]
+        fn the_sum_of_a_file_that_is_written_is_that_of_the_file(
+            shape in prop::collection::vec((0_usize..900_000, 0_u8..3, any::<bool>()), 0..12),
+        ) {
+            let (mut running, mut whole) = (Running::default(), Vec::new());
+            for (length, byte, told) in shape {
+                let bytes = vec![byte; length];
+                if byte == 0 && told {
+                    running.add_zeros(length as u64);
+                } else {
+                    running.add(&bytes);
+                }
+                whole.extend(bytes);
+            }
+            prop_assert_eq!(running.finish(), by_definition(&whole));
+        }
     }
 
     #[test]

@@ -2,8 +2,7 @@
 
 use std::fs::{self, File};
 
-use super::sum;
-use super::{RecordedFile, Store};
+use super::{RecordedFile, Store, listed, sum};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::reference::Reference;
@@ -73,12 +72,17 @@ impl Store {
         if length != file.length {
             return damaged(format!("{name} has {length} bytes instead of {}", file.length));
         }
-        let Some(expected) = file.sum else {
-            return Ok(Verdict::Unknown);
+        let same = match file.sum {
+            Some(expected) => sum::of_file(&opened).map(|found| found == expected),
+            None if file.listed => {
+                let sums = File::open(self.disk_dir(digest).join(listed::NAME));
+                sums.and_then(|sums| listed::holds(&opened, &sums))
+            }
+            None => return Ok(Verdict::Unknown),
         };
-        match sum::of_file(&opened) {
-            Ok(found) if found == expected => Ok(Verdict::Whole),
-            Ok(_) => damaged(format!("{name} has other bytes than those that came")),
+        match same {
+            Ok(true) => Ok(Verdict::Whole),
+            Ok(false) => damaged(format!("{name} has other bytes than those that came")),
             // What the medium cannot give back is damage, too.
             Err(error) if error.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) => {
                 damaged(format!("{name} cannot be read: {error}"))

@@ -174,11 +174,13 @@ fn usable(address: &IpAddr) -> bool {
     }
 }
 
-fn find(connection: &Connect, name: &str) -> Result<Option<Domain>, virt::error::Error> {
+pub(super) fn find(connection: &Connect, name: &str) -> Result<Option<Domain>, virt::error::Error> {
     gone_if_missing(connection.lookup_domain_by_name(name))
 }
 
-fn gone_if_missing<T>(result: Result<T, virt::error::Error>) -> Result<Option<T>, virt::error::Error> {
+pub(super) fn gone_if_missing<T>(
+    result: Result<T, virt::error::Error>,
+) -> Result<Option<T>, virt::error::Error> {
     match result {
         Ok(value) => Ok(Some(value)),
         Err(error) if is(&error, ErrorNumber::NoDomain) => Ok(None),

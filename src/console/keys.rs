@@ -1,0 +1,150 @@
+//! The keys under which viewers send their tickets, made ahead.
+//!
+//! The protocol wants RSA with 1024 bits and OAEP. Such a key takes some ten milliseconds to make, which a thread does, so
+//! that a burst of viewers does not wait and the runtime never does; and it is used for one ticket only, by its type:
+//! [`Key::open`] consumes it. So nobody who watches how long decryptions take learns about a key that is ever used again.
+
+use std::io;
+
+use openssl::error::ErrorStack;
+use openssl::pkey::{PKey, Private};
+use openssl::rsa::{Padding, Rsa};
+use tokio::sync::{Mutex, mpsc};
+
+use super::link::{KEY, SEALED};
+use crate::secret::Secret;
+use crate::threads;
+
+/// Bits of a key, which the protocol fixes.
+const BITS: u32 = 1024;
+
+/// A key for one ticket.
+pub struct Key {
+    private: Rsa<Private>,
+    public: [u8; KEY],
+}
+
+impl std::fmt::Debug for Key {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Key(…)")
+    }
+}
+
+impl Key {
+    /// Makes one; this takes some ten milliseconds of computing.
+    ///
+    /// # Errors
+    /// OpenSSL's, for example where it only allows longer keys.
+    pub fn generate() -> Result<Self, ErrorStack> {
+        loop {
+            let private = Rsa::generate(BITS)?;
+            let der = PKey::from_rsa(private.clone())?.public_key_to_der()?;
+            // With this length and the usual exponent all keys have 162 bytes.
+            if let Ok(public) = der.try_into() {
+                return Ok(Key { private, public });
+            }
+        }
+    }
+
+    /// The public half, as SubjectPublicKeyInfo.
+    pub fn public(&self) -> &[u8; KEY] {
+        &self.public
+    }
+
+    /// The ticket that was sent under this key, up to its zero byte. `None` when it is not under this key or no text.
+    pub fn open(self, sealed: &[u8; SEALED]) -> Option<Secret> {
+        let mut plain = [0; SEALED];
+        let length = self
+            .private
+            .private_decrypt(sealed, &mut plain, Padding::PKCS1_OAEP)
+            .ok()?;
+        let text = plain.get(..length)?.split(|byte| *byte == 0).next()?;
+        std::str::from_utf8(text).ok().map(Secret::new)
+    }
+}
+
+/// A ticket under a server's public key, as a viewer sends it.
+///
+/// # Errors
+/// OpenSSL's: the key is none, or the ticket is longer than it can take.
+pub fn seal(ticket: &Secret, public: &[u8; KEY]) -> Result<[u8; SEALED], ErrorStack> {
+    let key = Rsa::public_key_from_der(public)?;
+    let mut plain = ticket.reveal().as_bytes().to_vec();
+    plain.push(0);
+    let mut sealed = vec![0; usize::try_from(key.size()).unwrap_or(SEALED)];
+    key.public_encrypt(&plain, &mut sealed, Padding::PKCS1_OAEP)?;
+    // A key of another length is none of this protocol; there is no error of OpenSSL's for that.
+    sealed.try_into().map_err(|_| ErrorStack::get())
+}
+
+/// Keys that are ready.
+#[derive(Debug)]
+pub struct Keys {
+    ready: Mutex<mpsc::Receiver<Key>>,
+}
+
+impl Keys {
+    /// Starts the thread that keeps `ahead` keys ready, at least one. It ends when this is dropped.
+    ///
+    /// # Errors
+    /// Where there is no thread to be had, or OpenSSL makes no key of this kind.
+    pub fn start(ahead: usize) -> io::Result<Self> {
+        let (give, ready) = mpsc::channel(ahead.max(1));
+        // The first is made here: whoever cannot make one is told so at once, and not by viewers that wait.
+        let first = Key::generate().map_err(io::Error::other)?;
+        drop(give.try_send(first));
+        threads::spawn("console keys", move || {
+            while let Ok(key) = Key::generate() {
+                if give.blocking_send(key).is_err() {
+                    return;
+                }
+            }
+        })?;
+        Ok(Keys {
+            ready: Mutex::new(ready),
+        })
+    }
+
+    /// The next key, as soon as there is one; never the same twice. `None` when no more are made.
+    pub async fn take(&self) -> Option<Key> {
+        self.ready.lock().await.recv().await
+    }
+
+    /// How many are ready now.
+    pub fn ready(&self) -> usize {
+        self.ready.try_lock().map_or(0, |keys| keys.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ticket_goes_through_and_one_under_another_key_does_not() {
+        let (one, other) = (Key::generate().unwrap(), Key::generate().unwrap());
+        assert_ne!(one.public(), other.public());
+        let ticket = Secret::new("a".repeat(60));
+        let sealed = seal(&ticket, one.public()).unwrap();
+        assert_eq!(one.open(&sealed), Some(ticket));
+        assert_eq!(other.open(&sealed), None);
+    }
+
+    #[test]
+    fn what_follows_the_zero_byte_of_a_ticket_is_not_read() {
+        let key = Key::generate().unwrap();
+        let sealed = seal(&Secret::new("secret\0trailing"), key.public()).unwrap();
+        assert_eq!(key.open(&sealed), Some(Secret::new("secret")));
+    }
+
+    #[test]
+    fn no_key_is_given_twice_though_more_are_taken_than_were_ready() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let keys = Keys::start(3).unwrap();
+        let mut seen = std::collections::HashSet::new();
+        for _ in 0..12 {
+            let key = runtime.block_on(keys.take()).unwrap();
+            assert!(seen.insert(*key.public()));
+        }
+    }
+}

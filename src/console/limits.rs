@@ -1,0 +1,184 @@
+//! How many may wait at the door, and how often one may knock in vain.
+
+use std::collections::HashMap;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// What one proxy takes on. The defaults suit a host with some tens of machines.
+#[derive(Clone, Debug)]
+pub struct Limits {
+    /// Connections that have not shown a good ticket yet, from everywhere; counted from accept.
+    pub waiting: usize,
+    /// The same from one address. Viewers open one connection per channel, so less than ten stops a single one.
+    pub waiting_per_address: usize,
+    /// Wrong tickets from one address in a minute, after which it is not listened to for the rest of that minute.
+    pub wrong_tickets: u32,
+    /// Sessions.
+    pub sessions: usize,
+    /// Channels of one session.
+    pub channels: usize,
+    /// How often in a minute the viewers of one machine may take it from each other.
+    pub takeovers: usize,
+    /// Keys that are made ahead; each channel takes one.
+    pub keys: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            waiting: 512,
+            waiting_per_address: 64,
+            wrong_tickets: 30,
+            sessions: 500,
+            channels: 32,
+            takeovers: 6,
+            keys: 600,
+        }
+    }
+}
+
+/// For how long wrong tickets and takeovers are counted.
+pub(super) const COUNTED: Duration = Duration::from_secs(60);
+
+/// Most addresses of which wrong tickets are remembered.
+const ADDRESSES_MAX: usize = 10_000;
+
+/// The addresses that one owner has: one of IPv4, a /64 of IPv6.
+fn owner(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(six) => IpAddr::V6(Ipv6Addr::from_bits(six.to_bits() & (!0 << 64))),
+        four @ IpAddr::V4(_) => four,
+    }
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    waiting: usize,
+    by_owner: HashMap<IpAddr, usize>,
+    wrong: HashMap<IpAddr, (u32, Option<Instant>)>,
+}
+
+/// Who waits at the door.
+#[derive(Debug, Clone)]
+pub(super) struct Door {
+    counts: Arc<Mutex<Counts>>,
+    total: usize,
+    per_owner: usize,
+    wrong: u32,
+}
+
+/// One place at the door, given back when dropped.
+#[derive(Debug)]
+pub(super) struct Pass {
+    counts: Arc<Mutex<Counts>>,
+    owner: IpAddr,
+}
+
+impl Door {
+    pub(super) fn new(limits: &Limits) -> Self {
+        Door {
+            counts: Arc::default(),
+            total: limits.waiting,
+            per_owner: limits.waiting_per_address,
+            wrong: limits.wrong_tickets,
+        }
+    }
+
+    /// Takes a place, if there is one for this address.
+    pub(super) fn enter(&self, address: IpAddr) -> Option<Pass> {
+        let owner = owner(address);
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        let same = counts.by_owner.get(&owner).copied().unwrap_or(0);
+        let guessing = counts.wrong.get(&owner).is_some_and(|(wrong, since)| {
+            *wrong >= self.wrong && since.is_some_and(|since| since.elapsed() < COUNTED)
+        });
+        if counts.waiting >= self.total || same >= self.per_owner || guessing {
+            return None;
+        }
+        counts.waiting += 1;
+        counts.by_owner.insert(owner, same + 1);
+        Some(Pass {
+            counts: Arc::clone(&self.counts),
+            owner,
+        })
+    }
+
+    /// Notes a wrong ticket.
+    pub(super) fn wrong(&self, address: IpAddr) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        if counts.wrong.len() >= ADDRESSES_MAX {
+            counts
+                .wrong
+                .retain(|_, (_, since)| since.is_some_and(|since| since.elapsed() < COUNTED));
+        }
+        if counts.wrong.len() >= ADDRESSES_MAX {
+            return;
+        }
+        let (wrong, since) = counts.wrong.entry(owner(address)).or_default();
+        if since.is_none_or(|since| since.elapsed() >= COUNTED) {
+            (*wrong, *since) = (0, Some(Instant::now()));
+        }
+        *wrong += 1;
+    }
+
+    /// How many wait.
+    pub(super) fn waiting(&self) -> usize {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner).waiting
+    }
+}
+
+impl Drop for Pass {
+    fn drop(&mut self) {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.waiting = counts.waiting.saturating_sub(1);
+        if let Some(same) = counts.by_owner.get_mut(&self.owner) {
+            *same -= 1;
+            if *same == 0 {
+                counts.by_owner.remove(&self.owner);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn door(waiting: usize, per_address: usize, wrong: u32) -> Door {
+        Door::new(&Limits {
+            waiting,
+            waiting_per_address: per_address,
+            wrong_tickets: wrong,
+            ..Limits::default()
+        })
+    }
+
+    fn at(text: &str) -> IpAddr {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn places_are_counted_in_all_and_by_owner_and_given_back() {
+        let door = door(3, 2, 9);
+        let first = door.enter(at("192.0.2.1")).unwrap();
+        let _second = door.enter(at("::ffff:192.0.2.1")).unwrap();
+        assert!(door.enter(at("192.0.2.1")).is_none(), "two from one address");
+        let _third = door.enter(at("2001:db8::1")).unwrap();
+        assert!(door.enter(at("192.0.2.9")).is_none(), "three in all");
+        drop(first);
+        let _fourth = door.enter(at("2001:db8::2")).unwrap();
+        assert!(door.enter(at("2001:db8::3")).is_none(), "one owner has a /64");
+        assert_eq!(door.waiting(), 3);
+    }
+
+    #[test]
+    fn who_guesses_tickets_is_not_listened_to_and_others_are() {
+        let door = door(9, 9, 2);
+        door.wrong(at("192.0.2.1"));
+        assert!(door.enter(at("192.0.2.1")).is_some());
+        door.wrong(at("192.0.2.1"));
+        assert!(door.enter(at("192.0.2.1")).is_none());
+        assert!(door.enter(at("192.0.2.2")).is_some());
+    }
+}
