@@ -12,6 +12,7 @@ pub(super) struct Counts {
     pub(super) sent: Count,
     pub(super) received: Count,
     pub(super) refused_ticket: Count,
+    pub(super) refused_role: Count,
     pub(super) refused_full: Count,
     pub(super) refused_often: Count,
     pub(super) refused_connections: Count,
@@ -99,6 +100,7 @@ impl Counts {
             "Who was not let in, and why.",
             &[
                 ("{reason=\"ticket\"}", self.refused_ticket.get()),
+                ("{reason=\"role\"}", self.refused_role.get()),
                 ("{reason=\"full\"}", self.refused_full.get()),
                 ("{reason=\"too-often\"}", self.refused_often.get()),
                 ("{reason=\"connections\"}", self.refused_connections.get()),

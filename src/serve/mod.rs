@@ -13,6 +13,7 @@
 //! | `session` | who is in, until when; ends what a ticket opened when the ticket or the machine goes |
 //! | `terminal`, `shell` | a shell in the guest over a WebSocket |
 //! | `serial` | the serial log over another |
+//! | `login`, `gitlab` | who somebody is, and whether they are a Developer of the job's project |
 //! | `api` | sessions listed and ended, tickets minted, for programs |
 //! | `audit`, `count` | what happened, for people and for Prometheus |
 //!
@@ -33,7 +34,9 @@ mod api;
 mod audit;
 mod count;
 mod door;
+mod gitlab;
 mod limit;
+mod login;
 mod serial;
 mod session;
 mod shell;
@@ -43,6 +46,7 @@ mod tls;
 
 use audit::Audit;
 use count::Counts;
+use gitlab::GitLab;
 use limit::{Connections, Guesses};
 use session::{End, Sessions};
 use terminal::Screens;
@@ -66,6 +70,7 @@ struct House {
     audit: Arc<Audit>,
     counts: Arc<Counts>,
     api_token: Option<Secret>,
+    gitlab: Option<GitLab>,
 }
 
 /// Serves until `stop` ends. For each word of `reload` the certificate's files are read again. `ready` is told once the port is open.
@@ -91,6 +96,7 @@ pub async fn serve(
     let (audit, counts) = (Arc::new(audit), Arc::new(Counts::default()));
     let house = Arc::new(House {
         api_token: api_token(&console)?,
+        gitlab: gitlab(&console)?,
         jobs: Jobs::open(&settings.state_dir)?,
         sessions: Sessions::new(console.max_sessions, Arc::clone(&audit), Arc::clone(&counts)),
         screens: Screens::default(),
@@ -127,6 +133,17 @@ pub async fn serve(
     house.sessions.end_all(End::Stopping);
     door.close().await;
     Ok(())
+}
+
+/// The GitLab that people sign in with, where there is one.
+fn gitlab(console: &ConsoleSettings) -> Result<Option<GitLab>, Failure> {
+    let gitlab = console
+        .gitlab
+        .clone()
+        .map(|gitlab| GitLab::new(gitlab, &console.origin()));
+    gitlab.transpose().map_err(|why| {
+        Failure::system(why).hint("Mend console.gitlab_secret_file or console.gitlab_ca_file in the settings")
+    })
 }
 
 /// The API's secret, where the settings name a file that holds one.

@@ -6,6 +6,7 @@
 //! | `POST /jobs/KEY/session` | a ticket, in the body | a cookie for this machine |
 //! | `GET`, `DELETE /jobs/KEY/session` | the cookie | what may be seen; leaves |
 //! | `GET /jobs/KEY/terminal`, `/serial` | the cookie | WebSockets |
+//! | `GET /jobs/KEY/login`, `/oauth/callback` | anybody; Developers of the job's project | to GitLab; a cookie for this machine |
 //! | `GET /assets/…`, `/page/…` | anybody | programs for the browser |
 //! | `/api/…`, `/metrics` | the API's secret | see [`super::api`] |
 //! | `GET /healthz` | anybody | whether it serves |
@@ -31,9 +32,10 @@ use serde::{Deserialize, Serialize};
 
 use super::limit::Place;
 use super::session::{End, Session};
-use super::{House, api, serial, terminal};
+use super::{House, api, login, serial, terminal};
 use crate::record::JobKey;
 use crate::report;
+use crate::secret::Secret;
 use crate::ticket::{self, Mode};
 
 /// The cookie's name. With this beginning, browsers take it over TLS only.
@@ -43,7 +45,7 @@ const LONGEST_BODY: usize = 4 << 10;
 /// A message from a browser: what somebody types, or a page of text that is pasted.
 const LONGEST_MESSAGE: usize = 256 << 10;
 /// Characters of a name that a page shows.
-const LONGEST_NAME: usize = 120;
+pub(super) const LONGEST_NAME: usize = 120;
 
 const PAGE: &str = include_str!("page/index.html");
 const SCRIPT: &str = include_str!("page/page.js");
@@ -104,6 +106,8 @@ pub(super) fn router(house: Arc<House>) -> Router {
         .route("/jobs/{key}/session", get(shown).post(enter).delete(leave))
         .route("/jobs/{key}/terminal", get(open_terminal))
         .route("/jobs/{key}/serial", get(open_serial))
+        .route("/jobs/{key}/login", get(login::set_out))
+        .route("/oauth/callback", get(login::come_back))
         .route("/page/page.js", get(async || typed(JAVASCRIPT, SCRIPT)))
         .route("/page/page.css", get(async || typed(CSS, STYLE)))
         .route("/assets/{name}", get(asset))
@@ -191,7 +195,7 @@ async fn asset(State(house): State<Arc<House>>, uri: Uri) -> Result<Response, Re
 }
 
 /// The job that an address names.
-fn key_of(uri: &Uri) -> Result<JobKey, Refused> {
+pub(super) fn key_of(uri: &Uri) -> Result<JobKey, Refused> {
     let mut parts = uri.path().split('/').skip(2);
     let key = parts.next().and_then(|key| key.parse().ok());
     key.ok_or_else(|| Refused::new(StatusCode::NOT_FOUND, "no job has this name"))
@@ -200,20 +204,25 @@ fn key_of(uri: &Uri) -> Result<JobKey, Refused> {
 /// The session that a request's cookie means.
 fn session_of(house: &House, uri: &Uri, headers: &HeaderMap) -> Result<Arc<Session>, Refused> {
     let key = key_of(uri)?;
+    cookie(headers, COOKIE)
+        .find_map(|value| house.sessions.of(value, &key))
+        .ok_or_else(|| Refused::new(StatusCode::UNAUTHORIZED, "a ticket is needed"))
+}
+
+/// The values of a request's cookies of this name.
+pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &'a str) -> impl Iterator<Item = &'a str> {
     let cookies = headers.get_all(header::COOKIE).iter();
     cookies
         .filter_map(|cookies| cookies.to_str().ok())
         .flat_map(|cookies| cookies.split(';'))
         .filter_map(|cookie| cookie.trim().split_once('='))
-        .filter(|(name, _)| *name == COOKIE)
-        .find_map(|(_, value)| house.sessions.of(value, &key))
-        .ok_or_else(|| Refused::new(StatusCode::UNAUTHORIZED, "a ticket is needed"))
+        .filter_map(move |(key, value)| (key == name).then_some(value))
 }
 
 /// What somebody who comes in brings.
 #[derive(Deserialize)]
 struct Shows {
-    ticket: crate::secret::Secret,
+    ticket: Secret,
 }
 
 async fn enter(
@@ -245,11 +254,16 @@ async fn enter(
         house.counts.refused_full.add(1);
         Refused::new(StatusCode::CONFLICT, full.to_string())
     })?;
-    let cookie = format!(
-        "{COOKIE}={}; Path=/jobs/{key}; Secure; HttpOnly; SameSite=Strict",
-        cookie.reveal()
-    );
+    let cookie = machine_cookie(&key, &cookie);
     Ok((StatusCode::NO_CONTENT, [(header::SET_COOKIE, cookie)]).into_response())
+}
+
+/// The cookie by which a session at this machine is known.
+pub(super) fn machine_cookie(key: &JobKey, session: &Secret) -> String {
+    format!(
+        "{COOKIE}={}; Path=/jobs/{key}; Secure; HttpOnly; SameSite=Strict",
+        session.reveal()
+    )
 }
 
 /// What a page shows of a job.
@@ -263,22 +277,27 @@ struct Shown {
     mode: Mode,
 }
 
-async fn shown(
-    State(house): State<Arc<House>>,
-    uri: Uri,
-    headers: HeaderMap,
-) -> Result<Json<Shown>, Refused> {
-    let session = session_of(&house, &uri, &headers)?;
+async fn shown(State(house): State<Arc<House>>, uri: Uri, headers: HeaderMap) -> Result<Response, Refused> {
+    let session = match session_of(&house, &uri, &headers) {
+        Ok(session) => session,
+        // The page shows the ways in.
+        Err(Refused(StatusCode::UNAUTHORIZED, why)) => {
+            let ways = serde_json::json!({ "error": why, "gitlab": house.gitlab.is_some() });
+            return Ok((StatusCode::UNAUTHORIZED, Json(ways)).into_response());
+        }
+        Err(refused) => return Err(refused),
+    };
     let record = session.job.read().map_err(ticket::Error::from)?;
     let record = record.ok_or_else(|| Refused::new(StatusCode::GONE, End::Revoked.to_string()))?;
-    Ok(Json(Shown {
+    let shown = Shown {
         project: report::line(&record.project, LONGEST_NAME),
         name: report::line(&record.job, LONGEST_NAME),
         image: record.image.map(|image| report::line(&image, LONGEST_NAME)),
         state: record.state.to_string(),
         job: record.key,
         mode: session.mode,
-    }))
+    };
+    Ok(Json(shown).into_response())
 }
 
 async fn leave(State(house): State<Arc<House>>, uri: Uri, headers: HeaderMap) -> Result<StatusCode, Refused> {

@@ -32,6 +32,14 @@ pub struct ConsoleTable {
     pub api_token_file: Option<PathBuf>,
     /// The file that the audit log is appended to.
     pub audit_log: Option<PathBuf>,
+    /// The GitLab that people sign in with.
+    pub gitlab_url: Option<String>,
+    /// The application's ID there.
+    pub gitlab_application: Option<String>,
+    /// The file with the application's secret, where it is a confidential one.
+    pub gitlab_secret_file: Option<PathBuf>,
+    /// PEM file with certificate authorities to trust for it beside the system's.
+    pub gitlab_ca_file: Option<PathBuf>,
 }
 
 /// `[console]` with defaults, where it is on.
@@ -57,6 +65,21 @@ pub struct ConsoleSettings {
     pub api_token_file: Option<PathBuf>,
     /// The file that the audit log is appended to, if there is to be one.
     pub audit_log: Option<PathBuf>,
+    /// The GitLab that people sign in with, if they may.
+    pub gitlab: Option<GitLabSettings>,
+}
+
+/// `gitlab_…` of `[console]`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct GitLabSettings {
+    /// Its address, without a slash at the end: what jobs' coordinators are compared with.
+    pub url: String,
+    /// The application's ID there.
+    pub application: String,
+    /// The file with the application's secret.
+    pub secret_file: Option<PathBuf>,
+    /// PEM file with certificate authorities to trust for it beside the system's.
+    pub ca_file: Option<PathBuf>,
 }
 
 /// The port that browsers take for themselves, and any other program less easily.
@@ -97,6 +120,18 @@ impl ConsoleTable {
                     .to_owned(),
             );
         };
+        let gitlab = match (self.gitlab_url, self.gitlab_application) {
+            (Some(url), Some(application)) if url.starts_with("https://") => Some(GitLabSettings {
+                url: url.trim_end_matches('/').to_owned(),
+                application,
+                secret_file: self.gitlab_secret_file,
+                ca_file: self.gitlab_ca_file,
+            }),
+            (None, None) => None,
+            _ => {
+                return Err("console.gitlab_url, which begins with https://, and console.gitlab_application belong together".to_owned());
+            }
+        };
         let (viewers, max_sessions) = (
             self.viewers.unwrap_or(DEFAULT_VIEWERS),
             self.max_sessions.unwrap_or(DEFAULT_MAX_SESSIONS),
@@ -115,6 +150,7 @@ impl ConsoleTable {
             assets: self.assets.unwrap_or_else(|| DEFAULT_ASSETS.into()),
             api_token_file: self.api_token_file,
             audit_log: self.audit_log,
+            gitlab,
         }))
     }
 }
@@ -182,6 +218,13 @@ mod tests {
         let settings = table(&whole).unwrap().unwrap();
         let key = "aaaa1111-7-1".parse().unwrap();
         assert_eq!(settings.page(&key), "https://ci.example.com/jobs/aaaa1111-7-1");
-        assert!(table(&format!("{whole}viewers = 0")).is_err());
+        assert_eq!(settings.gitlab, None);
+        for wrong in [
+            "viewers = 0",
+            "gitlab_url = \"https://gitlab.example.com\"",
+            "gitlab_url = \"http://gitlab.example.com\"\ngitlab_application = \"a\"",
+        ] {
+            assert!(table(&format!("{whole}{wrong}")).is_err(), "{wrong}");
+        }
     }
 }

@@ -198,10 +198,11 @@ async fn get_ready(
     log.line(format!("Ready: {}", phases.line()));
     if let Some(console) = &settings.console {
         // Everybody who may read the job log reads it: the address alone opens nothing.
-        log.line(format!(
-            "Console: {} (ask an admin of this runner for a ticket).",
-            console.page(folder.key())
-        ));
+        let who = match &console.gitlab {
+            Some(_) => "for Developers of the project and above",
+            None => "ask an admin of this runner for a ticket",
+        };
+        log.line(format!("Console: {} ({who}).", console.page(folder.key())));
     }
     Ok(())
 }

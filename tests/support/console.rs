@@ -93,6 +93,7 @@ impl Place {
         let ca = std::fs::read(self.authority.file("ca.pem")).unwrap();
         let client = reqwest::Client::builder()
             .no_proxy()
+            .redirect(reqwest::redirect::Policy::none())
             .add_root_certificate(reqwest::Certificate::from_pem(&ca).unwrap())
             .build()
             .unwrap();

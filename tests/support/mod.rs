@@ -22,6 +22,8 @@ pub mod console;
 #[cfg(test)]
 pub mod desk;
 #[cfg(test)]
+pub mod gitlab;
+#[cfg(test)]
 pub mod host;
 #[cfg(test)]
 #[path = "https_fixture.rs"]

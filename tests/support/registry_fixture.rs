@@ -155,6 +155,23 @@ impl Registry {
             .count()
     }
 
+    /// How many bytes of a blob were sent, in however many parts.
+    pub fn sent(&self, digest: &str) -> u64 {
+        let request = format!("/blobs/{digest} HTTP/1.1\" 20");
+        self.log()
+            .iter()
+            .filter(|line| line.contains("\"GET "))
+            .filter_map(|line| {
+                line.split_once(&request)?
+                    .1
+                    .split(' ')
+                    .nth(1)?
+                    .parse::<u64>()
+                    .ok()
+            })
+            .sum()
+    }
+
     /// All requests so far.
     pub fn requests(&self) -> usize {
         self.log()

@@ -97,8 +97,17 @@ function show(job) {
   choose("terminal", job.mode);
 }
 
+const REFUSED = {
+  stale: "This sign-in was not begun in this browser, or too long ago. Please try again.",
+  role: "Only Developers of the job's project and above may open its console.",
+  gitlab: "GitLab did not answer as expected; the operator's log says more.",
+  full: "There are as many console sessions as this host allows.",
+};
+
 async function begin() {
-  const handed = new URLSearchParams(location.hash.slice(1)).get("ticket");
+  const fragment = new URLSearchParams(location.hash.slice(1));
+  const handed = fragment.get("ticket");
+  say(REFUSED[fragment.get("refused")] ?? "");
   // Neither the history nor whoever looks at the screen keeps it.
   if (location.hash) history.replaceState(null, "", here);
   if (handed) await enter(handed);
@@ -108,6 +117,8 @@ async function begin() {
     return;
   }
   find("entry").hidden = false;
+  find("gitlab").hidden = !value.gitlab;
+  find("gitlab").firstElementChild.href = `${here}/login`;
   find("ticket").focus();
 }
 
