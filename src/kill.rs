@@ -96,6 +96,7 @@ points! {
     CancelBegun "cancel-begun" "the script is to be cancelled"
     ScriptCancelled "script-cancelled" "the script is cancelled"
     CodeWritten "code-written" "the exit code is written"
+    SavedHeld "saved-held" "the record says held"
     SavedCleaning "saved-cleaning" "the record says cleaning"
     HistoryBegun "history-begun" "the job is written down for the history"
     HistoryKept "history-kept" "the job is in the history"

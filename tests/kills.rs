@@ -51,8 +51,8 @@ enum Scene {
     Removal,
     /// `reap`, after calls that were killed in the middle of writing.
     Sweep,
-    /// What only images have to do with; a suite of theirs kills there.
-    Images(&'static str),
+    /// What another suite looks after, and kills there.
+    Elsewhere(&'static str),
 }
 
 /// Where each point is met, and which time in each of three calls.
@@ -114,12 +114,13 @@ fn plan(point: Point) -> (Scene, [u32; 3]) {
         | P::FolderHidden
         | P::FolderRemoved => (Scene::Removal, FIRST),
         P::ReferenceForgotten | P::ImageHidden | P::ImageRemoved | P::PinKept | P::PinRemoved => {
-            (Scene::Images("tests/image_cache.rs"), FIRST)
+            (Scene::Elsewhere("tests/image_cache.rs"), FIRST)
         }
         P::CheckpointBegun | P::CheckpointKept | P::PiecesBegun | P::PiecesKept | P::FileNamed => {
-            (Scene::Images("tests/image_kills.rs"), FIRST)
+            (Scene::Elsewhere("tests/image_kills.rs"), FIRST)
         }
-        P::OriginKept | P::GrantKept => (Scene::Images("tests/image_grants.rs"), FIRST),
+        P::SavedHeld => (Scene::Elsewhere("tests/hold.rs"), FIRST),
+        P::OriginKept | P::GrantKept => (Scene::Elsewhere("tests/image_grants.rs"), FIRST),
         P::RemainSwept | P::WorkSwept => (Scene::Sweep, FIRST),
     }
 }
@@ -176,7 +177,7 @@ impl Table {
         };
         let there = |point: &&Point| match plan(**point).0 {
             Scene::Trial => can_try_kvm(),
-            Scene::Images(_) => false,
+            Scene::Elsewhere(_) => false,
             _ => true,
         };
         let mut rows: Vec<Vec<String>> = self
@@ -193,7 +194,7 @@ impl Table {
             .collect();
         for point in Point::ALL.iter().filter(|point| !there(point)) {
             let (times, why) = match plan(*point).0 {
-                Scene::Images(suite) => ("elsewhere", format!("{suite} kills there")),
+                Scene::Elsewhere(suite) => ("elsewhere", format!("{suite} kills there")),
                 _ => ("never", "this host has no /dev/kvm to try".to_owned()),
             };
             rows.push(vec![point.to_string(), times.to_owned(), why, "-".to_owned()]);
