@@ -98,6 +98,7 @@ points! {
     CodeWritten "code-written" "the exit code is written"
     TicketKept "ticket-kept" "a console's ticket is kept"
     TicketRevoked "ticket-revoked" "a console's ticket is taken away"
+    SavedHeld "saved-held" "the record says held"
     SavedCleaning "saved-cleaning" "the record says cleaning"
     HistoryBegun "history-begun" "the job is written down for the history"
     HistoryKept "history-kept" "the job is in the history"

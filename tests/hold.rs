@@ -7,9 +7,14 @@ mod support;
 use std::os::unix::fs::MetadataExt;
 use std::process::Command;
 
-use support::host::{EMULATION, Host};
+use std::time::Duration;
+
+use cannery::kill::Point;
+use support::host::{EMULATION, Host, virsh};
 use support::job::Job;
-use support::stages::Stages;
+use support::kills::killed;
+use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages};
+use support::until;
 
 /// The state folder's name of the only job.
 fn only_job(host: &Host) -> String {
@@ -76,4 +81,124 @@ fn an_operator_enters_a_machine_and_sees_its_screen() {
     let said = String::from_utf8_lossy(&nobody.stderr).into_owned();
     assert!(said.contains("sudo cannery vm ssh"), "{said}");
     job.cleans_up();
+}
+
+/// One machine at a time, for which nobody waits.
+const ONE: &str = "[host]\nmax_machines = 1\nwait = \"0s\"\n[hold]\nmax = \"1h\"\n";
+
+#[test]
+#[ignore = "needs libvirt and a guest"]
+fn a_failed_jobs_machine_stays_for_a_look_and_makes_room_for_its_next_try() {
+    let host = Host::new(&[], &format!("{EMULATION}{ONE}"));
+    let image = host.images().add_tiny("tiny", "");
+    let unit = Job::new("unit").image(&image).variable("CANNERY_HOLD", "30m");
+
+    // More than the operator allows is refused before anything is done.
+    let greedy = Job::new("unit").image(&image).variable("CANNERY_HOLD", "2h");
+    let greedy = Stages::of(&host, &greedy, 30);
+    greedy
+        .prepare()
+        .failed(BUILD_FAILURE, &["CANNERY_HOLD=2h", "at most 1h"]);
+    greedy.cleans_up();
+
+    let first = Stages::of(&host, &unit, 31);
+    first.prepare().ok();
+    let key = only_job(&host);
+    let failed = first.script("touch /tmp/evidence; exit 3\n");
+    assert!(failed.log.contains("stays until"), "{}", failed.log);
+    let way_in = format!("cannery vm ssh {key}");
+    assert!(failed.log.contains(&way_in), "{}", failed.log);
+    failed.failed_script(3, &first);
+    first.run("after_script", "test -e /tmp/evidence\n").ok();
+
+    // A cleanup that is killed when it has just decided, and one that comes again.
+    killed(&mut first.command(&["cleanup"]), Point::SavedHeld, 1);
+    let cleaned = first.cleanup().ok();
+    assert!(cleaned.log.contains(&way_in), "{}", cleaned.log);
+    assert_eq!(host.machines().len(), 1);
+    assert!(host.expect(&["vm", "list"]).contains("held until"));
+    let shown = host.expect(&["job", "show", "31"]);
+    let answer = "Failed: the script ended with exit code 3 in step_script.\nIts machine is held until ";
+    assert!(shown.starts_with(answer), "{shown}");
+    host.expect(&["vm", "ssh", "31", "--", "test -e /tmp/evidence"]);
+    // Nothing may be run for the job any more, and nobody else takes its machine.
+    first.script("true\n").failed(SYSTEM_FAILURE, &["cleaned up"]);
+    assert_eq!(host.expect(&["reap"]), "Nothing to remove.\n");
+    assert_eq!(host.machines().len(), 1);
+
+    // Another job is told what takes the place.
+    let other = Stages::of(&host, &Job::new("unit").image(&image), 32);
+    let release = format!("`cannery vm release {key}` frees its place");
+    other
+        .prepare()
+        .failed(SYSTEM_FAILURE, &["All 1 machines", "is held until", &release]);
+    other.cleanup().ok();
+
+    // The next try of the same job has the place.
+    let second = Stages::of(&host, &unit, 31);
+    let log = second.prepare().ok().log;
+    assert!(log.contains("makes room"), "{log}");
+    assert_eq!(host.machines().len(), 1);
+    second.script("true\n").ok();
+    // One that succeeds is not held unless an operator wants it.
+    host.expect(&["vm", "hold", "31", "--for", "1h"]);
+    assert!(host.expect(&["vm", "list"]).contains(", held until"));
+    second.cleanup().ok();
+    let shown = host.expect(&["job", "show", "31"]);
+    assert!(shown.starts_with("Succeeded"), "{shown}");
+    assert!(shown.contains("Its machine is held until"), "{shown}");
+    // The lease ends.
+    host.expect(&["vm", "hold", "31", "--for", "1s"]);
+    until("the machine may go", Duration::from_secs(20), || {
+        host.expect(&["reap"]);
+        host.machines().is_empty()
+    });
+    second.cleans_up();
+    let list = host.expect(&["job", "list"]);
+    assert!(
+        list.contains("exit code 3") && list.contains("succeeded"),
+        "{list}"
+    );
+    assert!(!list.contains("abandoned"), "{list}");
+}
+
+#[test]
+#[ignore = "needs libvirt and a guest"]
+fn a_held_machine_goes_when_it_is_released_or_ends_and_one_that_was_cancelled_is_not_held() {
+    let host = Host::new(&[], &format!("{EMULATION}[hold]\non_failure = \"20m\"\n"));
+    let image = host.images().add_tiny("tiny", "");
+    let unit = Job::new("unit").image(&image);
+    let unheld = Job::new("unit").image(&image).variable("CANNERY_HOLD", "0");
+    let [released, ended, cancelled] = [41, 42, 43].map(|id| Stages::of(&host, &unit, id));
+    let declined = Stages::of(&host, &unheld, 44);
+    std::thread::scope(|scope| {
+        for job in [&released, &ended, &cancelled, &declined] {
+            scope.spawn(|| job.prepare().ok());
+        }
+    });
+    for job in [&released, &ended, &cancelled] {
+        assert!(job.script("exit 5\n").log.contains("stays until"));
+    }
+    let log = declined.script("exit 5\n").log;
+    assert!(!log.contains("stays until"), "{log}");
+    // The runner cancels the job after its script had failed.
+    let cancelled = cancelled.variable("CUSTOM_ENV_CI_JOB_STATUS", "canceled");
+    cancelled.run("after_script", "true\n").ok();
+    for job in [&released, &ended, &cancelled, &declined] {
+        job.cleanup().ok();
+    }
+    let held = host.machines();
+    assert_eq!(held.len(), 2, "{held:?}");
+    let not_held = host.cannery(&["vm", "release", "43"]);
+    assert!(!not_held.status.success());
+
+    host.expect(&["vm", "release", "41"]);
+    assert_eq!(host.machines().len(), 1);
+    let last = &host.machines()[0];
+    virsh(&["destroy", last]);
+    let reaped = host.expect(&["reap"]);
+    assert!(reaped.contains("its machine was held and has ended"), "{reaped}");
+    ended.cleans_up();
+    let list = host.expect(&["job", "list"]);
+    assert_eq!(list.matches("exit code 5").count(), 4, "{list}");
 }

@@ -51,7 +51,7 @@ enum Scene {
     Removal,
     /// `reap`, after calls that were killed in the middle of writing.
     Sweep,
-    /// What no stage of a job has to do with; a suite of its own kills there.
+    /// What another suite looks after, and kills there.
     Elsewhere(&'static str),
 }
 
@@ -119,6 +119,7 @@ fn plan(point: Point) -> (Scene, [u32; 3]) {
         P::CheckpointBegun | P::CheckpointKept | P::PiecesBegun | P::PiecesKept | P::FileNamed => {
             (Scene::Elsewhere("tests/image_kills.rs"), FIRST)
         }
+        P::SavedHeld => (Scene::Elsewhere("tests/hold.rs"), FIRST),
         P::OriginKept | P::GrantKept => (Scene::Elsewhere("tests/image_grants.rs"), FIRST),
         P::TicketKept | P::TicketRevoked => (Scene::Elsewhere("tests/serve.rs"), FIRST),
         P::RemainSwept | P::WorkSwept => (Scene::Sweep, FIRST),

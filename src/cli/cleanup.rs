@@ -8,5 +8,5 @@ pub(super) struct Arguments {}
 
 pub(super) async fn run(context: &Context, _: &Arguments) -> Result<(), Failure> {
     let settings = context.settings()?;
-    stage::cleanup(&settings, &context.environment).await
+    stage::cleanup(&settings, &context.environment, &context.log).await
 }

@@ -34,7 +34,7 @@ mod answer;
 mod outcome;
 mod retention;
 
-pub use outcome::{Removal, outcome, verdict};
+pub use outcome::{Removal, is_script, outcome, verdict};
 pub use retention::{Bounds, Kept, surplus};
 
 /// The version of [`Entry`] that this program writes. Newer ones are passed over.

@@ -45,7 +45,8 @@ fn weight(stage: &str) -> Weight {
     }
 }
 
-fn is_script(stage: &str) -> bool {
+/// Is the stage of this name a script of the job's author that decides whether the job succeeds?
+pub fn is_script(stage: &str) -> bool {
     weight(stage) == Weight::Decides && !BEFORE_THE_SCRIPT.contains(&stage)
 }
 

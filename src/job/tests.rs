@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use super::*;
-use crate::quantity::Size;
+use crate::quantity::{Size, Span};
 
 fn environment(variables: &[(&str, &str)]) -> Environment {
     variables
@@ -99,13 +99,15 @@ fn an_author_wishes_by_variables() {
     let env = environment(&[
         ("CUSTOM_ENV_CANNERY_CPUS", "4"),
         ("CUSTOM_ENV_CANNERY_MEMORY", "3G"),
+        ("CUSTOM_ENV_CANNERY_HOLD", "1h30m"),
     ]);
     assert_eq!(
         Wants::read(&env).unwrap(),
         Wants {
             cpus: Some(4),
             memory: Some(Size::gib(3)),
-            disk: None
+            disk: None,
+            hold: Some(Span::secs(5400)),
         }
     );
 }
@@ -122,6 +124,8 @@ fn a_job_without_an_image_has_none_whatever_the_author_calls_a_variable() {
 #[test]
 fn wishes_that_make_no_sense_are_refused_by_name() {
     for (name, value) in [
+        ("CANNERY_HOLD", "a while"),
+        ("CANNERY_HOLD", "-5m"),
         ("CANNERY_CPUS", "0"),
         ("CANNERY_CPUS", "-1"),
         ("CANNERY_CPUS", "two"),
@@ -173,6 +177,7 @@ fn wishes_are_granted_up_to_the_operators_bounds() {
         cpus: Some(1),
         memory: Some(Size::gib(1)),
         disk: Some(Size::gib(5)),
+        hold: None,
     };
     assert_eq!(
         less.within(&bounds).unwrap(),
@@ -219,6 +224,36 @@ fn where_no_job_may_choose_its_disk_the_sentence_says_so() {
     };
     let error = wants.within(&bounds).unwrap_err().to_string();
     assert!(error.contains("limits.disk is not set"), "{error}");
+}
+
+#[test]
+fn a_machine_is_held_for_as_long_as_the_operator_lets_it() {
+    let minutes = |n: u64| std::time::Duration::from_secs(n * 60);
+    let asks = |n: u64| Wants {
+        hold: Some(Span(minutes(n))),
+        ..Wants::default()
+    };
+    let nothing = Wants::default();
+    assert_eq!(
+        nothing.hold_within(minutes(10), minutes(60)).unwrap(),
+        minutes(10)
+    );
+    for asked in [0, 5, 60] {
+        let held = asks(asked).hold_within(minutes(10), minutes(60)).unwrap();
+        assert_eq!(held, minutes(asked));
+    }
+    let error = asks(61).hold_within(minutes(10), minutes(60)).unwrap_err();
+    assert_eq!(
+        error.to_string(),
+        "CANNERY_HOLD=61m: the operator of this runner allows at most 1h."
+    );
+    let error = asks(1)
+        .hold_within(minutes(0), minutes(0))
+        .unwrap_err()
+        .to_string();
+    assert!(error.contains("hold.max is not set"), "{error}");
+    // It may always be declined.
+    assert_eq!(asks(0).hold_within(minutes(0), minutes(0)).unwrap(), minutes(0));
 }
 
 #[test]

@@ -1,7 +1,9 @@
-//! `CANNERY_CPUS`, `CANNERY_MEMORY`, `CANNERY_DISK`: what a job's author wants, and what the operator grants.
+//! `CANNERY_CPUS`, `CANNERY_MEMORY`, `CANNERY_DISK`, `CANNERY_HOLD`: what a job's author wants, and what the operator grants.
+
+use std::time::Duration;
 
 use super::{Environment, Error};
-use crate::quantity::Size;
+use crate::quantity::{Size, Span};
 
 /// What the job's variables ask for.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -12,6 +14,8 @@ pub struct Wants {
     pub memory: Option<Size>,
     /// `CANNERY_DISK`
     pub disk: Option<Size>,
+    /// `CANNERY_HOLD`
+    pub hold: Option<Span>,
 }
 
 /// What a job gets unless it asks, and the most that it may ask for.
@@ -39,11 +43,12 @@ pub struct Granted {
 const CPUS: &str = "CANNERY_CPUS";
 const MEMORY: &str = "CANNERY_MEMORY";
 const DISK: &str = "CANNERY_DISK";
+const HOLD: &str = "CANNERY_HOLD";
 /// The least memory that holds a kernel and an sshd.
 const LEAST_MEMORY: Size = Size::mib(64);
 
 impl Wants {
-    /// Reads the three variables.
+    /// Reads the variables.
     pub fn read(environment: &Environment) -> Result<Wants, Error> {
         let cpus = environment
             .variable(CPUS)
@@ -67,11 +72,39 @@ impl Wants {
             };
             environment.variable(name).map(parse).transpose()
         };
+        let hold = environment
+            .variable(HOLD)
+            .map(|value| match value.trim().parse() {
+                Ok(span) => Ok(span),
+                Err(_) => Err(wrong(
+                    HOLD,
+                    value,
+                    "it must be a length of time such as \"30m\", or 0".to_owned(),
+                )),
+            })
+            .transpose()?;
         Ok(Wants {
             cpus,
             memory: size(MEMORY)?,
             disk: size(DISK)?,
+            hold,
         })
+    }
+
+    /// For how long the machine stays after the job's script failed: `usual` unless the job asks, and never longer than `most`.
+    pub fn hold_within(self, usual: Duration, most: Duration) -> Result<Duration, Error> {
+        match self.hold {
+            Some(Span(asked)) if asked > most => {
+                let why = if most.is_zero() {
+                    "the operator of this runner lets no job choose it: hold.max is not set".to_owned()
+                } else {
+                    format!("the operator of this runner allows at most {}", Span(most))
+                };
+                Err(wrong(HOLD, &Span(asked).to_string(), why))
+            }
+            Some(Span(asked)) => Ok(asked),
+            None => Ok(usual),
+        }
     }
 
     /// What the job gets within the operator's bounds.

@@ -21,7 +21,7 @@ use crate::history::{self, Bounds, Entry, History, Removal, outcome};
 use crate::host::Slots;
 use crate::image::Store;
 use crate::kill::{self, Point};
-use crate::machine::{Libvirt, serial};
+use crate::machine::{Libvirt, serial, watch};
 use crate::outcome::Failure;
 use crate::record::{self, Claim, JobDir, JobKey, Jobs, Record, State};
 use crate::settings::Settings;
@@ -77,7 +77,14 @@ impl Reaper {
         // Leases and domains are listed before jobs: what is made meanwhile then has its job in the list.
         let leases = self.slots.leases()?;
         let domains = self.domains().await?;
-        let jobs = self.jobs.list()?.into_iter().map(|job| found(&job)).collect();
+        let ended = |found: &Found| {
+            let machine = found.record.as_ref().and_then(|record| record.machine.as_ref());
+            machine.is_some_and(|m| m.uri == self.uri && !domains.iter().any(|(name, _)| *name == m.name))
+        };
+        let mut jobs: Vec<Found> = self.jobs.list()?.iter().map(found).collect();
+        for job in &mut jobs {
+            job.machine_gone = ended(job);
+        }
         Ok(plan(
             &World {
                 jobs,
@@ -116,7 +123,12 @@ impl Reaper {
                 Some(job) if job.is_busy()? => return Ok(false),
                 Some(job) => {
                     let still = |record: &Record| {
-                        judge(&known(key.clone(), record.clone()), Timestamp::now()).is_some()
+                        let found = Found {
+                            // One that has ended does not come back.
+                            machine_gone: *why == Why::MachineGone,
+                            ..known(key.clone(), record.clone())
+                        };
+                        judge(&found, Timestamp::now()).is_some()
                     };
                     return self
                         .remove_if(&job, Removal::Abandoned(why.to_string()), still)
@@ -191,13 +203,7 @@ impl Reaper {
         removal: Removal,
         permit: impl FnOnce(&Record) -> bool,
     ) -> Result<bool, Failure> {
-        let conclude = |record: &mut Record| {
-            let busy = record.runs.iter().any(|run| run.process.is_alive());
-            if record.outcome.is_none() {
-                record.outcome = Some(outcome(record, &removal, busy));
-            }
-        };
-        let step = match job.enter_if(State::Cleaning, permit, conclude) {
+        let step = match job.enter_if(State::Cleaning, permit, |record| conclude(record, &removal)) {
             Ok(None) => return Ok(false),
             Ok(step) => step,
             // Removed meanwhile, or a folder whose record is gone already or unreadable: the key says enough.
@@ -232,28 +238,77 @@ impl Reaper {
         memory.map_or(Ok(()), |(entry, serial)| self.history.add(entry, serial))
     }
 
-    /// Removes what is claimed; nothing is fine too.
-    pub async fn remove_claimed(&self, claim: &Claim) -> Result<(), Failure> {
-        for (job, _) in self.jobs.claimed(claim)? {
-            self.remove(&job, Removal::Cleanup).await?;
+    /// Removes what is claimed, but for machines that are to stay: the answer is which, and until when. Nothing is fine too.
+    pub async fn remove_claimed(&self, claim: &Claim) -> Result<Vec<(JobKey, Timestamp)>, Failure> {
+        let mut stay = Vec::new();
+        for (job, record) in self.jobs.claimed(claim)? {
+            match self.hold(&job, &record).await? {
+                Some(until) => stay.push((job.key().clone(), until)),
+                None => self.remove(&job, Removal::Cleanup).await?,
+            }
         }
         self.sweep_remains();
-        Ok(())
+        Ok(stay)
     }
 
-    /// Removes what earlier tries of a job have left: a job runs once at a time.
+    /// Lets the machine of a job that is over stay, if it is to stay and is there; until when it does.
+    async fn hold(&self, job: &JobDir, record: &Record) -> Result<Option<Timestamp>, Failure> {
+        let now = Timestamp::now();
+        let (Some(_), Some(machine)) = (record.held_until(now), &record.machine) else {
+            return Ok(None);
+        };
+        let libvirt = Libvirt::open(&machine.uri)?;
+        if matches!(
+            libvirt.state(&machine.name).await?,
+            watch::State::Gone | watch::State::Ending
+        ) {
+            return Ok(None);
+        }
+        let wanted = |record: &Record| record.held_until(now).is_some();
+        match job.enter_if(State::Held, wanted, |record| conclude(record, &Removal::Cleanup)) {
+            Ok(Some(step)) => Ok(step.record.held.as_ref().map(|held| held.until)),
+            // Released, or being removed, in this very moment.
+            Ok(None) | Err(record::Error::Gone(_)) => Ok(None),
+            Err(e) => Err(e.into()),
+        }
+    }
+
+    /// Removes what earlier tries of a job have left, but for machines that are held: a job runs once at a time.
     pub async fn remove_tries(&self, coordinator: &str, id: u64) -> Result<(), Failure> {
-        let wanted = JobKey::new(coordinator, id, 0);
-        for job in self
-            .jobs
-            .list()?
-            .into_iter()
-            .filter(|j| j.key().same_job(&wanted))
-        {
+        let (_, left) = self.tries(coordinator, id)?;
+        for job in left {
             self.remove(&job, Removal::Abandoned(BEGUN_AGAIN.to_owned()))
                 .await?;
         }
         Ok(())
+    }
+
+    /// Removes the held machines of earlier tries of a job, for whose next try there is no room; how many.
+    pub async fn remove_held_tries(&self, coordinator: &str, id: u64) -> Result<usize, Failure> {
+        let (held, _) = self.tries(coordinator, id)?;
+        for job in &held {
+            self.remove(job, Removal::Abandoned(BEGUN_AGAIN.to_owned()))
+                .await?;
+        }
+        Ok(held.len())
+    }
+
+    /// The tries of a job that are here: those whose machines are held, and the others.
+    fn tries(&self, coordinator: &str, id: u64) -> Result<(Vec<JobDir>, Vec<JobDir>), Failure> {
+        let wanted = JobKey::new(coordinator, id, 0);
+        let now = Timestamp::now();
+        let tries = self.jobs.list()?.into_iter();
+        Ok(tries
+            .filter(|job| job.key().same_job(&wanted))
+            .partition(|job| matches!(job.read(), Ok(Some(record)) if record.is_held(now))))
+    }
+}
+
+/// What the job came to, unless that was decided when it was over.
+fn conclude(record: &mut Record, removal: &Removal) {
+    let busy = record.runs.iter().any(|run| run.process.is_alive());
+    if record.outcome.is_none() {
+        record.outcome = Some(outcome(record, removal, busy));
     }
 }
 
@@ -295,6 +350,7 @@ fn known(key: JobKey, record: Record) -> Found {
         caller_alive: record.caller.is_alive(),
         rebooted: record.caller.was_before_this_boot(),
         session_over: is_gone(&record.session),
+        machine_gone: false,
         foreign: false,
         record: Some(record),
     }

@@ -34,6 +34,8 @@ pub struct Found {
     pub rebooted: bool,
     /// Did the runner remove the try that the job belongs to?
     pub session_over: bool,
+    /// Does libvirt not know its machine any more?
+    pub machine_gone: bool,
     /// Is the record a newer cannery's, or out of reach? Then it is not ours to judge.
     pub foreign: bool,
 }
@@ -47,6 +49,7 @@ impl Found {
             caller_alive: false,
             rebooted: false,
             session_over: false,
+            machine_gone: false,
             foreign: false,
         }
     }
@@ -67,6 +70,10 @@ pub enum Why {
     TryOver,
     /// The job's time and an hour have passed.
     Expired,
+    /// The time is over for which its machine was held.
+    LeaseOver,
+    /// Its machine was held, and has ended.
+    MachineGone,
     /// No job's folder belongs to it.
     NoJob,
 }
@@ -80,6 +87,8 @@ impl fmt::Display for Why {
             Why::RunnerGone => "the gitlab-runner that began it is gone",
             Why::TryOver => "gitlab-runner ended it without cleaning up",
             Why::Expired => "its time-out has passed by an hour",
+            Why::LeaseOver => "the time for which it was held is over",
+            Why::MachineGone => "its machine was held and has ended",
             Why::NoJob => "no job belongs to it",
         })
     }
@@ -141,6 +150,11 @@ pub(super) fn judge(job: &Found, now: Timestamp) -> Option<Why> {
         Some(Why::HalfRemoved)
     } else if job.rebooted {
         Some(Why::Rebooted)
+    } else if record.held_until(now).is_some() {
+        // Whoever began the job has no say any more, nor has its time-out.
+        (record.state == State::Held && job.machine_gone).then_some(Why::MachineGone)
+    } else if record.state == State::Held {
+        Some(Why::LeaseOver)
     } else if !job.caller_alive {
         Some(Why::RunnerGone)
     } else if job.session_over {
@@ -155,7 +169,7 @@ pub(super) fn judge(job: &Found, now: Timestamp) -> Option<Why> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::record::Caller;
+    use crate::record::{Caller, Held, Holder};
 
     fn found(id: u64) -> Found {
         let now = Timestamp::now();
@@ -171,8 +185,72 @@ mod tests {
             caller_alive: true,
             rebooted: false,
             session_over: false,
+            machine_gone: false,
             foreign: false,
         }
+    }
+
+    /// A job that is over, and whose machine is held for an hour.
+    fn held(now: Timestamp) -> Found {
+        let mut job = found(1);
+        let record = job.record.as_mut().unwrap();
+        record.state = State::Held;
+        record.held = Some(Held {
+            until: now + jiff::SignedDuration::from_hours(1),
+            by: Holder::Failure,
+        });
+        job
+    }
+
+    #[test]
+    fn a_held_machine_stays_until_its_lease_is_over_or_it_ends() {
+        let now = Timestamp::now();
+        type Change = fn(&mut Found);
+        // The runner has long forgotten the job.
+        let cases: [(Change, &[Why]); 5] = [
+            (|_| (), &[]),
+            (|f| (f.caller_alive, f.session_over) = (false, true), &[]),
+            (
+                |f| f.record.as_mut().unwrap().deadline = Timestamp::UNIX_EPOCH,
+                &[],
+            ),
+            (|f| f.rebooted = true, &[Why::Rebooted]),
+            (|f| f.machine_gone = true, &[Why::MachineGone]),
+        ];
+        for (change, expected) in cases {
+            let mut job = held(now);
+            change(&mut job);
+            let world = World {
+                jobs: vec![job],
+                ..World::default()
+            };
+            assert_eq!(whys(&world, now), expected);
+            let later = now + jiff::SignedDuration::from_mins(61);
+            assert_eq!(whys(&world, later).len(), 1, "{expected:?}");
+        }
+        let world = World {
+            jobs: vec![held(now)],
+            ..World::default()
+        };
+        let later = now + jiff::SignedDuration::from_mins(61);
+        assert_eq!(whys(&world, later), [Why::LeaseOver]);
+    }
+
+    #[test]
+    fn a_machine_that_is_to_be_held_outlives_its_runner_and_not_its_lease() {
+        let now = Timestamp::now();
+        let mut job = held(now);
+        job.record.as_mut().unwrap().state = State::Ready;
+        job.caller_alive = false;
+        // Nobody looks yet whether it has ended: its own calls notice that.
+        job.machine_gone = true;
+        let world = World {
+            jobs: vec![job],
+            ..World::default()
+        };
+        assert!(whys(&world, now).is_empty());
+        let later = now + jiff::SignedDuration::from_mins(61);
+        assert_eq!(whys(&world, later), [Why::RunnerGone]);
     }
 
     fn whys(world: &World, now: Timestamp) -> Vec<Why> {

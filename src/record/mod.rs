@@ -8,9 +8,11 @@
 //! Admitted ─▶ Fetching ─▶ Cloning ─▶ Starting ─▶ Booting ─▶ Ready ◀─▶ Running
 //!     │           │           ▲──────────│───────────│ again, without KVM
 //!     └───────────┴───────────┴──────────┴───────────┴─────────┴──────────┘
-//!                                     │ cleanup, reap, vm rm
-//!                                     ▼
-//!                                 Cleaning ─▶ (the folder is gone)
+//!                                     │ cleanup, where its machine is to stay ──▶ Held
+//!                                     │ cleanup, reap, vm rm                       │ reap, vm release
+//!                                     ▼                                            ▼
+//!                                 Cleaning ◀───────────────────────────────────────┘
+//!                                     └─▶ (the folder is gone)
 //! ```
 //!
 //! | state | what may exist beside the record |
@@ -21,6 +23,7 @@
 //! | `Starting` | the libvirt domain, and what libvirt made for it |
 //! | `Booting`, `Ready` | the same |
 //! | `Running` | a `cannery run` process, and the script's processes in the guest |
+//! | `Held` | as when it was ready: the job is over, and somebody may look at its machine |
 //! | `Cleaning` | any of it; nothing may be added any more |
 //!
 //! `Cleaning` is final: a prepare that is still going finds it at its next step and stops.
@@ -37,6 +40,7 @@ use sha2::{Digest, Sha256};
 mod caller;
 mod files;
 mod folder;
+mod held;
 mod jobs;
 mod stages;
 
@@ -45,6 +49,7 @@ use crate::kill::Point;
 pub use caller::Caller;
 pub use files::{UNFINISHED, hidden, is_orphan, make_finished, read_json, sweep, write_atomic, write_json};
 pub use folder::{DIR_MODE, GROUP, make_shared, open_lock, open_state};
+pub use held::{Held, Holder};
 pub use jobs::{HISTORY, JobDir, Jobs, Step};
 pub use stages::{Ending, Outcome, PREPARE, Reason, Stage};
 
@@ -199,6 +204,8 @@ pub enum State {
     Ready,
     /// A script runs.
     Running,
+    /// It is over, and its machine stays for a while.
+    Held,
     /// It is being removed.
     Cleaning,
 }
@@ -211,7 +218,7 @@ impl State {
             (_, State::Cleaning) | (State::Running, State::Ready | State::Running) => true,
             // Where KVM turned out to hang, the job starts again with emulation.
             (State::Starting | State::Booting, State::Cloning) => true,
-            (State::Fetching, State::Fetching) => true,
+            (State::Fetching, State::Fetching) | (State::Held, State::Held) => true,
             (now, next) => next > now,
         }
     }
@@ -226,6 +233,7 @@ impl State {
             State::Booting => Point::SavedBooting,
             State::Ready => Point::SavedReady,
             State::Running => Point::SavedRunning,
+            State::Held => Point::SavedHeld,
             State::Cleaning => Point::SavedCleaning,
         }
     }
@@ -241,6 +249,7 @@ impl fmt::Display for State {
             State::Booting => "booting",
             State::Ready => "ready",
             State::Running => "running",
+            State::Held => "held",
             State::Cleaning => "cleaning",
         })
     }
@@ -293,7 +302,13 @@ pub struct Record {
     /// The job's calls so far, the oldest first.
     #[serde(default)]
     pub stages: Vec<Stage>,
-    /// What the job came to; set when it begins to be cleaned up, so that whoever ends that says the same.
+    /// For how long its machine stays after its script failed, in seconds; 0 for not at all.
+    #[serde(default)]
+    pub hold: u64,
+    /// Until when its machine stays when the job is over, once that is decided.
+    #[serde(default)]
+    pub held: Option<Held>,
+    /// What the job came to; set when it is over, so that whoever removes it later says the same.
     #[serde(default)]
     pub outcome: Option<Outcome>,
 }
@@ -353,6 +368,8 @@ impl Record {
             runs: Vec::new(),
             phases: Vec::new(),
             stages: Vec::new(),
+            hold: 0,
+            held: None,
             outcome: None,
         }
     }

@@ -21,6 +21,11 @@ pub fn span(d: Duration) -> String {
     }
 }
 
+/// A moment as people read a clock, to the minute: `2026-11-21 18:45 UTC`.
+pub fn minute(at: jiff::Timestamp) -> String {
+    at.strftime("%Y-%m-%d %H:%M UTC").to_string()
+}
+
 /// How long something has been there: `45s`, `12m`, `3h`, `2d`.
 pub fn age(d: Duration) -> String {
     match d.as_secs() {

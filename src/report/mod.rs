@@ -5,7 +5,7 @@ mod job_log;
 mod operator_log;
 mod table;
 
-pub use duration::{age, seconds, span};
+pub use duration::{age, minute, seconds, span};
 pub use job_log::{JobLog, Throttle};
 pub use operator_log::{OperatorLog, start as start_operator_log};
 pub use table::table;

@@ -47,6 +47,10 @@ pub struct Settings {
     pub history_size: u64,
     /// The console, where there is one.
     pub console: Option<ConsoleSettings>,
+    /// For how long a machine stays whose job's script failed; zero for not at all.
+    pub hold_on_failure: Duration,
+    /// The most that a job may ask for instead.
+    pub hold_max: Duration,
     machine: MachineTable,
     guest: GuestTable,
     limits: LimitsTable,
@@ -319,6 +323,17 @@ impl Settings {
         if pull_policy.is_empty() {
             return Err(wrong("images.pull_policy names no policy".to_owned()));
         }
+        let hold_on_failure = file.hold.on_failure.map_or(Duration::ZERO, |s| s.0);
+        let hold_max = file.hold.max.map_or(hold_on_failure, |s| s.0);
+        if hold_on_failure > hold_max {
+            return Err(wrong("hold.on_failure is longer than hold.max".to_owned()));
+        }
+        if hold_max > MOST_HOLD {
+            return Err(wrong(format!(
+                "hold.max is longer than {} days",
+                MOST_HOLD.as_secs() / 86_400
+            )));
+        }
         let auth_ttl = file.images.auth_ttl.map_or(DEFAULT_AUTH_TTL, |s| s.0);
         for (name, table) in &file.registry {
             if table.client_cert.is_some() != table.client_key.is_some() {
@@ -403,6 +418,8 @@ impl Settings {
             },
             network,
             history_keep: file.history.keep.map_or(DEFAULT_HISTORY_KEEP, |s| s.0),
+            hold_on_failure,
+            hold_max,
             history_size: file.history.max_size.unwrap_or(DEFAULT_HISTORY_SIZE).bytes(),
             console: file.console.resolve().map_err(wrong)?,
             machine: file.machine,
@@ -513,6 +530,8 @@ impl Settings {
     }
 }
 
+/// No look at a machine takes longer; what does is a machine that was forgotten.
+const MOST_HOLD: Duration = Duration::from_secs(30 * 86_400);
 /// Linux allows 15 characters, of which a slot's number and its dash need up to six.
 const MAX_NETWORK_NAME: usize = 12;
 /// No libvirt machine type has more by default.

@@ -46,6 +46,8 @@ pub struct File {
     pub history: HistoryTable,
     /// The console: how people see and enter machines.
     pub console: ConsoleTable,
+    /// For how long machines stay for a look at what failed.
+    pub hold: HoldTable,
     /// What is special about single registries, by `host[:port]`.
     pub registry: BTreeMap<RegistryName, RegistryTable>,
     /// Exceptions for images, by pattern; of several that fit, the longest pattern wins, key by key.
@@ -89,6 +91,16 @@ pub struct HistoryTable {
     pub keep: Option<Span>,
     /// How much room all of them may take.
     pub max_size: Option<Size>,
+}
+
+/// `[hold]`
+#[derive(Debug, Clone, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct HoldTable {
+    /// For how long a machine stays whose job's script failed; zero for not at all.
+    pub on_failure: Option<Span>,
+    /// The most that `CANNERY_HOLD` may ask for.
+    pub max: Option<Span>,
 }
 
 /// One value or a list of them.

@@ -18,6 +18,12 @@ fn an_empty_file_gives_the_defaults() {
     assert_eq!(s.libvirt_uri, "qemu:///system");
     assert_eq!(s.images.pull_policy, [PullPolicy::IfNotPresent]);
     assert_eq!((s.history_keep.as_secs(), s.history_size), (604_800, 200 << 20));
+    assert!(s.hold_on_failure.is_zero() && s.hold_max.is_zero());
+    let held = settings("[hold]\non_failure = \"5m\"").unwrap();
+    assert_eq!(
+        (held.hold_on_failure.as_secs(), held.hold_max.as_secs()),
+        (300, 300)
+    );
     let off = settings("[history]\nkeep = 0\nmax_size = \"1G\"").unwrap();
     assert_eq!((off.history_keep.as_secs(), off.history_size), (0, 1 << 30));
     let m = s.machine("registry.example.com/vm/debian:12");
@@ -117,6 +123,11 @@ fn values_that_do_not_fit_together_are_refused() {
             "image.\"a/b\".machine.cpus = 0",
         ),
         ("[images]\npull_policy = []", "names no policy"),
+        (
+            "[hold]\non_failure = \"2h\"\nmax = \"1h\"",
+            "hold.on_failure is longer than hold.max",
+        ),
+        ("[hold]\nmax = \"31 days\"", "longer than 30 days"),
     ] {
         let error = settings(text).unwrap_err();
         assert!(error.contains(expected), "{text}: {error}");

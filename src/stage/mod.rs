@@ -9,6 +9,7 @@ use crate::settings::OwnNetwork;
 
 mod cleanup;
 mod config;
+mod hold;
 pub mod images;
 pub mod kept;
 mod order;

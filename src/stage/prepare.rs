@@ -1,5 +1,6 @@
 //! prepare: a machine that answers.
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use jiff::{SignedDuration, Timestamp};
@@ -8,18 +9,18 @@ use super::order::Order;
 use crate::history::{self, Entry, Removal};
 use crate::host::{self, Capacity, Slots};
 use crate::image::{Asker, Disk, Event, Progress};
-use crate::job::{Bounds, Environment, Granted, Job, Masked, Variables, Wants};
+use crate::job::{Bounds, Environment, Granted, Identity, Job, Masked, Variables, Wants};
 use crate::machine::{Libvirt, network};
 use crate::outcome::Failure;
 use crate::quantity::Size;
 use crate::reap::{self, Reaper};
 use crate::record::{self, Caller, Ending, JobDir, JobKey, Jobs, PREPARE, Record, Slot, State};
-use crate::report::{JobLog, Throttle, bytes, plain};
+use crate::report::{self, JobLog, Throttle, bytes, plain};
 use crate::settings::{MachineSettings, Network, Settings};
 use crate::start::{self, Hardware, Phases, Plan};
 
 /// No runner wants a job back so long after its time-out: its own clean-up has an hour.
-const AFTER_TIMEOUT: SignedDuration = SignedDuration::from_hours(1);
+pub(super) const AFTER_TIMEOUT: SignedDuration = SignedDuration::from_hours(1);
 /// How often a job asks again for a place.
 const PLACE_POLL: Duration = Duration::from_secs(1);
 /// A line of `virsh desc`, in characters.
@@ -107,6 +108,9 @@ async fn get_ready(
     }
     // What is beyond the operator's limits is refused before an image is fetched for it.
     wants.within(&bounds(&order.machine, None))?;
+    course.record.hold = wants
+        .hold_within(settings.hold_on_failure, settings.hold_max)?
+        .as_secs();
     let credentials = order.credentials(job, &settings.images)?;
     let libvirt = Libvirt::open(&settings.libvirt_uri)?;
 
@@ -122,7 +126,7 @@ async fn get_ready(
     let folder = Jobs::open(&settings.state_dir)?.create(course.record.clone())?;
     course.folder = Some(folder.clone());
     let phases = &mut course.phases;
-    let index = admit(settings, &folder, log).await?;
+    let index = admit(settings, &folder, job, &reaper, log).await?;
     let slot = place(settings, &libvirt, index).await?;
     drop(folder.enter(State::Fetching, |r| r.slot = Some(slot.clone()))?);
     let request = super::images::request(
@@ -248,8 +252,14 @@ fn record(job: &Job) -> Record {
     record
 }
 
-/// Leases a slot, and waits for one where all are in use.
-async fn admit(settings: &Settings, job: &JobDir, log: &JobLog) -> Result<u32, Failure> {
+/// Leases a slot, and waits for one where all are in use. An earlier try of the job whose machine is held makes room first.
+async fn admit(
+    settings: &Settings,
+    folder: &JobDir,
+    job: &Job,
+    reaper: &Reaper,
+    log: &JobLog,
+) -> Result<u32, Failure> {
     let slots = Slots::open(&settings.state_dir)?;
     let (network, room) = match &settings.network {
         Network::Own(own) => (own.name.clone(), own.slots),
@@ -263,20 +273,54 @@ async fn admit(settings: &Settings, job: &JobDir, log: &JobLog) -> Result<u32, F
     let begin = Instant::now();
     let mut said = false;
     loop {
-        match slots.admit(&capacity, job.key()) {
+        let full = match slots.admit(&capacity, folder.key()) {
             Ok(index) => return Ok(index),
-            Err(full @ (host::Error::Full { .. } | host::Error::NoSlot { .. }))
-                if begin.elapsed() < settings.wait =>
-            {
-                if !said {
-                    log.line(format!("Waiting for a place: {full}"));
-                    said = true;
-                }
-                tokio::time::sleep(PLACE_POLL).await;
-            }
+            Err(full @ (host::Error::Full { .. } | host::Error::NoSlot { .. })) => full,
             Err(e) => return Err(e.into()),
+        };
+        let Identity { coordinator, id } = &job.identity;
+        if reaper.remove_held_tries(coordinator, *id).await? > 0 {
+            log.line("The machine of an earlier try of this job, which was held, makes room for it.");
+            continue;
         }
+        let held = held_machines(&settings.state_dir);
+        if begin.elapsed() >= settings.wait {
+            return Err(held.into_iter().fold(full.into(), Failure::hint));
+        }
+        if !said {
+            let places: Vec<String> = held.iter().map(|held| format!(" {held}.")).collect();
+            log.line(format!("Waiting for a place: {full}{}", places.concat()));
+            said = true;
+        }
+        // One whose time is over frees its place.
+        if !held.is_empty()
+            && let Err(e) = reaper.sweep().await
+        {
+            tracing::warn!("the sweep failed: {e}");
+        }
+        tokio::time::sleep(PLACE_POLL).await;
     }
+}
+
+/// How many held machines a sentence names.
+const MOST_HELD: usize = 4;
+
+/// Which machines take places though their jobs are over, each as half a sentence; for whoever waits for a place.
+fn held_machines(state_dir: &Path) -> Vec<String> {
+    // What cannot be read is in nobody's way here.
+    let jobs = Jobs::look(state_dir).list().unwrap_or_default();
+    jobs.iter()
+        .filter_map(|job| job.read().ok().flatten())
+        .filter(|record| record.state == State::Held)
+        .filter_map(|record| Some((record.held?.until, record.key)))
+        .map(|(until, key)| {
+            format!(
+                "The machine of job {key} is held until {}: `cannery vm release {key}` frees its place",
+                report::minute(until)
+            )
+        })
+        .take(MOST_HELD)
+        .collect()
 }
 
 /// Makes sure that the network is there, and finds the place on it that goes with a slot's number.

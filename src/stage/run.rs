@@ -6,12 +6,14 @@ use std::time::Instant;
 
 use jiff::Timestamp;
 
+use super::hold::{self, End};
 use super::visit::{Ended, Visit};
 use crate::guest::shell::RunId;
 use crate::job::{Environment, claim};
 use crate::kill::{self, Point};
 use crate::outcome::{Failure, Fault};
-use crate::record::{self, Caller, Claim, JobDir, Jobs, State};
+use crate::quantity::Span;
+use crate::record::{self, Caller, Claim, Holder, JobDir, Jobs, State};
 use crate::report::JobLog;
 use crate::settings::Settings;
 use crate::start;
@@ -53,7 +55,12 @@ pub async fn run(
         process: Caller::this(),
     };
     let begin = Instant::now();
+    // A job that was cancelled is not held, whatever failed before.
+    let cancelled = environment.variable("CI_JOB_STATUS") == Some("canceled");
     drop(job.enter(State::Running, |r| {
+        if cancelled {
+            r.held = r.held.take().filter(|held| held.by == Holder::Operator);
+        }
         r.runs.push(running);
         r.begin(stage, Timestamp::now());
     })?);
@@ -68,13 +75,32 @@ pub async fn run(
     let ended = visit.run(&id, &text, cancel, log).await;
     // How a script has ended that nobody saw the end of is for the next call to make sure.
     let over = |run: &record::Run| ended.is_ok() && run.id == id.as_str();
+    let (ending, took) = (noted(&ended), begin.elapsed());
+    let end = End {
+        stage,
+        ending: &ending,
+        took,
+        limit: environment
+            .variable("RUNNER_SCRIPT_TIMEOUT")
+            .and_then(|limit| limit.parse().ok())
+            .map(|Span(limit)| limit),
+    };
+    let mut held = None;
     match job.enter(State::Ready, |r| {
         r.runs.retain(|run| !over(run));
-        r.end(stage, begin.elapsed(), noted(&ended));
+        // An operator who holds the machine has said until when.
+        if r.held.is_none() {
+            held = end.held(r, Timestamp::now());
+            r.held.clone_from(&held);
+        }
+        r.end(stage, took, ending.clone());
     }) {
         Ok(step) => drop(step),
         // Cleaned up while the script ran: that is said below, if it is a failure at all.
         Err(e) => tracing::info!("the job is gone: {e}"),
+    }
+    if let Some(held) = held {
+        log.line(hold::sentence(job.key(), held.until));
     }
     match ended {
         Ok(Ended { code: Some(0), .. }) => Ok(()),

@@ -24,6 +24,8 @@ pub(super) struct Live {
     pub(super) since: Timestamp,
     /// The call that goes, or that was killed.
     pub(super) stage: Option<String>,
+    /// Until when its machine stays, if it is to stay.
+    pub(super) held_until: Option<Timestamp>,
     /// Is the gitlab-runner that began it gone?
     pub(super) abandoned: bool,
 }
@@ -110,6 +112,7 @@ impl Seen {
             state: record.state,
             since: record.since,
             stage: record.open_stage().map(|s| s.name.clone()),
+            held_until: record.held.as_ref().map(|held| held.until),
             abandoned: !record.caller.is_alive(),
         };
         Seen {
@@ -211,6 +214,10 @@ impl Live {
     pub(super) fn sentence(&self, now: Timestamp) -> String {
         let span = report::span(since(self.since, now));
         let doing = match (&self.stage, self.state) {
+            (_, State::Held) => {
+                let until = self.held_until.map(report::minute).unwrap_or_default();
+                return format!("Its machine is held until {until}.");
+            }
             (_, State::Cleaning) => format!("Being removed since {span}"),
             (Some(stage), State::Running) => format!("Running {} since {span}", report::line(stage, 60)),
             (Some(stage), state) if stage == PREPARE => format!("Preparing: {state} since {span}"),

@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use crate::cli::{Context, Format, print, print_json};
 use crate::outcome::Failure;
-use crate::record::{Jobs, Record};
+use crate::record::{Jobs, Record, State};
 use crate::report;
 
 /// List the jobs that have a machine, or are getting one
@@ -32,10 +32,12 @@ struct Row {
     age_seconds: u64,
     address: Option<String>,
     machine: Option<String>,
+    held_until: Option<Timestamp>,
 }
 
 impl Row {
     fn of(record: Record, now: Timestamp) -> Row {
+        let held_until = record.held.as_ref().map(|held| held.until);
         let address = match (&record.guest, &record.slot) {
             (Some(guest), _) => Some(guest.address),
             (None, Some(slot)) => slot.address,
@@ -56,15 +58,25 @@ impl Row {
             age_seconds: u64::try_from(now.duration_since(record.created).as_secs()).unwrap_or(0),
             address: address.map(|a| a.to_string()),
             machine: record.machine.map(|m| m.name),
+            held_until,
         }
     }
 
     fn cells(&self) -> Vec<String> {
         let text = |t: &Option<String>| report::plain(t.as_deref().unwrap_or("-"), 60);
-        let state = match &self.stage {
+        let mut state = match &self.stage {
             Some(stage) => format!("{} {}", self.state, report::plain(stage, 30)),
             None => self.state.clone(),
         };
+        if let Some(until) = self.held_until {
+            // Of a job that goes on, this is what comes after it.
+            let then = if self.state == State::Held.to_string() {
+                ""
+            } else {
+                ", held"
+            };
+            state.push_str(&format!("{then} until {}", report::minute(until)));
+        }
         vec![
             self.key.clone(),
             report::plain(&self.project, 40),

@@ -1,0 +1,43 @@
+use jiff::{SignedDuration, Timestamp};
+
+use super::choose::choose;
+use crate::cli::{Context, print};
+use crate::outcome::Failure;
+use crate::quantity::Span;
+use crate::record::{self, Held, Holder, Jobs};
+use crate::report;
+
+/// Let a machine stay when its job is over, however it ends, or stay for longer
+#[derive(Debug, clap::Args)]
+pub(in crate::cli) struct Arguments {
+    /// A job as `vm list` shows it, or its number where it is unmistakable
+    #[arg(value_name = "JOB")]
+    job: String,
+    /// For how long from now
+    #[arg(long = "for", value_name = "TIME", default_value = "1h")]
+    time: Span,
+}
+
+pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
+    let settings = context.settings()?;
+    let all = Jobs::look(&settings.state_dir).list()?;
+    let job = choose(&all, &arguments.job)?;
+    let lease = SignedDuration::try_from(arguments.time.0).unwrap_or(SignedDuration::MAX);
+    let until = Timestamp::now().saturating_add(lease).unwrap_or(Timestamp::MAX);
+    let hold = |record: &mut record::Record| {
+        record.held = Some(Held {
+            until,
+            by: Holder::Operator,
+        });
+    };
+    match job.note(hold) {
+        Ok(()) => print(&format!("{} until {}\n", job.key(), report::minute(until))),
+        Err(record::Error::Gone(key)) => {
+            return Err(Failure::system(format!(
+                "job {key} is being removed: its machine can no longer stay"
+            )));
+        }
+        Err(e) => return Err(e.into()),
+    }
+    Ok(())
+}
