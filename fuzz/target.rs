@@ -2,4 +2,9 @@
 
 #![no_main]
 
-libfuzzer_sys::fuzz_target!(|bytes: &[u8]| cannery::image::fuzz::run(env!("CARGO_BIN_NAME"), bytes));
+libfuzzer_sys::fuzz_target!(|bytes: &[u8]| {
+    let name = env!("CARGO_BIN_NAME");
+    if !cannery::console::fuzz::run(name, bytes) {
+        cannery::image::fuzz::run(name, bytes);
+    }
+});

@@ -30,6 +30,8 @@ mod caps;
 pub mod channel;
 pub mod filter;
 pub mod frame;
+#[cfg(any(test, fuzzing))]
+pub mod fuzz;
 pub mod gate;
 pub mod hall;
 pub mod handshake;

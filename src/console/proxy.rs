@@ -355,17 +355,21 @@ impl Proxy {
         let opened = self.take_over(&session, visit).await;
         let (seat, dialled) = match opened {
             Ok(opened) => opened,
-            Err(why) => return self.turn_away(wire, from, why, pass).await,
+            Err(why) => {
+                drop(live);
+                return self.turn_away(wire, from, why, pass).await;
+            }
         };
         drop(pass);
         self.observer.saw(&Event::SessionOpened(&session));
-        let end = self.open(wire, Some(dialled), &session, visit, seat).await;
-        session.finish(end.of_session());
+        let closed = self.open(wire, Some(dialled), &session, visit, seat).await;
+        session.finish(closed.end.of_session());
         // Later channels see the end and close; none can begin any more.
         session.left().await;
         let why = session.ended().unwrap_or(End::ViewerLeft);
         drop(live);
         self.observer.saw(&Event::SessionClosed(&session, &why));
+        closed.part().await;
     }
 
     /// Redeems the ticket of a main channel.
@@ -454,7 +458,7 @@ impl Proxy {
             }
         };
         drop(pass);
-        self.open(wire, dialled, &session, visit, seat).await;
+        self.open(wire, dialled, &session, visit, seat).await.part().await;
     }
 
     /// Opens this channel at the machine, unless its session ends first.
@@ -480,10 +484,13 @@ impl Proxy {
         session: &Arc<Session>,
         visit: &Visit,
         seat: Seat,
-    ) -> ChannelEnd {
+    ) -> Closed {
         let (kind, id) = (visit.kind, visit.hello.id);
         if let Err(error) = handshake::verdict(&mut viewer, Code::Ok).await {
-            return ChannelEnd::ViewerLost(io::Error::other(error));
+            return Closed {
+                end: ChannelEnd::ViewerLost(io::Error::other(error)),
+                viewer,
+            };
         }
         let mut filter = Filter::new(kind, session.mode, visit.framing());
         let mut carried = Carried::default();
@@ -500,7 +507,7 @@ impl Proxy {
                 if end.ends_all() {
                     session.finish(end.of_session());
                 }
-                return end;
+                return Closed { end, viewer };
             }
         };
         self.observer.saw(&Event::ChannelOpened { session, kind, id });
@@ -512,8 +519,7 @@ impl Proxy {
             session,
             carried,
         };
-        let (end, carried, mut viewer) = relay.run().await;
-        // The machine is rid of it; what the viewer still has to hear does not hold up whoever comes next.
+        let (end, carried, viewer) = relay.run().await;
         drop(seat);
         self.observer.saw(&Event::ChannelClosed {
             session,
@@ -522,10 +528,7 @@ impl Proxy {
             carried,
             end: &end,
         });
-        if matches!(end, ChannelEnd::Session(_) | ChannelEnd::Violation(_)) {
-            wire::last_words(&mut viewer, &[]).await;
-        }
-        end
+        Closed { end, viewer }
     }
 
     /// Waits until the viewer has begun its screen's channel, and opens it at the machine.
@@ -566,6 +569,21 @@ impl Proxy {
         carried.to_machine = u64::try_from(held.len()).unwrap_or_default();
         session.count(0, carried.to_machine);
         Ok(machine.wire)
+    }
+}
+
+/// A channel that the machine is rid of.
+struct Closed {
+    end: ChannelEnd,
+    viewer: Wire,
+}
+
+impl Closed {
+    /// Lets what was said last arrive. Nobody waits for this: not the session, nor the machine's next viewer.
+    async fn part(mut self) {
+        if matches!(self.end, ChannelEnd::Session(_) | ChannelEnd::Violation(_)) {
+            wire::last_words(&mut self.viewer, &[]).await;
+        }
     }
 }
 

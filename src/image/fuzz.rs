@@ -183,74 +183,80 @@ impl Dice {
     }
 }
 
+/// Changes of each kept input that are tried: the whole takes some seconds.
 #[cfg(test)]
-mod tests {
-    use std::path::Path;
+const CHANGES: usize = 60;
 
-    use super::*;
+/// Numbers at which arithmetic goes wrong.
+#[cfg(test)]
+const TELLING: [u64; 8] = [
+    0,
+    1,
+    0x7f,
+    0xff,
+    0x7fff_ffff,
+    0xffff_ffff,
+    0x7fff_ffff_ffff_ffff,
+    u64::MAX,
+];
 
-    /// Changes of each kept input that are tried: the whole takes some seconds.
-    const CHANGES: usize = 60;
-
-    /// Numbers at which arithmetic goes wrong.
-    const TELLING: [u64; 8] = [
-        0,
-        1,
-        0x7f,
-        0xff,
-        0x7fff_ffff,
-        0xffff_ffff,
-        0x7fff_ffff_ffff_ffff,
-        u64::MAX,
-    ];
-
-    /// One small change, as fuzzers make them.
-    fn change(bytes: &mut Vec<u8>, dice: &mut Dice) {
-        let at = dice.below(bytes.len() + 1);
-        match dice.below(6) {
-            0 => bytes.truncate(at),
-            1 => bytes.insert(at, dice.roll().to_le_bytes()[0]),
-            2 => {
-                let piece = bytes[at..bytes.len().min(at + 16)].to_vec();
-                let to = dice.below(bytes.len() + 1);
-                bytes.splice(to..to, piece);
+/// One small change, as fuzzers make them.
+#[cfg(test)]
+fn change(bytes: &mut Vec<u8>, dice: &mut Dice) {
+    let at = dice.below(bytes.len() + 1);
+    match dice.below(6) {
+        0 => bytes.truncate(at),
+        1 => bytes.insert(at, dice.roll().to_le_bytes()[0]),
+        2 => {
+            let piece = bytes[at..bytes.len().min(at + 16)].to_vec();
+            let to = dice.below(bytes.len() + 1);
+            bytes.splice(to..to, piece);
+        }
+        3 => {
+            let width = dice.of(&[1, 2, 4, 8]);
+            let number = dice.of(&TELLING).to_be_bytes();
+            for (byte, new) in bytes.iter_mut().skip(at).zip(&number[8 - width..]) {
+                *byte = *new;
             }
-            3 => {
-                let width = dice.of(&[1, 2, 4, 8]);
-                let number = dice.of(&TELLING).to_be_bytes();
-                for (byte, new) in bytes.iter_mut().skip(at).zip(&number[8 - width..]) {
-                    *byte = *new;
-                }
-            }
-            _ => {
-                if let Some(byte) = bytes.get_mut(at) {
-                    *byte ^= 1 << dice.below(8);
-                }
+        }
+        _ => {
+            if let Some(byte) = bytes.get_mut(at) {
+                *byte ^= 1 << dice.below(8);
             }
         }
     }
+}
+
+/// Runs what is kept of each target, and changes of it.
+#[cfg(test)]
+pub(crate) fn kept_inputs_stay_harmless(targets: &[(&str, Target)]) {
+    let corpus = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
+    let mut dice = Dice(7);
+    for (name, target) in targets {
+        let folder = std::fs::read_dir(corpus.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
+        let mut inputs: Vec<_> = folder.map(|entry| entry.unwrap().path()).collect();
+        inputs.sort();
+        assert!(!inputs.is_empty(), "{name} has no corpus");
+        for input in inputs {
+            let kept = std::fs::read(&input).unwrap();
+            target(&kept);
+            for _ in 0..CHANGES {
+                let mut bytes = kept.clone();
+                for _ in 0..=dice.below(4) {
+                    change(&mut bytes, &mut dice);
+                }
+                target(&bytes);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
 
     #[test]
     fn what_fuzzers_found_interesting_stays_harmless() {
-        let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/corpus");
-        let mut dice = Dice(7);
-        for (name, target) in TARGETS {
-            let folder =
-                std::fs::read_dir(corpus.join(name)).unwrap_or_else(|error| panic!("{name}: {error}"));
-            let mut inputs: Vec<_> = folder.map(|entry| entry.unwrap().path()).collect();
-            inputs.sort();
-            assert!(!inputs.is_empty(), "{name} has no corpus");
-            for input in inputs {
-                let kept = std::fs::read(&input).unwrap();
-                target(&kept);
-                for _ in 0..CHANGES {
-                    let mut bytes = kept.clone();
-                    for _ in 0..=dice.below(4) {
-                        change(&mut bytes, &mut dice);
-                    }
-                    target(&bytes);
-                }
-            }
-        }
+        kept_inputs_stay_harmless(TARGETS);
     }
 }

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::net::{Ipv4Addr, SocketAddr, TcpStream};
+use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -62,6 +62,7 @@ impl Screen {
                 &format!("unix=on,addr={},password-secret=own", at("screen")),
             ])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", at("control"))])
+            .args(["-trace", "input_event_key_*", "-D", &at("log")])
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
@@ -72,6 +73,20 @@ impl Screen {
             std::thread::sleep(Duration::from_millis(20));
         }
         screen
+    }
+
+    /// Lets the guest run: its firmware looks for a disk that is not there. Before, it gets no keys.
+    pub fn run_guest(&self) {
+        self.control().ask("cont");
+    }
+
+    /// The keys that QEMU was given, one line for each press and release.
+    pub fn keys(&self) -> Vec<String> {
+        let log = std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
+        log.lines()
+            .filter(|line| line.contains("input_event_key"))
+            .map(str::to_owned)
+            .collect()
     }
 
     pub fn path(&self) -> PathBuf {
@@ -98,7 +113,11 @@ impl Screen {
 
     /// How long the machine's control connection takes to answer.
     pub fn answers_in(&self) -> Duration {
-        Control::open(&self.folder.path().join("control")).answers_in()
+        self.control().answers_in()
+    }
+
+    fn control(&self) -> Control {
+        Control::open(&self.folder.path().join("control"))
     }
 
     pub fn kill(&mut self) {
@@ -361,6 +380,14 @@ impl Viewer<TcpStream> {
     }
 }
 
+impl Viewer<TcpStream> {
+    /// Closes it as viewers do: what was sent arrives, and what was still to come is read.
+    pub fn part(mut self) {
+        self.stream.shutdown(Shutdown::Write).unwrap();
+        self.until_the_end();
+    }
+}
+
 impl<S: Read + Write> Viewer<S> {
     pub fn send(&mut self, bytes: &[u8]) {
         self.stream.write_all(bytes).unwrap();
@@ -440,7 +467,7 @@ impl<S: Read + Write> Viewer<S> {
     }
 
     /// Reads on to the end of the connection, and says what messages came.
-    pub fn to_the_end(&mut self) -> Vec<(u16, Vec<u8>)> {
+    pub fn until_the_end(&mut self) -> Vec<(u16, Vec<u8>)> {
         std::iter::from_fn(|| self.hear().ok()).collect()
     }
 }

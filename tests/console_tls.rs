@@ -1,0 +1,211 @@
+//! The SPICE proxy over TLS, on both sides, with remote-viewer.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+#[allow(dead_code)]
+#[path = "support/https_fixture.rs"]
+mod https_fixture;
+#[path = "support/spice.rs"]
+mod spice;
+
+use std::net::TcpStream;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::sync::Arc;
+
+use cannery::console::backend::Tcp;
+use cannery::console::tls::MachineTls;
+use cannery::console::{Backend, Certificate, Kind, Limits, Mode, Security};
+use cannery::secret::Secret;
+use https_fixture::Authority;
+use openssl::ssl::{SslConnector, SslMethod};
+use spice::{Running, Screen, hello};
+
+fn certificate(authority: &Authority) -> Arc<Certificate> {
+    Arc::new(Certificate::load(&authority.file("server.pem"), &authority.file("server.key")).unwrap())
+}
+
+#[test]
+#[ignore = "needs qemu-system-x86_64 with SPICE, remote-viewer and xvfb"]
+fn a_viewer_that_comes_plain_is_sent_to_tls_where_it_checks_whom_it_has() {
+    let screen = Screen::start();
+    let authority = Authority::new();
+    let limits = Limits::default();
+    let tls = Running::start(
+        Some(screen.backend()),
+        limits.clone(),
+        Security::Tls(certificate(&authority)),
+    );
+    tls.admit("a-ticket", "machine", Mode::Full, screen.backend());
+    let plain = Running::start(None, limits, Security::NeedTls);
+
+    let file = screen.folder().join("console.vv");
+    let ca = std::fs::read_to_string(authority.file("ca.pem"))
+        .unwrap()
+        .replace('\n', "\\n");
+    let viewer = RemoteViewer::open(
+        &file,
+        &format!(
+            "[virt-viewer]\ntype=spice\nhost={}\nport={}\ntls-port={}\npassword=a-ticket\nca={ca}\nhost-subject=CN=another\n",
+            plain.address.ip(),
+            plain.address.port(),
+            tls.address.port(),
+        ),
+    );
+    plain.notes.await_line("the viewer was sent to the port with TLS");
+    tls.notes.await_line("refused: ");
+    assert!(!tls.notes.has("session 1"), "{:#?}", tls.notes.all());
+    drop(viewer);
+
+    let right = std::fs::read_to_string(&file)
+        .unwrap()
+        .replace("CN=another", "CN=server");
+    let viewer = RemoteViewer::open(&file, &right);
+    for channel in ["main", "display", "inputs", "cursor"] {
+        tls.notes.await_line(&format!("session 1: {channel} 0 opened"));
+    }
+    drop(viewer);
+    tls.notes.await_line("session 1: the viewer left");
+    assert!(
+        !tls.notes.has("refused: it may not open"),
+        "{:#?}",
+        tls.notes.all()
+    );
+}
+
+/// The viewer that most people have, on a screen that nobody sees.
+struct RemoteViewer(std::process::Child);
+
+impl RemoteViewer {
+    fn open(file: &Path, content: &str) -> Self {
+        std::fs::write(file, content).unwrap();
+        let child = Command::new("xvfb-run")
+            .args([
+                "--auto-servernum",
+                "timeout",
+                "--foreground",
+                "40",
+                "remote-viewer",
+            ])
+            .arg(file)
+            // A session bus of its own would outlive it.
+            .env("NO_AT_BRIDGE", "1")
+            .env("GSETTINGS_BACKEND", "memory")
+            .stderr(Stdio::null())
+            .process_group(0)
+            .spawn()
+            .unwrap();
+        RemoteViewer(child)
+    }
+}
+
+impl Drop for RemoteViewer {
+    fn drop(&mut self) {
+        // xvfb-run, its X server and the viewer: all that was started here.
+        let group = format!("-{}", self.0.id());
+        drop(Command::new("kill").args(["--", &group]).status());
+        drop(self.0.wait());
+    }
+}
+
+#[test]
+#[ignore = "needs qemu-system-x86_64 with SPICE"]
+fn a_machine_behind_tls_is_known_by_its_subject_and_its_plain_port_is_left_where_it_wants_that() {
+    let screen = Screen::start();
+    let authority = Authority::new();
+    let ca = std::fs::read(authority.file("ca.pem")).unwrap();
+    // Another proxy stands for a host whose QEMU has TLS; it has a ticket of its own.
+    let secured = Running::start(
+        Some(screen.backend()),
+        Limits::default(),
+        Security::Tls(certificate(&authority)),
+    );
+    secured.admit("the-hosts", "machine", Mode::Full, screen.backend());
+    let plain = Running::start(None, Limits::default(), Security::NeedTls);
+    let backend = |port, authorities: &[u8], subject| -> Arc<dyn Backend> {
+        Arc::new(Tcp {
+            host: "127.0.0.1".to_owned(),
+            port,
+            tls: Some((
+                secured.address.port(),
+                MachineTls::new(authorities, subject).unwrap(),
+            )),
+            ticket: Some(Secret::new("the-hosts")),
+            likeness: "host".to_owned(),
+        })
+    };
+    let stranger = std::fs::read(Authority::new().file("ca.pem")).unwrap();
+    let running = Running::before(&screen);
+    for (ticket, backend, code) in [
+        ("subject", backend(None, &ca, Some("CN=server")), 0),
+        (
+            "plain first",
+            backend(Some(plain.address.port()), &ca, Some("CN=server")),
+            0,
+        ),
+        ("another subject", backend(None, &ca, Some("CN=another")), 1),
+        (
+            "another authority",
+            backend(None, &stranger, Some("CN=server")),
+            1,
+        ),
+        (
+            "plain only",
+            {
+                Arc::new(Tcp {
+                    host: "127.0.0.1".to_owned(),
+                    port: Some(plain.address.port()),
+                    tls: None,
+                    ticket: None,
+                    likeness: "host".to_owned(),
+                })
+            },
+            5,
+        ),
+    ] {
+        running.admit(ticket, ticket, Mode::Full, backend);
+        let mut viewer = running.viewer();
+        assert_eq!(
+            viewer.handshake(&hello(0, Kind::Main), ticket).unwrap(),
+            code,
+            "{ticket}"
+        );
+        if code == 0 {
+            assert_eq!(viewer.until(103).len(), 32, "{ticket}");
+            viewer.part();
+        }
+    }
+}
+
+#[test]
+fn a_certificate_is_changed_and_sessions_that_began_before_go_on() {
+    let (old, new) = (Authority::new(), Authority::new());
+    let shown = certificate(&old);
+    let running = Running::start(None, Limits::default(), Security::Tls(Arc::clone(&shown)));
+    let connect = |authority: &Authority| {
+        let mut builder = SslConnector::builder(SslMethod::tls_client()).unwrap();
+        builder.set_ca_file(authority.file("ca.pem")).unwrap();
+        let mut configuration = builder.build().configure().unwrap();
+        configuration.set_verify_hostname(false);
+        configuration.connect("server", TcpStream::connect(running.address).unwrap())
+    };
+    let mut before = connect(&old).unwrap();
+    assert!(connect(&new).is_err());
+    assert!(
+        shown
+            .reload(&new.file("server.pem"), &old.file("server.key"))
+            .is_err(),
+        "not a pair"
+    );
+    assert!(connect(&old).is_ok(), "a change that fails changes nothing");
+    shown
+        .reload(&new.file("server.pem"), &new.file("server.key"))
+        .unwrap();
+    assert!(connect(&new).is_ok() && connect(&old).is_err());
+    // The first is still in the middle of its handshake.
+    std::io::Write::write_all(&mut before, &hello(0, Kind::Main).encode()).unwrap();
+    let mut magic = [0; 4];
+    std::io::Read::read_exact(&mut before, &mut magic).unwrap();
+    assert_eq!(magic, *b"REDQ");
+}
