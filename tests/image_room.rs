@@ -152,6 +152,7 @@ fn a_full_disk_is_told_in_numbers_and_leaves_nothing() {
                 dir,
                 needed,
                 free,
+                ..
             } = &error
             else {
                 panic!("{tag}: {error}")
@@ -177,4 +178,73 @@ fn a_full_disk_is_told_in_numbers_and_leaves_nothing() {
         assert!(fs::read(&disk.path).unwrap() == bytes, "{tag}");
         assert_eq!(partial(&store), 0, "{tag}");
     }
+}
+
+#[test]
+#[ignore = "needs root, to mount a file system of some MiB"]
+fn what_one_pull_still_needs_is_not_there_for_another() {
+    let registry = Registry::new();
+    let (first, second) = (noise(1, 14 << 20), noise(2, 14 << 20));
+    add(&registry, "first", &first, OCI_TAR_GZIP);
+    add(&registry, "second", &second, OCI_TAR_GZIP);
+    let small = Small::new();
+    let store = small.store();
+    // Each of the two would fit.
+    registry.hold_after(Some(2 << 20));
+    let begun = registry.sent() + (1 << 20);
+    std::thread::scope(|scope| {
+        let held = scope.spawn(|| pull(&store, &registry, "first"));
+        while registry.sent() < begun {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        let error = pull(&store, &registry, "second").unwrap_err();
+        let Error::DiskFull {
+            needed,
+            claimed,
+            free,
+            ..
+        } = &error
+        else {
+            panic!("{error}")
+        };
+        assert!(*claimed > 8 << 20, "{error}");
+        assert!(
+            needed - claimed < *free,
+            "it would fit but for the other: {error}"
+        );
+        assert!(
+            error.to_string().contains("for pulls that began before"),
+            "{error}"
+        );
+        registry.hold_after(None);
+        let disk = held.join().unwrap().unwrap();
+        assert!(fs::read(&disk.path).unwrap() == first);
+    });
+    assert_eq!(partial(&store), 0);
+    // The other's image is here by now, and claims nothing any more.
+    small.grow();
+    assert!(fs::read(pull(&store, &registry, "second").unwrap().path).unwrap() == second);
+}
+
+#[test]
+#[ignore = "needs root, to mount a file system of some MiB"]
+fn what_must_stay_free_stays_free_whatever_an_image_is_packed_in() {
+    let registry = Registry::new();
+    // It fits, but for what must stay free.
+    let bytes = noise(3, usize::try_from(SMALL - KEEP_FREE / 2).unwrap());
+    add(&registry, "tar", &bytes, OCI_TAR);
+    let small = Small::new();
+    let store = small.store();
+    let least = std::thread::scope(|scope| {
+        let pulling = scope.spawn(|| pull(&store, &registry, "tar"));
+        let mut least = small.free();
+        while !pulling.is_finished() {
+            least = least.min(small.free());
+        }
+        let error = pulling.join().unwrap().unwrap_err();
+        assert!(matches!(error, Error::DiskFull { .. }), "{error}");
+        least
+    });
+    assert!(least >= KEEP_FREE, "only {least} bytes were free at a time");
+    assert_eq!(partial(&store), 0);
 }

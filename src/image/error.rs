@@ -106,7 +106,7 @@ pub enum Error {
         reason: &'static str,
     },
     /// The store's file system has no room. Operator.
-    #[error("no room for {image} in {}: {needed} bytes are needed and {free} are free, which is {} too few", dir.display(), needed.saturating_sub(*free))]
+    #[error("no room for {image} in {}: {needed} bytes are needed{} and {free} are free, which is {} too few", dir.display(), of_them(*claimed), needed.saturating_sub(*free))]
     DiskFull {
         /// The reference.
         image: String,
@@ -114,6 +114,8 @@ pub enum Error {
         dir: PathBuf,
         /// What the image needs at least, with what must stay free for others, in bytes.
         needed: u64,
+        /// How much of that other pulls will still take that began before.
+        claimed: u64,
         /// What is free, in bytes.
         free: u64,
     },
@@ -248,6 +250,13 @@ fn as_whom(user: &Option<String>) -> String {
     match user {
         Some(user) => format!("to the user {}", quoted(user)),
         None => "without credentials".to_owned(),
+    }
+}
+
+fn of_them(claimed: u64) -> String {
+    match claimed {
+        0 => String::new(),
+        claimed => format!(", {claimed} of them for pulls that began before,"),
     }
 }
 

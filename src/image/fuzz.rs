@@ -39,7 +39,9 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("retry_after", registry::fuzz_retry_after),
     ("signature", policy::fuzz_payload),
     ("stream", stream),
+    ("sums", registry::fuzz_sums),
     ("tar", format::fuzz::tar),
+    ("xz", xz),
 ];
 
 /// Runs the target with this name.
@@ -129,6 +131,11 @@ fn stream(bytes: &[u8]) {
             &mut std::io::sink(),
         ));
     }
+}
+
+/// The decoder of xz without the luck of its magic number, which a fuzzer seldom has.
+fn xz(bytes: &[u8]) {
+    stream(&[b"\xfd7zXZ\0", bytes].concat());
 }
 
 fn lz4_apple(bytes: &[u8]) {

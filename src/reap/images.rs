@@ -75,7 +75,7 @@ impl Images {
     /// The store cannot be read.
     pub fn open(settings: &Settings) -> Result<Self, Failure> {
         let dir = settings.state_dir.join("store");
-        let store = Store::open(&dir)?;
+        let store = Store::open_for(&dir, settings.images.partial_ttl)?;
         // Domains name files as they are once links are followed.
         let disks = dir.canonicalize().unwrap_or(dir).join("disks");
         Ok(Self {

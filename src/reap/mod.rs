@@ -7,6 +7,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use jiff::Timestamp;
 
@@ -35,6 +36,8 @@ pub struct Reaper {
     slots: Slots,
     libvirt: Libvirt,
     history: History,
+    /// How long cut-off pulls are kept.
+    partial_ttl: Duration,
 }
 
 impl fmt::Display for Action {
@@ -69,6 +72,7 @@ impl Reaper {
             slots: Slots::open(&settings.state_dir)?,
             libvirt: Libvirt::open(&settings.libvirt_uri)?,
             history: history(settings),
+            partial_ttl: settings.images.partial_ttl,
         })
     }
 
@@ -184,7 +188,7 @@ impl Reaper {
         let store = self.state_dir.join("store");
         if store.is_dir()
             // Opening it is sweeping it.
-            && let Err(e) = Store::open(&store)
+            && let Err(e) = Store::open_for(&store, self.partial_ttl)
         {
             // Whoever fetches an image next is told.
             tracing::warn!("the store is not swept: {e}");

@@ -107,6 +107,8 @@ pub struct ImageSettings {
     pub auth_ttl: Duration,
     /// For how long it is good while the registry cannot be reached.
     pub offline_ttl: Duration,
+    /// How long what a pull has brought that was cut off is kept for the next one.
+    pub partial_ttl: Duration,
     /// Images that are fetched before a job asks for them.
     pub prewarm: Vec<String>,
     /// What every image must be to be used at all, unless a table for it says otherwise.
@@ -216,6 +218,8 @@ const DEFAULT_MAX_DISK: Size = Size::gib(2048);
 const DEFAULT_KEEP_FREE: Size = Size::mib(512);
 /// Short enough for a member who was removed, long enough for the jobs of one pipeline.
 const DEFAULT_AUTH_TTL: Duration = Duration::from_secs(600);
+/// Over a long weekend.
+const DEFAULT_PARTIAL_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
 
 /// Where docker and podman keep logins.
 fn usual_auth_files(sources: &Sources) -> Vec<PathBuf> {
@@ -413,6 +417,7 @@ impl Settings {
                     .filter(|after| !after.is_zero()),
                 auth_ttl,
                 offline_ttl: file.images.offline_ttl.map_or(auth_ttl, |s| s.0),
+                partial_ttl: file.images.partial_ttl.map_or(DEFAULT_PARTIAL_TTL, |s| s.0),
                 prewarm: file.images.prewarm,
                 rules: general,
             },

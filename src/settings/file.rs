@@ -160,6 +160,8 @@ pub struct ImagesTable {
     pub auth_ttl: Option<Span>,
     /// For how long it is good while the registry cannot be reached.
     pub offline_ttl: Option<Span>,
+    /// How long a pull that was cut off is kept to go on from.
+    pub partial_ttl: Option<Span>,
     /// Images that `cannery image prewarm` fetches.
     pub prewarm: Vec<String>,
     /// An image must be named by its digest.

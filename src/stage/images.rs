@@ -18,7 +18,7 @@ use crate::start;
 /// # Errors
 /// It cannot be made or read.
 pub fn store(settings: &Settings) -> Result<Store, Failure> {
-    let store = Store::open(&settings.state_dir.join("store"))?;
+    let store = Store::open_for(&settings.state_dir.join("store"), settings.images.partial_ttl)?;
     Ok(store.with_room_by(Arc::new(Tidier(settings.clone()))))
 }
 

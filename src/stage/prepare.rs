@@ -409,10 +409,14 @@ struct PullLog<'a> {
 impl Progress for PullLog<'_> {
     fn event(&self, event: Event<'_>) {
         let line = match event {
-            Event::Waiting { waited, .. } if self.throttle.due() => {
+            Event::Waiting {
+                waited, done, total, ..
+            } if self.throttle.due() => {
                 format!(
-                    "Another job is fetching {}: waiting for it since {} s.",
+                    "Another job is fetching {}, {} of {}: waiting for it since {} s.",
                     self.image,
+                    bytes(done),
+                    bytes(total),
                     waited.as_secs()
                 )
             }

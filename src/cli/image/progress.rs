@@ -1,12 +1,13 @@
 //! How a pull is shown to whoever waits for it.
 
+use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
-use crate::image::{Event, Progress};
+use crate::image::{Digest, Event, Progress};
 use crate::report::{JobLog, Throttle, age, bytes, span};
 
 /// How often a line is written where there is no terminal.
@@ -15,17 +16,30 @@ const LINE_EVERY: Duration = Duration::from_secs(5);
 const DRAW_EVERY: Duration = Duration::from_millis(250);
 /// What a bar shows: name, bar, bytes, rate, time left.
 const BAR: &str = "{prefix} {bar:24} {bytes}/{total_bytes} {bytes_per_sec} {eta} {msg}";
+/// What the bar of a layer shows, below that of its image.
+const LAYER_BAR: &str = "  {prefix} {bar:24} {bytes}/{total_bytes}";
+/// Hexadecimal digits by which people know a layer.
+const LAYER_DIGITS: usize = 12;
+/// Bars of layers at a time: a terminal has few lines, and no more layers than these come at once.
+const LAYERS_MAX: usize = 8;
 /// Less of a pull says nothing about its rate.
 const RATE_AFTER: Duration = Duration::from_secs(1);
 
-/// A bar on a terminal, else a line every few seconds.
+/// A bar on a terminal, with one for each layer that comes, else a line every few seconds.
 pub(super) struct Lines<'a> {
     name: &'a str,
     log: &'a JobLog,
     throttle: Throttle,
     /// Of how many bytes the first moved when, and how many were there already.
     begin: Mutex<Option<(u64, Instant, u64)>>,
-    bar: Option<ProgressBar>,
+    bars: Option<Bars>,
+}
+
+/// What stands on the terminal.
+struct Bars {
+    all: MultiProgress,
+    image: ProgressBar,
+    layers: Mutex<BTreeMap<Digest, ProgressBar>>,
 }
 
 impl<'a> Lines<'a> {
@@ -35,14 +49,14 @@ impl<'a> Lines<'a> {
             log,
             throttle: Throttle::new(LINE_EVERY),
             begin: Mutex::new(None),
-            bar: std::io::stderr().is_terminal().then(|| bar(name)),
+            bars: std::io::stderr().is_terminal().then(|| Bars::new(name)),
         }
     }
 
     fn line(&self, text: &str) {
         let line = format!("{}: {text}", self.name);
-        match &self.bar {
-            Some(bar) => bar.suspend(|| self.log.line(line)),
+        match &self.bars {
+            Some(bars) => bars.all.suspend(|| self.log.line(line)),
             None => self.log.line(line),
         }
     }
@@ -53,7 +67,7 @@ impl<'a> Lines<'a> {
         let known = begin.filter(|(of, ..)| *of == total);
         let (_, since, before) = *begin.insert(known.unwrap_or((total, Instant::now(), done)));
         drop(begin);
-        if let Some(bar) = &self.bar {
+        if let Some(Bars { image: bar, .. }) = &self.bars {
             bar.set_length(total);
             bar.set_position(done);
             bar.set_message(how);
@@ -65,8 +79,8 @@ impl<'a> Lines<'a> {
 
 impl Drop for Lines<'_> {
     fn drop(&mut self) {
-        if let Some(bar) = &self.bar {
-            bar.finish_and_clear();
+        if let Some(bars) = &self.bars {
+            bars.clear();
         }
     }
 }
@@ -75,18 +89,31 @@ impl Progress for Lines<'_> {
     fn event(&self, event: Event<'_>) {
         match event {
             Event::Fetching { done, total } => self.moving(done, total, ""),
+            Event::Layer { digest, done, size } => {
+                if let Some(bars) = &self.bars {
+                    bars.layer(digest, done, size);
+                }
+            }
             Event::Writing { done, total } => self.moving(done, total, " (writing)"),
             Event::Waiting {
-                waited, done, total, ..
+                waited,
+                done,
+                total,
+                process,
+                ..
             } => {
+                let who = match process {
+                    0 => "another process".to_owned(),
+                    process => format!("process {process}"),
+                };
                 let text = format!(
-                    "another process fetches it: {} of {}; waiting since {}",
+                    "{who} fetches it: {} of {}; waiting since {}",
                     bytes(done),
                     bytes(total),
                     span(waited)
                 );
-                match &self.bar {
-                    Some(bar) => bar.set_message(text),
+                match &self.bars {
+                    Some(bars) => bars.image.set_message(text),
                     None if self.throttle.due() => self.line(&text),
                     None => {}
                 }
@@ -103,12 +130,47 @@ impl Progress for Lines<'_> {
     }
 }
 
-fn bar(name: &str) -> ProgressBar {
-    let bar = ProgressBar::new(0).with_prefix(name.to_owned());
-    if let Ok(style) = ProgressStyle::with_template(BAR) {
+impl Bars {
+    fn new(name: &str) -> Self {
+        let all = MultiProgress::new();
+        let image = all.add(bar(name.to_owned(), BAR));
+        image.enable_steady_tick(DRAW_EVERY);
+        let layers = Mutex::default();
+        Self { all, image, layers }
+    }
+
+    /// Shows a layer while it comes. One that is the whole image has its bar already.
+    fn layer(&self, digest: &Digest, done: u64, size: u64) {
+        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        if done >= size || self.image.length() == Some(size) {
+            if let Some(bar) = layers.remove(digest) {
+                bar.finish_and_clear();
+                self.all.remove(&bar);
+            }
+        } else if layers.contains_key(digest) || layers.len() < LAYERS_MAX {
+            let layer = layers.entry(*digest).or_insert_with(|| {
+                let name = digest.hex().chars().take(LAYER_DIGITS).collect();
+                let layer = self.all.add(bar(name, LAYER_BAR));
+                layer.set_length(size);
+                layer
+            });
+            layer.set_position(done);
+        }
+    }
+
+    fn clear(&self) {
+        let layers = std::mem::take(&mut *self.layers.lock().unwrap_or_else(PoisonError::into_inner));
+        for bar in layers.values().chain([&self.image]) {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+fn bar(name: String, template: &str) -> ProgressBar {
+    let bar = ProgressBar::new(0).with_prefix(name);
+    if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }
-    bar.enable_steady_tick(DRAW_EVERY);
     bar
 }
 
@@ -162,6 +224,28 @@ mod tests {
 
     #[test]
     fn a_bar_has_a_template_that_can_be_drawn() {
-        assert!(ProgressStyle::with_template(BAR).is_ok());
+        for template in [BAR, LAYER_BAR] {
+            assert!(ProgressStyle::with_template(template).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_layer_has_a_bar_while_it_comes_unless_it_is_the_image() {
+        let bars = Bars::new("vm");
+        bars.image.set_length(1000);
+        let known = || bars.layers.lock().unwrap().len();
+        let digest = |number: u64| Digest::of(&number.to_le_bytes());
+        bars.layer(&digest(0), 10, 1000);
+        assert_eq!(known(), 0, "it is the whole image");
+        for number in 0..20 {
+            bars.layer(&digest(number), 10, 50);
+        }
+        assert_eq!(known(), LAYERS_MAX);
+        bars.layer(&digest(1), 50, 50);
+        assert_eq!(known(), LAYERS_MAX - 1);
+        bars.layer(&digest(19), 20, 50);
+        assert_eq!(known(), LAYERS_MAX, "there is room for another");
+        bars.clear();
+        assert_eq!(known(), 0);
     }
 }

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
-use super::partial::{Sight, Work};
+use super::partial::Work;
 use super::pieces;
 use super::progress::{Event, Meter, Progress};
 use super::source::{Source, told};
@@ -52,11 +52,11 @@ impl<'a> Shown<'a> {
 
 impl Progress for Shown<'_> {
     fn event(&self, event: Event<'_>) {
-        if let Event::Fetching { done, total } = event {
+        if let Event::Fetching { done, .. } = event {
             let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
             if last.is_none_or(|last| last.elapsed() >= SHOW_EVERY) {
                 *last = Some(Instant::now());
-                self.work.show(Sight { done, total });
+                self.work.show(done);
             }
         }
         self.progress.event(event);
@@ -194,6 +194,12 @@ impl Pull<'_> {
             ledger: Arc::default(),
         };
         let total = packed_size(&manifest);
+        let needed = match &recipe.parts {
+            Parts::Streams(layers) => format::packed(layers),
+            Parts::Pieces(_) | Parts::Indexed(_) => total,
+        };
+        let missing = work.begin(total, needed)?;
+        place.room().require(missing)?;
         let boot = recipe.boot;
         let (format, selected) = match recipe.parts {
             Parts::Streams(layers) => {

@@ -13,8 +13,8 @@
 //! | where bytes come from | [`source`] |
 //! | how a stream is unpacked | [`decompress`], [`sparse`] |
 //! | how pieces are fetched | [`pieces`]: `batch` divides them, `codec` unpacks, `placed` writes, `done` remembers |
-//! | who else makes the same image, and what is there of it | [`partial`] |
-//! | whether there is room | [`room`] |
+//! | who else makes the same image, and what is there of it | [`partial`], [`sight`] |
+//! | whether there is room beside what others will take | [`room`], [`sight`] |
 //! | what an image is, without fetching it | [`look`] |
 //! | what is told meanwhile | [`progress`] |
 
@@ -34,6 +34,7 @@ mod placed;
 pub(super) mod progress;
 pub(super) mod provide;
 pub(super) mod room;
+mod sight;
 pub(super) mod source;
 pub(super) mod sparse;
 mod stream;

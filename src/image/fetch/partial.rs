@@ -8,13 +8,15 @@ use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
 use serde::de::DeserializeOwned;
-use serde::{Deserialize, Serialize};
 
 use super::done::PIECES;
 use super::progress::{Event, Progress};
+use super::sight::Sight;
 use super::stream::CHECKPOINT;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
@@ -29,29 +31,14 @@ const TRY_EVERY: Duration = Duration::from_millis(200);
 /// is stuck, and gitlab-runner's own limits have usually ended the job before.
 const WAIT_MAX: Duration = Duration::from_secs(3600);
 
-/// How long a folder is kept that nobody goes on with.
-const KEPT: Duration = Duration::from_secs(7 * 24 * 3600);
-
 /// Layers that are done, and what they held.
 const LAYERS: &str = "layers-1.json";
 
 /// Where the bytes in the folder come from: what one repository gave is nothing that another's readers may have.
 const PLACE: &str = "place-1";
 
-/// How far the process with the lock is, for those who wait. It says nothing about what is in the folder.
-const SIGHT: &str = "sight.json";
-
 /// Largest of these files, in bytes.
 const FILE_MAX: u64 = 8 << 20;
-
-/// How far somebody is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub(in crate::image) struct Sight {
-    /// Packed bytes that are here.
-    pub(in crate::image) done: u64,
-    /// Packed bytes of the image.
-    pub(in crate::image) total: u64,
-}
 
 /// The right to make one image, and a folder to make it in. The lock ends with this value, and the folder, too, unless it
 /// holds something to go on from.
@@ -65,6 +52,7 @@ pub(in crate::image) struct Work {
     dir: PathBuf,
     /// Nothing in the folder can be trusted.
     discarded: AtomicBool,
+    begun: Mutex<Sight>,
 }
 
 impl Work {
@@ -87,13 +75,13 @@ impl Work {
                     seconds: WAIT_MAX.as_secs(),
                 });
             }
-            let sight = sight(&partial.join(digest.hex()));
-            let (done, total) = sight.map_or((0, 0), |sight| (sight.done, sight.total));
+            let sight = Sight::of(&partial.join(digest.hex())).unwrap_or_default();
             progress.event(Event::Waiting {
                 digest,
                 waited,
-                done,
-                total,
+                done: sight.done,
+                total: sight.total,
+                process: sight.process,
             });
             tokio::time::sleep(TRY_EVERY).await;
         }
@@ -126,6 +114,7 @@ impl Work {
                     lock_path,
                     dir,
                     discarded: AtomicBool::new(false),
+                    begun: Mutex::default(),
                 }));
             }
         }
@@ -156,10 +145,10 @@ impl Work {
         self.discarded.store(true, Ordering::Relaxed);
     }
 
-    /// Removes the folder at the end if nobody has gone on with it for long.
-    pub(in crate::image) fn discard_if_old(&self) {
+    /// Removes the folder at the end if nobody has gone on with it for so long.
+    pub(in crate::image) fn discard_if_old(&self, kept: Duration) {
         let changed = fs::metadata(&self.dir).and_then(|data| data.modified());
-        if changed.is_ok_and(|time| time.elapsed().is_ok_and(|age| age > KEPT)) {
+        if changed.is_ok_and(|time| time.elapsed().is_ok_and(|age| age > kept)) {
             self.discard();
         }
     }
@@ -185,13 +174,24 @@ impl Work {
         remove(&self.dir.join(LAYERS))
     }
 
-    /// Tells those who wait how far this process is. Not to be relied on, so no error is worth a word.
-    pub(in crate::image) fn show(&self, sight: Sight) {
-        let written = serde_json::to_vec(&sight).map(|bytes| {
-            let begun = self.dir.join("sight.begun");
-            fs::write(&begun, bytes).and_then(|()| fs::rename(&begun, self.dir.join(SIGHT)))
-        });
-        drop(written);
+    /// Tells the others of this host that this image is begun, how much it is, and how many bytes of it will certainly be written,
+    /// in front of anybody who begins later. How many of these are not in the folder yet.
+    pub(in crate::image) fn begin(&self, total: u64, needed: u64) -> Result<u64, Error> {
+        let partial = self.dir.parent().unwrap_or(&self.dir);
+        // Whoever comes second must find what the first has said.
+        let alone = File::open(partial).and_then(|dir| dir.lock().map(|()| dir));
+        let _alone = alone.map_err(Error::storage(partial))?;
+        let begun = Sight::begun(total, needed);
+        let now = begun.at(begun.left_in(&self.dir));
+        now.show(&self.dir);
+        *self.begun.lock().unwrap_or_else(PoisonError::into_inner) = begun;
+        Ok(now.needed)
+    }
+
+    /// Tells them how far it is.
+    pub(in crate::image) fn show(&self, done: u64) {
+        let begun = *self.begun.lock().unwrap_or_else(PoisonError::into_inner);
+        begun.at(done).show(&self.dir);
     }
 }
 
@@ -219,12 +219,8 @@ fn is_worth_keeping(dir: &Path) -> bool {
     names.any(|name| name == LAYERS || name == CHECKPOINT || name.starts_with(PIECES))
 }
 
-/// How far the process is that makes the image in this folder.
-fn sight(dir: &Path) -> Option<Sight> {
-    read(&dir.join(SIGHT))
-}
-
-fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
+/// A small file of the folder; none if it is not there or makes no sense.
+pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
     let mut bytes = Vec::new();
     let file = File::open(path).ok()?;
     file.take(FILE_MAX).read_to_end(&mut bytes).ok()?;
@@ -254,8 +250,6 @@ fn open_lock(path: &Path) -> io::Result<File> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
-
     use super::super::progress::Silent;
     use super::*;
 
@@ -306,7 +300,8 @@ mod tests {
         let lock = || Work::try_lock(dir.path(), &digest).unwrap().unwrap();
         let work = lock();
         fs::write(work.dir("r/vm").unwrap().join("file.1"), "x").unwrap();
-        work.show(Sight { done: 1, total: 2 });
+        work.begin(2, 2).unwrap();
+        work.show(1);
         drop(work);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
         let work = lock();
@@ -323,11 +318,11 @@ mod tests {
         assert!(!work.dir("evil/vm").unwrap().join("file.1").exists());
         assert_eq!(work.layers::<u32>(), None);
         work.keep_layers(&7).unwrap();
-        work.discard_if_old();
+        work.discard_if_old(Duration::from_secs(3600));
         drop(work);
         let work = lock();
         assert_eq!(work.layers::<u32>(), Some(7), "it is not old");
-        work.discard();
+        work.discard_if_old(Duration::ZERO);
         drop(work);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }

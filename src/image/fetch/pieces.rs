@@ -34,6 +34,7 @@ use super::source::{PIECES_IN_FLIGHT, Source, told};
 use crate::image::digest::{Digest, Hasher};
 use crate::image::error::Error;
 use crate::image::format::Workplace;
+use crate::image::manifest::Descriptor;
 use crate::image::plan::{Piece, Pieces};
 
 /// Packed bytes in memory at once, in KiB. Each batch unpacks into at most as much again.
@@ -84,6 +85,14 @@ pub(in crate::image) async fn fetch(
         if reused > 0 {
             place.meter.add_here(reused);
             progress.event(Event::Reused { bytes: reused });
+        }
+    }
+    for (number, blob) in site.plan.blobs.iter().enumerate() {
+        let pieces = blob.pieces.iter().enumerate();
+        let here = pieces.filter(|(index, _)| site.done.has(number, *index));
+        let here = here.map(|(_, piece)| piece.packed.end - piece.packed.start).sum();
+        if here > 0 {
+            place.meter.add_layer(&blob.descriptor, here);
         }
     }
     // Packed bytes are never more than a little more than unpacked ones, holes being none.
@@ -211,7 +220,7 @@ impl Crew<'_> {
             while packed.len() < length {
                 if rest.is_empty() {
                     let Some(next) = part.next().await? else { break };
-                    self.site.meter.add_fetched(next.len());
+                    self.site.meter.add_fetched(descriptor, next.len());
                     rest = next;
                 }
                 let gap = usize::try_from(batch.range.start.saturating_sub(at)).unwrap_or(usize::MAX);
@@ -253,6 +262,7 @@ impl Crew<'_> {
         let unpacking = blocking(move || {
             let mut packed = Metered {
                 inner: reader,
+                layer: &site.plan.blobs[blob].descriptor,
                 meter: &site.meter,
                 cancelled: &cancelled,
             };
@@ -306,6 +316,7 @@ impl Crew<'_> {
 /// Counts packed bytes.
 struct Metered<'a, R> {
     inner: R,
+    layer: &'a Descriptor,
     meter: &'a Meter,
     cancelled: &'a AtomicBool,
 }
@@ -314,7 +325,7 @@ impl<R: Read> Read for Metered<'_, R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         CancelledOnDrop::check(self.cancelled)?;
         let count = self.inner.read(buffer)?;
-        self.meter.add_fetched(count);
+        self.meter.add_fetched(self.layer, count);
         Ok(count)
     }
 }

@@ -1,10 +1,13 @@
 //! What a pull tells while it runs.
 
+use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use crate::image::digest::Digest;
 use crate::image::error::Error;
+use crate::image::manifest::Descriptor;
 
 /// Hears what happens. Called from the task that asked, several times a second; the receiver throttles.
 pub trait Progress: Sync {
@@ -44,6 +47,8 @@ pub enum Event<'a> {
         done: u64,
         /// Compressed bytes of the whole image; 0 while it does not say.
         total: u64,
+        /// Its process; 0 while it does not say.
+        process: u32,
     },
     /// Bytes have arrived.
     Fetching {
@@ -51,6 +56,15 @@ pub enum Event<'a> {
         done: u64,
         /// Compressed bytes of the whole image.
         total: u64,
+    },
+    /// Bytes of one layer have arrived.
+    Layer {
+        /// Its digest.
+        digest: &'a Digest,
+        /// Compressed bytes of it that are here.
+        done: u64,
+        /// Its compressed size.
+        size: u64,
     },
     /// An earlier pull of the same image was cut off; what it had brought is used.
     Resumed {
@@ -100,11 +114,51 @@ pub(in crate::image) struct Meter {
     unpacked: AtomicU64,
     /// Packed bytes that need not be fetched, since they are here in some way.
     here: AtomicU64,
+    layers: Mutex<BTreeMap<Digest, Moving>>,
+}
+
+/// A layer that comes.
+#[derive(Debug, Clone, Copy)]
+struct Moving {
+    done: u64,
+    size: u64,
+    /// How much of it was told.
+    told: Option<u64>,
 }
 
 impl Meter {
-    pub(in crate::image) fn add_fetched(&self, bytes: usize) {
+    /// So many bytes of a layer have come.
+    pub(in crate::image) fn add_fetched(&self, layer: &Descriptor, bytes: usize) {
         self.fetched.fetch_add(bytes as u64, Ordering::Relaxed);
+        self.add_layer(layer, bytes as u64);
+    }
+
+    /// So many bytes of a layer are here, fetched or not.
+    pub(in crate::image) fn add_layer(&self, layer: &Descriptor, bytes: u64) {
+        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        let moving = layers.entry(layer.digest).or_insert(Moving {
+            done: 0,
+            size: layer.size,
+            told: None,
+        });
+        // What arrives damaged comes once more.
+        moving.done = (moving.done + bytes).min(layer.size);
+    }
+
+    /// Tells about the layers that came further since this was asked last.
+    pub(in crate::image) fn tell_layers(&self, progress: &dyn Progress) {
+        let mut moved = Vec::new();
+        let mut layers = self.layers.lock().unwrap_or_else(PoisonError::into_inner);
+        for (digest, moving) in layers.iter_mut() {
+            if moving.told.replace(moving.done) != Some(moving.done) {
+                moved.push((*digest, *moving));
+            }
+        }
+        drop(layers);
+        for (digest, Moving { done, size, .. }) in moved {
+            let digest = &digest;
+            progress.event(Event::Layer { digest, done, size });
+        }
     }
 
     pub(in crate::image) fn add_unpacked(&self, bytes: usize) {
@@ -126,5 +180,49 @@ impl Meter {
 
     pub(in crate::image) fn unpacked(&self) -> u64 {
         self.unpacked.load(Ordering::Relaxed)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Default)]
+    struct Layers(Mutex<Vec<(u64, u64)>>);
+
+    impl Progress for Layers {
+        fn event(&self, event: Event<'_>) {
+            if let Event::Layer { done, size, .. } = event {
+                self.0.lock().unwrap().push((done, size));
+            }
+        }
+    }
+
+    #[test]
+    fn a_layer_is_told_of_when_it_came_further_and_never_has_more_than_all() {
+        let layer = |name: &[u8], size| Descriptor {
+            media_type: String::new(),
+            digest: Digest::of(name),
+            size,
+            annotations: BTreeMap::new(),
+        };
+        let (one, two) = (layer(b"one", 100), layer(b"two", 7));
+        let (meter, layers) = (Meter::default(), Layers::default());
+        let told = || {
+            meter.tell_layers(&layers);
+            let mut told = std::mem::take(&mut *layers.0.lock().unwrap());
+            told.sort_unstable();
+            told
+        };
+        assert_eq!(told(), []);
+        meter.add_fetched(&one, 30);
+        meter.add_layer(&two, 7);
+        assert_eq!(told(), [(7, 7), (30, 100)]);
+        meter.add_fetched(&one, 30);
+        assert_eq!(told(), [(60, 100)]);
+        meter.add_fetched(&one, 60);
+        assert_eq!(told(), [(100, 100)]);
+        assert_eq!(told(), []);
+        assert_eq!((meter.fetched(), meter.done()), (120, 120));
     }
 }

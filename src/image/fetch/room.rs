@@ -1,8 +1,10 @@
-//! Room on the store's file system: asked for before it is taken, with a share left for others.
+//! Room on the store's file system: asked for before it is taken, with a share left for others, and what pulls that began before
+//! will still take.
 
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::sight::claimed_before;
 use crate::image::error::Error;
 
 /// Bounds that the operator sets.
@@ -45,12 +47,13 @@ impl Room {
         }
     }
 
-    /// Are `bytes` free beside what must stay free?
+    /// Are `bytes` free beside what must stay free and what others were promised?
     pub(in crate::image) fn require(&self, bytes: u64) -> Result<(), Error> {
         let free = fs4::available_space(&self.dir).map_err(Error::storage(&self.dir))?;
-        let needed = bytes.saturating_add(self.keep_free);
+        let claimed = claimed_before(&self.dir);
+        let needed = bytes.saturating_add(self.keep_free).saturating_add(claimed);
         if free < needed {
-            Err(self.full(needed, free))
+            Err(self.full(needed, claimed, free))
         } else {
             Ok(())
         }
@@ -61,7 +64,9 @@ impl Room {
         match error.kind() {
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded => {
                 let free = fs4::available_space(&self.dir).unwrap_or_default();
-                self.full(bytes.saturating_add(self.keep_free), free)
+                let claimed = claimed_before(&self.dir);
+                let needed = bytes.saturating_add(self.keep_free).saturating_add(claimed);
+                self.full(needed, claimed, free)
             }
             _ => Error::Storage {
                 path: path.to_owned(),
@@ -70,7 +75,7 @@ impl Room {
         }
     }
 
-    fn full(&self, needed: u64, free: u64) -> Error {
+    fn full(&self, needed: u64, claimed: u64, free: u64) -> Error {
         // What its operator knows is the store, not where an image lies in it until it is whole.
         let within = self.dir.ancestors().find(|dir| dir.ends_with(PARTIAL));
         let store = within.and_then(Path::parent).unwrap_or(&self.dir);
@@ -78,6 +83,7 @@ impl Room {
             image: self.image.clone(),
             dir: store.to_owned(),
             needed,
+            claimed,
             free,
         }
     }
@@ -99,9 +105,11 @@ mod tests {
 
     #[test]
     fn the_store_is_named_and_what_is_missing() {
-        let full = Room::new("vm", Path::new("/store/partial/abc"), 5).full(12, 9);
+        let full = |claimed| Room::new("vm", Path::new("/store/partial/abc"), 5).full(12, claimed, 9);
         let text = "no room for vm in /store: 12 bytes are needed and 9 are free, which is 3 too few";
-        assert_eq!(full.to_string(), text);
+        assert_eq!(full(0).to_string(), text);
+        let text = "no room for vm in /store: 12 bytes are needed, 4 of them for pulls that began before, and 9 are free, which is 3 too few";
+        assert_eq!(full(4).to_string(), text);
     }
 
     #[test]

@@ -293,6 +293,7 @@ pub(super) async fn told<T>(
     let tell = || {
         let done = meter.done();
         progress.event(Event::Fetching { done, total });
+        meter.tell_layers(progress);
         let written = meter.unpacked();
         progress.event(Event::Unpacking { written });
     };

@@ -16,8 +16,8 @@ use crate::kill::{self, Point};
 /// system's block.
 const BLOCK: usize = 64 * 1024;
 
-/// Bytes written between two looks at the free space. Small against any sensible reserve.
-const LOOK_EVERY: u64 = 32 << 20;
+/// Bytes written between two looks at the free space, each of which asks for as many: what must stay free is not touched.
+const LOOK_EVERY: u64 = 4 << 20;
 
 /// Bytes after which the system is told to begin with writing them. Left alone, it would wait until it has a tenth of the memory
 /// full of them, and all of that would be left for the sync at the end.
@@ -83,7 +83,7 @@ impl SparseFile {
             length: 0,
             there,
             block: Vec::with_capacity(BLOCK),
-            since_look: 0,
+            since_look: LOOK_EVERY,
             expected,
             sum: (there == 0).then(Running::default),
             begun: there,
@@ -176,7 +176,10 @@ impl State {
             sum.add(block);
         }
         if self.since_look >= LOOK_EVERY {
-            self.room.require(LOOK_EVERY)?;
+            let coming = self
+                .expected
+                .map_or(LOOK_EVERY, |length| length.saturating_sub(at));
+            self.room.require(coming.min(LOOK_EVERY))?;
             self.since_look = 0;
         }
         let missing = self

@@ -63,7 +63,7 @@ impl<R: Read> Read for Verified<'_, R> {
         let count = self.inner.read(&mut buffer[..most])?;
         self.hasher.update(&buffer[..count]);
         self.count += count as u64;
-        self.meter.add_fetched(count);
+        self.meter.add_fetched(blob, count);
         if count == 0 && most > 0 {
             let reason = format!(
                 "the layer {} has {} bytes instead of {}",
@@ -102,6 +102,12 @@ impl<'a, R: Read> Verified<'a, R> {
             return false;
         };
         (self.blob, self.count, self.hasher) = (position.blob, position.count, hasher);
+        for blob in self.blobs.iter().take(self.blob) {
+            self.meter.add_layer(blob, blob.size);
+        }
+        if let Some(blob) = self.blobs.get(self.blob) {
+            self.meter.add_layer(blob, self.count);
+        }
         true
     }
 

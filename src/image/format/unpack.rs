@@ -110,6 +110,18 @@ pub(in crate::image) struct Layer {
     pub(in crate::image) diff_id: Option<Digest>,
 }
 
+/// Bytes of those layers that are surely packed, by their type: unpacked they are no fewer. What is not may be zeros, which take
+/// no room.
+pub(in crate::image) fn packed(layers: &[Layer]) -> u64 {
+    let blobs = layers.iter().flat_map(|layer| &layer.blobs);
+    let packed = blobs.filter(|blob| {
+        ["gzip", "zstd", "xz"]
+            .iter()
+            .any(|name| blob.media_type.contains(name))
+    });
+    packed.fold(0, |sum, blob| sum.saturating_add(blob.size))
+}
+
 /// Takes the files that a machine needs out of one layer, and adds them to `contents`.
 pub(in crate::image) fn unpack(
     unpacked: &mut dyn Read,

@@ -42,6 +42,8 @@ pub(super) use referrers::Referrer;
 pub use trust::{Private, Registries, RegistryOptions};
 #[cfg(any(test, fuzzing))]
 pub(super) use weather::fuzz as fuzz_retry_after;
+#[cfg(any(test, fuzzing))]
+pub(super) use web::fuzz as fuzz_sums;
 pub(super) use web::{Address, WebFile};
 
 use self::endpoint::{Answer, Ask, Endpoint};

@@ -206,6 +206,19 @@ fn listed(text: &str, name: &str, digits: usize) -> Option<Sum> {
     }
 }
 
+/// What a list says about a file is as long as it should be, whatever else stands there.
+#[cfg(any(test, fuzzing))]
+pub(in crate::image) fn fuzz(bytes: &[u8]) {
+    let text = String::from_utf8_lossy(bytes);
+    for (_, digits) in LISTS {
+        match listed(&text, "disk.img", digits) {
+            Some(Sum::Sha256(_)) => assert_eq!(digits, 64),
+            Some(Sum::Sha512(sum)) => assert_eq!((digits, sum.len()), (128, 64)),
+            None => {}
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

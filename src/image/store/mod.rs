@@ -25,6 +25,7 @@ use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::time::Duration;
 
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
@@ -139,6 +140,10 @@ pub(super) struct RecordedFile {
     pub(super) listed: bool,
 }
 
+/// How long what a pull has brought that was cut off is kept for the next one, unless the caller says otherwise: over a long
+/// weekend.
+const PARTIAL_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
+
 pub(super) const KERNEL: &str = "kernel";
 pub(super) const INITRD: &str = "initrd";
 const RECORD: &str = "image.json";
@@ -157,6 +162,14 @@ impl Store {
     /// # Errors
     /// [`Error::Storage`] when the folder cannot be made or read.
     pub fn open(dir: &Path) -> Result<Self, Error> {
+        Self::open_for(dir, PARTIAL_TTL)
+    }
+
+    /// The same; what a pull that was cut off has brought is kept for so long.
+    ///
+    /// # Errors
+    /// As [`Store::open`].
+    pub fn open_for(dir: &Path, partial_ttl: Duration) -> Result<Self, Error> {
         let store = Self {
             dir: dir.to_owned(),
             maker: None,
@@ -165,7 +178,7 @@ impl Store {
         for part in ["blobs/sha256", "disks", "refs", "partial"] {
             make_dirs(&dir.join(part), &hidden)?;
         }
-        store.sweep()?;
+        store.sweep(partial_ttl)?;
         Ok(store)
     }
 
@@ -299,7 +312,7 @@ impl Store {
     }
 
     /// Removes what dead processes left in `partial/`; what a living one holds stays.
-    pub(super) fn sweep(&self) -> Result<(), Error> {
+    fn sweep(&self, partial_ttl: Duration) -> Result<(), Error> {
         let dir = self.partial();
         for entry in fs::read_dir(&dir).map_err(Error::storage(&dir))? {
             let entry = entry.map_err(Error::storage(&dir))?;
@@ -325,7 +338,7 @@ impl Store {
             } else if let Some(digest) = name.split('.').next().and_then(|hex| Digest::from_hex(hex).ok()) {
                 // Dropping the lock removes everything that belongs to it, but for what a later pull can go on with.
                 if let Some(work) = partial::Work::try_lock(&dir, &digest)? {
-                    work.discard_if_old();
+                    work.discard_if_old(partial_ttl);
                     drop(work);
                     kill::point(Point::WorkSwept);
                 }
@@ -362,10 +375,10 @@ mod tests {
         let (held, kept) = store.begin_small().unwrap();
         let (left, swept) = store.begin_small().unwrap();
         drop(left);
-        store.sweep().unwrap();
+        store.sweep(PARTIAL_TTL).unwrap();
         assert!(kept.exists() && !swept.exists());
         drop(held);
-        store.sweep().unwrap();
+        store.sweep(PARTIAL_TTL).unwrap();
         assert!(!kept.exists());
         store.keep_blob(b"{}").unwrap();
         let blob = dir.path().join("blobs/sha256").join(Digest::of(b"{}").hex());
