@@ -95,6 +95,7 @@ points! {
     ScriptEnded "script-ended" "the script has ended"
     CancelBegun "cancel-begun" "the script is to be cancelled"
     ScriptCancelled "script-cancelled" "the script is cancelled"
+    ScreenKept "screen-kept" "a picture of the screen is in the job's folder"
     CodeWritten "code-written" "the exit code is written"
     SavedHeld "saved-held" "the record says held"
     SavedCleaning "saved-cleaning" "the record says cleaning"
