@@ -95,6 +95,7 @@ points! {
     ScriptEnded "script-ended" "the script has ended"
     CancelBegun "cancel-begun" "the script is to be cancelled"
     ScriptCancelled "script-cancelled" "the script is cancelled"
+    ScreenKept "screen-kept" "a picture of the screen is in the job's folder"
     CodeWritten "code-written" "the exit code is written"
     TicketKept "ticket-kept" "a console's ticket is kept"
     TicketRevoked "ticket-revoked" "a console's ticket is taken away"

@@ -83,6 +83,11 @@ fn an_operator_enters_a_machine_and_sees_its_screen() {
     job.cleans_up();
 }
 
+/// What a command says in the guest of a job.
+fn in_guest(host: &Host, job: &str, command: &str) -> String {
+    host.expect(&["vm", "ssh", job, "--", command])
+}
+
 /// One machine at a time, for which nobody waits.
 const ONE: &str = "[host]\nmax_machines = 1\nwait = \"0s\"\n[hold]\nmax = \"1h\"\n";
 
@@ -90,6 +95,8 @@ const ONE: &str = "[host]\nmax_machines = 1\nwait = \"0s\"\n[hold]\nmax = \"1h\"
 #[ignore = "needs libvirt and a guest"]
 fn a_failed_jobs_machine_stays_for_a_look_and_makes_room_for_its_next_try() {
     let host = Host::new(&[], &format!("{EMULATION}{ONE}"));
+    let text = host.settings_text();
+    host.write_settings(&format!("report_dir = \".cannery\"\n{text}"));
     let image = host.images().add_tiny("tiny", "");
     let unit = Job::new("unit").image(&image).variable("CANNERY_HOLD", "30m");
 
@@ -101,13 +108,15 @@ fn a_failed_jobs_machine_stays_for_a_look_and_makes_room_for_its_next_try() {
         .failed(BUILD_FAILURE, &["CANNERY_HOLD=2h", "at most 1h"]);
     greedy.cleans_up();
 
-    let first = Stages::of(&host, &unit, 31);
+    let first = Stages::of(&host, &unit, 31).variable("CUSTOM_ENV_CI_PROJECT_DIR", "/tmp/project");
     first.prepare().ok();
     let key = only_job(&host);
     let failed = first.script("touch /tmp/evidence; exit 3\n");
     assert!(failed.log.contains("stays until"), "{}", failed.log);
     let way_in = format!("cannery vm ssh {key}");
     assert!(failed.log.contains(&way_in), "{}", failed.log);
+    let report = "the screen are in /tmp/project/.cannery";
+    assert!(failed.log.contains(report), "{}", failed.log);
     failed.failed_script(3, &first);
     first.run("after_script", "test -e /tmp/evidence\n").ok();
 
@@ -121,6 +130,16 @@ fn a_failed_jobs_machine_stays_for_a_look_and_makes_room_for_its_next_try() {
     let answer = "Failed: the script ended with exit code 3 in step_script.\nIts machine is held until ";
     assert!(shown.starts_with(answer), "{shown}");
     host.expect(&["vm", "ssh", "31", "--", "test -e /tmp/evidence"]);
+    // What the guest was given to keep, and what its job keeps of it.
+    let kept = in_guest(&host, "31", "cat /tmp/project/.cannery/serial.log");
+    assert!(kept.contains("tiny: ready"), "{kept}");
+    let head = in_guest(
+        &host,
+        "31",
+        "head -c 8 /tmp/project/.cannery/screen.png | od -An -tx1",
+    );
+    assert_eq!(head.trim(), "89 50 4e 47 0d 0a 1a 0a");
+    assert!(shown.contains("/screen.png\n"), "{shown}");
     // Nothing may be run for the job any more, and nobody else takes its machine.
     first.script("true\n").failed(SYSTEM_FAILURE, &["cleaned up"]);
     assert_eq!(host.expect(&["reap"]), "Nothing to remove.\n");
@@ -160,6 +179,9 @@ fn a_failed_jobs_machine_stays_for_a_look_and_makes_room_for_its_next_try() {
         "{list}"
     );
     assert!(!list.contains("abandoned"), "{list}");
+    // The picture went into the history with the first try.
+    let picture = host.state().join("history").join(&key).join("screen.png");
+    assert!(std::fs::read(&picture).unwrap().starts_with(b"\x89PNG\r\n\x1a\n"));
 }
 
 #[test]
@@ -176,7 +198,13 @@ fn a_held_machine_goes_when_it_is_released_or_ends_and_one_that_was_cancelled_is
             scope.spawn(|| job.prepare().ok());
         }
     });
-    for job in [&released, &ended, &cancelled] {
+    // A call that is killed when it has just kept the picture: the machine stays all the same.
+    killed(
+        &mut ended.run_command("step_script", "exit 5\n"),
+        Point::ScreenKept,
+        1,
+    );
+    for job in [&released, &cancelled] {
         assert!(job.script("exit 5\n").log.contains("stays until"));
     }
     let log = declined.script("exit 5\n").log;

@@ -119,7 +119,7 @@ fn plan(point: Point) -> (Scene, [u32; 3]) {
         P::CheckpointBegun | P::CheckpointKept | P::PiecesBegun | P::PiecesKept | P::FileNamed => {
             (Scene::Elsewhere("tests/image_kills.rs"), FIRST)
         }
-        P::SavedHeld => (Scene::Elsewhere("tests/hold.rs"), FIRST),
+        P::ScreenKept | P::SavedHeld => (Scene::Elsewhere("tests/hold.rs"), FIRST),
         P::OriginKept | P::GrantKept => (Scene::Elsewhere("tests/image_grants.rs"), FIRST),
         P::TicketKept | P::TicketRevoked => (Scene::Elsewhere("tests/serve.rs"), FIRST),
         P::RemainSwept | P::WorkSwept => (Scene::Sweep, FIRST),

@@ -13,6 +13,7 @@
 //! | a script | [`shell`] (the wrapper's text), [`marker`] (its words in the stream), [`script`], [`cancel`] |
 //! | what it ran out of | [`shortage`] |
 //! | caches and artifacts | [`helper`] |
+//! | what its job keeps of it | [`report`] |
 //! | the file system fills the disk | [`grow`] |
 
 pub mod cancel;
@@ -22,6 +23,7 @@ pub mod introduction;
 pub mod keys;
 pub mod marker;
 pub mod ready;
+pub mod report;
 pub mod script;
 pub mod shell;
 pub mod shortage;

@@ -3,6 +3,7 @@
 //! ```text
 //! history/KEY/history.json   an Entry
 //!             serial.log     the end of the guest's serial log, as the guest wrote it
+//!             screen.png     the screen of a job that failed, where it had one
 //! history/.KEY.PID           one that is just being written
 //! history/.tidied            when it was last tidied
 //! ```
@@ -42,13 +43,17 @@ pub const VERSION: u32 = 1;
 /// How much of a serial log is kept, in bytes: a boot and the last words.
 pub const SERIAL_BYTES: usize = 64 << 10;
 
+/// The largest picture of a screen that is kept, in bytes: text takes some ten thousand, a desktop a million.
+pub const SCREEN_BYTES: usize = 2 << 20;
+
 const ENTRY: &str = "history.json";
 const SERIAL: &str = "serial.log";
+const SCREEN: &str = "screen.png";
 const TIDIED: &str = ".tidied";
 /// As the job's record.
 const ENTRY_MODE: u32 = 0o664;
 /// As the job's serial log: for whoever calls cannery, and its group.
-const SERIAL_MODE: u32 = 0o640;
+const SEEN_MODE: u32 = 0o640;
 /// How often entries are looked through after one was written: a host that ends many jobs need not do it for each.
 const TIDY_EVERY: Duration = Duration::from_secs(60);
 /// The most entries that one look removes, so that no job waits long for it; the next one goes on.
@@ -119,6 +124,15 @@ fn took(record: &Record, outcome: &Outcome, now: Timestamp) -> Option<f64> {
     }
 }
 
+/// What a guest showed last.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Seen {
+    /// The end of its serial log.
+    pub serial: Vec<u8>,
+    /// Its screen as PNG, if it is kept.
+    pub screen: Option<Vec<u8>>,
+}
+
 /// The folder of the jobs that were removed.
 #[derive(Debug, Clone)]
 pub struct History {
@@ -140,12 +154,12 @@ impl History {
         }
     }
 
-    /// Remembers a job with the end of its serial log. One that is remembered already stays as it is.
-    pub fn add(&self, entry: &Entry, serial: &[u8]) -> Result<(), Error> {
+    /// Remembers a job with what its guest showed last. One that is remembered already stays as it is.
+    pub fn add(&self, entry: &Entry, seen: &Seen) -> Result<(), Error> {
         if self.bounds.keep_nothing() {
             return Ok(());
         }
-        self.write(entry, serial).map(drop)
+        self.write(entry, seen).map(drop)
     }
 
     /// Remembers a job that ended before it had a folder; gives it its try's number.
@@ -156,18 +170,18 @@ impl History {
         loop {
             entry.key.attempt = jobs.next_attempt(&entry.key)?;
             // Another process may take the same number meanwhile.
-            if self.write(&entry, &[])? {
+            if self.write(&entry, &Seen::default())? {
                 return Ok(());
             }
         }
     }
 
     /// Writes an entry; the answer is false where there is one of this name.
-    fn write(&self, entry: &Entry, serial: &[u8]) -> Result<bool, Error> {
+    fn write(&self, entry: &Entry, seen: &Seen) -> Result<bool, Error> {
         make_shared(&self.dir).map_err(io_error("create the folder", &self.dir))?;
         let place = self.entry_dir(&entry.key);
         let hidden = self.dir.join(format!(".{}.{}", entry.key, std::process::id()));
-        let filled = fill(&hidden, entry, serial).inspect(|()| kill::point(Point::HistoryBegun));
+        let filled = fill(&hidden, entry, seen).inspect(|()| kill::point(Point::HistoryBegun));
         let written = filled.and_then(|()| match fs::rename(&hidden, &place) {
             Ok(()) => {
                 kill::point(Point::HistoryKept);
@@ -197,6 +211,12 @@ impl History {
     /// Where the end of a remembered job's serial log is.
     pub fn serial_log(&self, key: &JobKey) -> PathBuf {
         self.entry_dir(key).join(SERIAL)
+    }
+
+    /// Where the picture of a remembered job's screen is, if there is one.
+    pub fn screen(&self, key: &JobKey) -> Option<PathBuf> {
+        let path = self.entry_dir(key).join(SCREEN);
+        path.is_file().then_some(path)
     }
 
     /// All jobs that are remembered, in no order. What a host that lost its power has half written, and what a newer cannery
@@ -289,7 +309,7 @@ impl History {
 /// Makes an entry's folder with all that belongs in it.
 ///
 /// Nothing waits for the disk: a host that loses its power may lose what it last remembered, and no job pays for that.
-fn fill(dir: &Path, entry: &Entry, serial: &[u8]) -> Result<(), Error> {
+fn fill(dir: &Path, entry: &Entry, seen: &Seen) -> Result<(), Error> {
     // One of this process's own, or of one that was killed and had the same number.
     removed(dir)?;
     DirBuilder::new()
@@ -302,10 +322,14 @@ fn fill(dir: &Path, entry: &Entry, serial: &[u8]) -> Result<(), Error> {
     let mut text =
         serde_json::to_vec_pretty(entry).map_err(|e| io_error("write", &path)(io::Error::from(e)))?;
     text.push(b'\n');
-    for (path, content, mode) in [
+    let mut files = vec![
         (path, text.as_slice(), ENTRY_MODE),
-        (dir.join(SERIAL), serial, SERIAL_MODE),
-    ] {
+        (dir.join(SERIAL), seen.serial.as_slice(), SEEN_MODE),
+    ];
+    if let Some(screen) = seen.screen.as_ref().filter(|screen| screen.len() <= SCREEN_BYTES) {
+        files.push((dir.join(SCREEN), screen, SEEN_MODE));
+    }
+    for (path, content, mode) in files {
         let written = (|| {
             let mut file = OpenOptions::new()
                 .write(true)
@@ -335,7 +359,7 @@ fn weigh(key: JobKey, dir: &Path) -> Option<Kept> {
     Some(Kept {
         key,
         written,
-        bytes: length(ENTRY) + length(SERIAL) + OVERHEAD,
+        bytes: length(ENTRY) + length(SERIAL) + length(SCREEN) + OVERHEAD,
     })
 }
 

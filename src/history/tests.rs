@@ -17,6 +17,38 @@ fn record(id: u64) -> Record {
     }
 }
 
+/// A guest that showed nothing but this on its serial port.
+fn said(serial: &[u8]) -> Seen {
+    Seen {
+        serial: serial.to_vec(),
+        screen: None,
+    }
+}
+
+#[test]
+fn a_picture_is_kept_and_weighed_with_its_job_unless_it_is_too_large() {
+    let state = tempfile::tempdir().unwrap();
+    let history = history(state.path(), 60, 1 << 30);
+    let showed = |bytes: usize| Seen {
+        serial: Vec::new(),
+        screen: Some(vec![7; bytes]),
+    };
+    history.add(&entry(1), &showed(SCREEN_BYTES)).unwrap();
+    history.add(&entry(2), &showed(SCREEN_BYTES + 1)).unwrap();
+    history.add(&entry(3), &said(b"")).unwrap();
+    let file = history.screen(&entry(1).key).unwrap();
+    assert_eq!(fs::read(&file).unwrap(), [7; SCREEN_BYTES]);
+    assert_eq!(history.screen(&entry(2).key), None);
+    assert_eq!(history.screen(&entry(3).key), None);
+    let weight = |id| {
+        weigh(entry(id).key, &history.entry_dir(&entry(id).key))
+            .unwrap()
+            .bytes
+    };
+    assert!(weight(1) > SCREEN_BYTES as u64);
+    assert!(weight(2) < SCREEN_BYTES as u64);
+}
+
 fn entry(id: u64) -> Entry {
     Entry::of(record(id), Outcome::Succeeded, Timestamp::now())
 }
@@ -55,7 +87,7 @@ fn a_job_is_remembered_whole_once_and_for_all_of_the_group() {
     assert!(names(state.path()).is_empty());
 
     let first = entry(7);
-    history.add(&first, b"booted\x1b[2J\n").unwrap();
+    history.add(&first, &said(b"booted\x1b[2J\n")).unwrap();
     assert_eq!(history.list().unwrap(), std::slice::from_ref(&first));
     assert_eq!(
         fs::read(history.serial_log(&first.key)).unwrap(),
@@ -65,7 +97,7 @@ fn a_job_is_remembered_whole_once_and_for_all_of_the_group() {
     let dir = state.path().join(HISTORY).join(first.key.to_string());
     assert_eq!(
         (mode(&dir), mode(&dir.join(ENTRY)), mode(&dir.join(SERIAL))),
-        (DIR_MODE, ENTRY_MODE, SERIAL_MODE)
+        (DIR_MODE, ENTRY_MODE, SEEN_MODE)
     );
 
     // A removal that was killed and is done again says the same; what says something else comes too late.
@@ -73,7 +105,7 @@ fn a_job_is_remembered_whole_once_and_for_all_of_the_group() {
         outcome: Outcome::Unknown { state: State::Ready },
         ..entry(7)
     };
-    history.add(&late, b"").unwrap();
+    history.add(&late, &said(b"")).unwrap();
     assert_eq!(history.list().unwrap(), [first]);
     assert_eq!(names(state.path()).len(), 1);
 }
@@ -95,10 +127,12 @@ fn a_job_without_a_folder_gets_the_next_number() {
 #[test]
 fn nothing_is_remembered_where_that_is_turned_off_and_what_there_was_goes() {
     let state = tempfile::tempdir().unwrap();
-    history(state.path(), 60, 1 << 20).add(&entry(1), b"").unwrap();
+    history(state.path(), 60, 1 << 20)
+        .add(&entry(1), &said(b""))
+        .unwrap();
     for (keep, bytes) in [(0, 1 << 20), (60, 0)] {
         let off = history(state.path(), keep, bytes);
-        off.add(&entry(2), b"").unwrap();
+        off.add(&entry(2), &said(b"")).unwrap();
         off.add_without_folder(&Jobs::open(state.path()).unwrap(), entry(3))
             .unwrap();
         assert_eq!(history(state.path(), 60, 1 << 20).list().unwrap().len(), 1);
@@ -111,12 +145,12 @@ fn nothing_is_remembered_where_that_is_turned_off_and_what_there_was_goes() {
 fn old_entries_go_at_most_once_a_minute_and_at_once_when_told() {
     let state = tempfile::tempdir().unwrap();
     let history = history(state.path(), 60, 1 << 20);
-    history.add(&entry(1), b"").unwrap();
+    history.add(&entry(1), &said(b"")).unwrap();
     made_older(state.path(), &entry(1).key, 61);
-    history.add(&entry(2), b"").unwrap();
+    history.add(&entry(2), &said(b"")).unwrap();
     history.tidy_if_due().unwrap();
     assert_eq!(names(state.path()), [TIDIED.to_owned(), entry(2).key.to_string()]);
-    history.add(&entry(1), b"").unwrap();
+    history.add(&entry(1), &said(b"")).unwrap();
     made_older(state.path(), &entry(1).key, 61);
     history.tidy_if_due().unwrap();
     assert_eq!(history.list().unwrap().len(), 2);
@@ -131,7 +165,7 @@ fn a_full_history_forgets_the_oldest() {
     let size = |n: u64| n * (OVERHEAD + SERIAL_BYTES as u64 + 1000);
     let history = history(state.path(), 1000, size(3));
     for id in 1..=5 {
-        history.add(&entry(id), &serial).unwrap();
+        history.add(&entry(id), &said(&serial)).unwrap();
         made_older(state.path(), &entry(id).key, 100 - id);
     }
     history.tidy().unwrap();
@@ -144,7 +178,7 @@ fn a_full_history_forgets_the_oldest() {
 fn what_a_kill_left_half_written_goes_and_what_is_being_written_stays() {
     let state = tempfile::tempdir().unwrap();
     let history = history(state.path(), 60, 1 << 20);
-    history.add(&entry(1), b"").unwrap();
+    history.add(&entry(1), &said(b"")).unwrap();
     let mut child = std::process::Command::new("true").spawn().unwrap();
     child.wait().unwrap();
     let folder = |pid: u32| {
@@ -171,7 +205,7 @@ fn what_a_kill_left_half_written_goes_and_what_is_being_written_stays() {
     // One of this process's own number, from before.
     fs::create_dir(folder(std::process::id())).unwrap();
     fs::write(folder(std::process::id()).join("junk"), "").unwrap();
-    history.add(&entry(2), b"").unwrap();
+    history.add(&entry(2), &said(b"")).unwrap();
     assert_eq!(history.list().unwrap().len(), 2);
     assert!(
         !state
@@ -188,12 +222,12 @@ fn a_damaged_entry_and_a_newer_ones_are_passed_over_and_go_with_time() {
     let state = tempfile::tempdir().unwrap();
     let history = history(state.path(), 60, 1 << 20);
     for (id, text) in [(1, ""), (2, r#"{"version": 99}"#)] {
-        history.add(&entry(id), b"").unwrap();
+        history.add(&entry(id), &said(b"")).unwrap();
         let dir = state.path().join(HISTORY).join(entry(id).key.to_string());
         fs::write(dir.join(ENTRY), text).unwrap();
         made_older(state.path(), &entry(id).key, 61);
     }
-    history.add(&entry(3), b"").unwrap();
+    history.add(&entry(3), &said(b"")).unwrap();
     assert_eq!(history.list().unwrap().len(), 1);
     history.tidy().unwrap();
     assert_eq!(names(state.path()), [TIDIED.to_owned(), entry(3).key.to_string()]);

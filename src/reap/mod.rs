@@ -18,7 +18,7 @@ pub use images::{Images, Keeper, Users, in_use, standing_policy};
 use plan::judge;
 pub use plan::{Action, Found, Why, World, plan};
 
-use crate::history::{self, Bounds, Entry, History, Removal, outcome};
+use crate::history::{self, Bounds, Entry, History, Removal, Seen, outcome};
 use crate::host::Slots;
 use crate::image::Store;
 use crate::kill::{self, Point};
@@ -214,7 +214,10 @@ impl Reaper {
             Err(record::Error::Gone(_) | record::Error::Damaged { .. }) => None,
             Err(e) => return Err(e.into()),
         };
-        let memory = step.as_ref().and_then(|s| memory(job, &s.record));
+        let memory = match &step {
+            Some(step) => memory(job, &step.record).await,
+            None => None,
+        };
         let remembered = self.remember(memory.as_ref());
         let machine = step.as_ref().and_then(|s| s.record.machine.clone());
         let name = machine
@@ -238,8 +241,8 @@ impl Reaper {
     }
 
     /// Adds a job to the history.
-    fn remember(&self, memory: Option<&(Entry, Vec<u8>)>) -> Result<(), record::Error> {
-        memory.map_or(Ok(()), |(entry, serial)| self.history.add(entry, serial))
+    fn remember(&self, memory: Option<&(Entry, Seen)>) -> Result<(), record::Error> {
+        memory.map_or(Ok(()), |(entry, seen)| self.history.add(entry, seen))
     }
 
     /// Removes what is claimed, but for machines that are to stay: the answer is which, and until when. Nothing is fine too.
@@ -319,14 +322,30 @@ fn conclude(record: &mut Record, removal: &Removal) {
 /// Why a try goes that the runner did not clean up.
 const BEGUN_AGAIN: &str = "gitlab-runner began the job again without cleaning up";
 
-/// What is to be remembered of a job that is about to be removed: its story, and the end of its serial log.
-fn memory(job: &JobDir, record: &Record) -> Option<(Entry, Vec<u8>)> {
+/// The picture of its screen in the folder of a job that failed.
+pub const SCREEN: &str = "screen.png";
+
+/// What is to be remembered of a job that is about to be removed: its story, the end of its serial log, and its screen if it failed.
+async fn memory(job: &JobDir, record: &Record) -> Option<(Entry, Seen)> {
     let entry = Entry::of(record.clone(), record.outcome.clone()?, Timestamp::now());
     let serial = serial::last_bytes(&job.file("serial.log"), history::SERIAL_BYTES).unwrap_or_else(|e| {
         tracing::warn!(job = %job.key(), "the serial log is not remembered: {e}");
         Vec::new()
     });
-    Some((entry, serial))
+    let screen = match std::fs::read(job.file(SCREEN)) {
+        Ok(picture) => Some(picture),
+        Err(_) if entry.outcome.is_failure() => screen(record).await,
+        Err(_) => None,
+    };
+    Some((entry, Seen { serial, screen }))
+}
+
+/// The screen of a machine that is still there.
+async fn screen(record: &Record) -> Option<Vec<u8>> {
+    let machine = record.machine.as_ref()?;
+    let seen = async { Libvirt::open(&machine.uri)?.screenshot(&machine.name).await };
+    // A machine that has ended has no screen to show, and that is no news.
+    seen.await.ok()
 }
 
 /// What is known about a job's folder.

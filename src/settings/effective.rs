@@ -27,6 +27,8 @@ pub struct Settings {
     pub builds_dir: String,
     /// Where local caches live, in the guest.
     pub cache_dir: String,
+    /// The folder below the project's, in the guest, that a failed job's report is written into, if any.
+    pub report_dir: Option<String>,
     /// What to do with a job that asks for `services:`.
     pub services: Services,
     /// Where the operator's log goes.
@@ -268,6 +270,15 @@ impl Settings {
                 )));
             }
         }
+        if let Some(dir) = &file.report_dir {
+            let plain = |part: &str| !matches!(part, "" | "." | "..");
+            if !dir.split('/').all(plain) || dir.contains(char::is_control) {
+                return Err(wrong(format!(
+                    "report_dir \"{}\" is not a path below a project's folder, such as \".cannery\"",
+                    dir.escape_debug()
+                )));
+            }
+        }
         if file.network.slots == Some(0) || file.host.max_machines == Some(0) {
             return Err(wrong(
                 "network.slots and host.max_machines must be at least 1".to_owned(),
@@ -383,6 +394,7 @@ impl Settings {
             state_dir,
             builds_dir,
             cache_dir,
+            report_dir: file.report_dir,
             services: file.services.unwrap_or_default(),
             log: file.log_file.map(|file_name| OperatorLog {
                 file: file_name,

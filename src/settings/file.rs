@@ -22,6 +22,8 @@ pub struct File {
     pub builds_dir: Option<String>,
     /// Where local caches live, in the guest.
     pub cache_dir: Option<String>,
+    /// The folder below the project's that a failed job's report is written into.
+    pub report_dir: Option<String>,
     /// What to do with a job that asks for `services:`.
     pub services: Option<Services>,
     /// Where the operator's log goes, as JSON lines.

@@ -123,6 +123,9 @@ fn values_that_do_not_fit_together_are_refused() {
             "image.\"a/b\".machine.cpus = 0",
         ),
         ("[images]\npull_policy = []", "names no policy"),
+        ("report_dir = \"/etc\"", "report_dir \"/etc\" is not a path below"),
+        ("report_dir = \"a/../..\"", "is not a path below"),
+        ("report_dir = \"\"", "is not a path below"),
         (
             "[hold]\non_failure = \"2h\"\nmax = \"1h\"",
             "hold.on_failure is longer than hold.max",

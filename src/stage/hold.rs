@@ -30,15 +30,19 @@ pub(super) struct End<'a> {
 }
 
 impl End<'_> {
-    /// Until when the machine stays for it, if it does: a script of the job's author failed, or was ended since its time was over.
-    /// One that somebody cancelled is not held. Pure.
-    pub(super) fn held(&self, record: &Record, now: Timestamp) -> Option<Held> {
-        let fails = match self.ending {
+    /// Did a script of the job's author fail, or was it ended since its time was over? One that somebody cancelled did not. Pure.
+    pub(super) fn failed(&self, record: &Record, now: Timestamp) -> bool {
+        let failed = match self.ending {
             Ending::Script { .. } => true,
             Ending::Cancelled => self.time_was_over(record, now),
             _ => false,
         };
-        if record.hold == 0 || !fails || !history::is_script(self.stage) {
+        failed && history::is_script(self.stage)
+    }
+
+    /// Until when the machine stays for it, if it does. Pure.
+    pub(super) fn held(&self, record: &Record, now: Timestamp) -> Option<Held> {
+        if record.hold == 0 || !self.failed(record, now) {
             return None;
         }
         let lease = SignedDuration::from_secs(i64::try_from(record.hold).unwrap_or(i64::MAX));

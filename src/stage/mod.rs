@@ -13,6 +13,7 @@ mod hold;
 pub mod images;
 pub mod kept;
 mod order;
+mod post_mortem;
 mod prepare;
 mod run;
 mod visit;

@@ -7,6 +7,7 @@ use std::time::Instant;
 use jiff::Timestamp;
 
 use super::hold::{self, End};
+use super::post_mortem::PostMortem;
 use super::visit::{Ended, Visit};
 use crate::guest::shell::RunId;
 use crate::job::{Environment, claim};
@@ -85,12 +86,14 @@ pub async fn run(
             .and_then(|limit| limit.parse().ok())
             .map(|Span(limit)| limit),
     };
-    let mut held = None;
+    let (mut held, mut failed) = (None, false);
     match job.enter(State::Ready, |r| {
+        let now = Timestamp::now();
+        failed = end.failed(r, now);
         r.runs.retain(|run| !over(run));
         // An operator who holds the machine has said until when.
         if r.held.is_none() {
-            held = end.held(r, Timestamp::now());
+            held = end.held(r, now);
             r.held.clone_from(&held);
         }
         r.end(stage, took, ending.clone());
@@ -98,6 +101,18 @@ pub async fn run(
         Ok(step) => drop(step),
         // Cleaned up while the script ran: that is said below, if it is a failure at all.
         Err(e) => tracing::info!("the job is gone: {e}"),
+    }
+    if failed {
+        let project = environment.variable("CI_PROJECT_DIR");
+        let folder = |dir: &String| project.map(|project| format!("{project}/{dir}"));
+        let post_mortem = PostMortem {
+            job: &job,
+            guest: &guest,
+            machine: &machine,
+            way: &visit.way,
+            folder: settings.report_dir.as_ref().and_then(folder),
+        };
+        post_mortem.take(log).await;
     }
     if let Some(held) = held {
         log.line(hold::sentence(job.key(), held.until));

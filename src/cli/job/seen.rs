@@ -49,6 +49,8 @@ pub(super) struct Seen {
     pub(super) phases: Vec<Phase>,
     pub(super) stages: Vec<Stage>,
     pub(super) serial_log: PathBuf,
+    /// The picture of its screen, if one is kept.
+    pub(super) screen: Option<PathBuf>,
 }
 
 /// What programs are told of a job in a list; the JSON's keys are these names.
@@ -78,7 +80,8 @@ pub(super) fn all(context: &Context, settings: &Settings) -> Result<Vec<Seen>, F
     for folder in Jobs::look(&settings.state_dir).list()? {
         match folder.read() {
             Ok(Some(record)) => {
-                let seen = Seen::live(record, folder.file("serial.log"));
+                let mut seen = Seen::live(record, folder.file("serial.log"));
+                seen.screen = Some(folder.file(reap::SCREEN)).filter(|file| file.is_file());
                 jobs.insert(seen.key.clone(), seen);
             }
             // Removed since the folder was listed, or by a removal that was killed: `reap` knows.
@@ -94,7 +97,9 @@ pub(super) fn all(context: &Context, settings: &Settings) -> Result<Vec<Seen>, F
     });
     for entry in remembered {
         let serial_log = history.serial_log(&entry.key);
-        jobs.insert(entry.key.clone(), Seen::remembered(entry, serial_log));
+        let mut seen = Seen::remembered(entry, serial_log);
+        seen.screen = history.screen(&seen.key);
+        jobs.insert(seen.key.clone(), seen);
     }
     let mut jobs: Vec<Seen> = jobs.into_values().collect();
     jobs.sort_by(|a, b| (b.created, &b.key).cmp(&(a.created, &a.key)));
@@ -130,6 +135,7 @@ impl Seen {
             phases: record.phases,
             stages: record.stages,
             serial_log,
+            screen: None,
         }
     }
 
@@ -149,6 +155,7 @@ impl Seen {
             phases: entry.phases,
             stages: entry.stages,
             serial_log,
+            screen: None,
         }
     }
 

@@ -1,3 +1,4 @@
+use std::path::Path;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -38,6 +39,7 @@ struct Whole<'a> {
     phases: &'a [Phase],
     stages: &'a [Stage],
     serial_log: String,
+    screen: Option<&'a Path>,
 }
 
 pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
@@ -77,6 +79,7 @@ pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failur
             phases: &job.phases,
             stages: &job.stages,
             serial_log,
+            screen: job.screen.as_deref(),
         }),
         Format::Table => {
             print(&page(&job, (lines > 0).then_some(serial_log.as_str()), now));
@@ -135,6 +138,8 @@ fn identity(job: &Seen, now: Timestamp) -> String {
         ("Started", began),
     ];
     lines.extend(job.removed.map(|at| ("Removed", time(at))));
+    let screen = job.screen.as_ref().map(|file| file.display().to_string());
+    lines.extend(screen.map(|file| ("Screen", file)));
     lines
         .into_iter()
         .map(|(name, value)| format!("{name:<8} {value}\n"))

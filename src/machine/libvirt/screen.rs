@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use virt::connect::Connect;
 use virt::domain::Domain;
@@ -12,12 +13,14 @@ use super::super::keys::Keys;
 use super::super::screen::{self, MOST_BYTES};
 use super::super::xml::Node;
 use super::machines::{find, gone_if_missing};
-use super::{Error, Libvirt, QUERY_DEADLINE};
+use super::{Error, Libvirt};
 
 /// The screen that our machines have.
 const SCREEN: u32 = 0;
 /// For how long keys are held down, in milliseconds: a guest that is emulated looks at its keyboard late.
 const HOLD_MS: u32 = 100;
+/// Deadline of all that is done with a screen. It takes milliseconds; who waits is a person, or a job that has failed already.
+const SCREEN_DEADLINE: Duration = Duration::from_secs(10);
 /// How much of a picture is read at once, in bytes: what libvirt sends in one message.
 const PIECE: usize = 64 << 10;
 
@@ -91,7 +94,7 @@ impl Libvirt {
     {
         let wanted = name.to_owned();
         let seen = self
-            .call(format!("{what} {name}"), QUERY_DEADLINE, move |connection| {
+            .call(format!("{what} {name}"), SCREEN_DEADLINE, move |connection| {
                 let Some(domain) = find(connection, &wanted)? else {
                     return Ok(Seen::NoMachine);
                 };
