@@ -6,8 +6,8 @@
 mod spice;
 
 use cannery::console::link::{Caps, Hello};
-use cannery::console::{Kind, Limits, Mode, Security};
-use spice::{Running, Screen, hello};
+use cannery::console::{Kind, Mode, Security};
+use spice::{Running, Screen, hello, limits};
 
 #[test]
 #[ignore = "needs qemu-system-x86_64 with SPICE and spice-client-gtk"]
@@ -148,7 +148,7 @@ fn old_viewers_that_choose_nothing_and_have_long_headers_are_served() {
 /// Malformed link messages over a real connection; what each is told. The machine is never asked.
 #[test]
 fn what_is_no_link_message_is_told_so() {
-    let running = Running::start(None, Limits::default(), Security::Plain);
+    let running = Running::start(None, limits(), Security::Plain);
     let usual = hello(0, Kind::Main).encode();
     let changed = |at: usize, byte: u8| {
         let mut bytes = usual.clone();
@@ -171,7 +171,7 @@ fn what_is_no_link_message_is_told_so() {
         assert_eq!(reply[16..20], u32::to_le_bytes(code), "{what}");
         assert!(viewer.read(1).is_err(), "{what}: it goes on");
     }
-    let running = Running::start(None, Limits::default(), Security::NeedTls);
+    let running = Running::start(None, limits(), Security::NeedTls);
     let mut viewer = running.viewer();
     assert_eq!(
         viewer.link(&hello(0, Kind::Main)).unwrap_err().to_string(),

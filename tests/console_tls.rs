@@ -16,11 +16,11 @@ use std::sync::Arc;
 
 use cannery::console::backend::Tcp;
 use cannery::console::tls::MachineTls;
-use cannery::console::{Backend, Certificate, Kind, Limits, Mode, Security};
+use cannery::console::{Backend, Certificate, Kind, Mode, Security};
 use cannery::secret::Secret;
 use https_fixture::Authority;
 use openssl::ssl::{SslConnector, SslMethod};
-use spice::{Running, Screen, hello};
+use spice::{Running, Screen, hello, limits};
 
 fn certificate(authority: &Authority) -> Arc<Certificate> {
     Arc::new(Certificate::load(&authority.file("server.pem"), &authority.file("server.key")).unwrap())
@@ -31,7 +31,7 @@ fn certificate(authority: &Authority) -> Arc<Certificate> {
 fn a_viewer_that_comes_plain_is_sent_to_tls_where_it_checks_whom_it_has() {
     let screen = Screen::start();
     let authority = Authority::new();
-    let limits = Limits::default();
+    let limits = limits();
     let tls = Running::start(
         Some(screen.backend()),
         limits.clone(),
@@ -118,11 +118,11 @@ fn a_machine_behind_tls_is_known_by_its_subject_and_its_plain_port_is_left_where
     // Another proxy stands for a host whose QEMU has TLS; it has a ticket of its own.
     let secured = Running::start(
         Some(screen.backend()),
-        Limits::default(),
+        limits(),
         Security::Tls(certificate(&authority)),
     );
     secured.admit("the-hosts", "machine", Mode::Full, screen.backend());
-    let plain = Running::start(None, Limits::default(), Security::NeedTls);
+    let plain = Running::start(None, limits(), Security::NeedTls);
     let backend = |port, authorities: &[u8], subject| -> Arc<dyn Backend> {
         Arc::new(Tcp {
             host: "127.0.0.1".to_owned(),
@@ -182,7 +182,7 @@ fn a_machine_behind_tls_is_known_by_its_subject_and_its_plain_port_is_left_where
 fn a_certificate_is_changed_and_sessions_that_began_before_go_on() {
     let (old, new) = (Authority::new(), Authority::new());
     let shown = certificate(&old);
-    let running = Running::start(None, Limits::default(), Security::Tls(Arc::clone(&shown)));
+    let running = Running::start(None, limits(), Security::Tls(Arc::clone(&shown)));
     let connect = |authority: &Authority| {
         let mut builder = SslConnector::builder(SslMethod::tls_client()).unwrap();
         builder.set_ca_file(authority.file("ca.pem")).unwrap();

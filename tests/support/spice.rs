@@ -269,7 +269,7 @@ impl Running {
 
     /// One before this machine.
     pub fn before(screen: &Screen) -> Self {
-        Self::start(Some(screen.backend()), Limits::default(), Security::Plain)
+        Self::start(Some(screen.backend()), limits(), Security::Plain)
     }
 
     /// Makes a ticket for a machine.
@@ -342,6 +342,14 @@ impl Drop for Running {
     fn drop(&mut self) {
         drop(self.stop.take());
         drop(self.thread.take().unwrap().join());
+    }
+}
+
+/// The usual limits, with the few keys that a test needs: making them takes its time.
+pub fn limits() -> Limits {
+    Limits {
+        keys: 8,
+        ..Limits::default()
     }
 }
 
