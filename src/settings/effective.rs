@@ -45,6 +45,8 @@ pub struct Settings {
     pub history_keep: Duration,
     /// How many bytes that may take; zero for not at all.
     pub history_size: u64,
+    /// Viewers that `cannery console` starts, the best first.
+    pub viewers: Vec<String>,
     /// The console, where there is one.
     pub console: Option<ConsoleSettings>,
     machine: MachineTable,
@@ -404,6 +406,7 @@ impl Settings {
             network,
             history_keep: file.history.keep.map_or(DEFAULT_HISTORY_KEEP, |s| s.0),
             history_size: file.history.max_size.unwrap_or(DEFAULT_HISTORY_SIZE).bytes(),
+            viewers: file.console.programs(),
             console: file.console.resolve().map_err(wrong)?,
             machine: file.machine,
             guest: file.guest,
