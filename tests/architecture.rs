@@ -73,7 +73,7 @@ fn rooms_import_only_what_the_plan_allows() {
         (
             "serve",
             &[
-                "settings", "ticket", "job", "machine", "guest", "start", "outcome", "report",
+                "settings", "ticket", "console", "job", "machine", "guest", "start", "outcome", "report",
             ],
         ),
         (

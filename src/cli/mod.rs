@@ -67,8 +67,8 @@ enum Command {
     Vm(vm::Command),
     #[command(subcommand, display_order = 20)]
     Job(job::Command),
-    #[command(subcommand, display_order = 20)]
-    Console(console::Command),
+    #[command(display_order = 20)]
+    Console(console::Arguments),
     #[command(subcommand, display_order = 20)]
     Image(image::Command),
     #[command(display_order = 21)]
@@ -237,7 +237,7 @@ fn dispatch(command: Command, context: &Context) -> Result<(), Failure> {
             Command::Cleanup(arguments) => unless_terminated(cleanup::run(context, &arguments)).await,
             Command::Vm(command) => vm::run(context, &command).await,
             Command::Job(command) => job::run(context, &command),
-            Command::Console(command) => console::run(context, &command),
+            Command::Console(arguments) => console::run(context, &arguments).await,
             Command::Image(command) => image::run(context, command).await,
             Command::Reap(arguments) => reap::run(context, &arguments).await,
             Command::Serve(arguments) => serve::run(context, &arguments).await,

@@ -18,6 +18,7 @@ use super::House;
 use super::limit::Place;
 use super::site::{self, Peer};
 use super::tls::Certificate;
+use crate::console::{Certificate as ScreenCertificate, Security};
 use crate::outcome::Failure;
 
 /// TLS is agreed upon within this, or the connection ends.
@@ -150,5 +151,43 @@ async fn connection(
     };
     if let Err(e) = result {
         tracing::debug!("a connection ended: {e}");
+    }
+}
+
+/// The port for SPICE viewers, where there is one.
+pub(super) struct Spice(Option<(Mutex<Option<TcpListener>>, Arc<ScreenCertificate>)>);
+
+impl Spice {
+    pub(super) async fn open(house: &House) -> Result<Self, Failure> {
+        let console = &house.console;
+        let Some(listen) = console.spice_listen else {
+            return Ok(Self(None));
+        };
+        let listener = TcpListener::bind(listen).await.map_err(|e| {
+            Failure::system(format!("cannot listen on {listen}: {e}"))
+                .hint("console.spice_listen in the settings names the address")
+        })?;
+        let certificate = ScreenCertificate::load(&console.certificate, &console.key)
+            .map_err(|_| Failure::system("console.certificate cannot be used for screens"))?;
+        Ok(Self(Some((Mutex::new(Some(listener)), Arc::new(certificate)))))
+    }
+
+    /// Reads the certificate's files again.
+    pub(super) fn reload(&self, house: &House) -> Result<(), openssl::error::ErrorStack> {
+        match &self.0 {
+            Some((_, certificate)) => certificate.reload(&house.console.certificate, &house.console.key),
+            None => Ok(()),
+        }
+    }
+
+    /// Takes viewers, for ever.
+    pub(super) async fn serve(&self, house: &House) {
+        if let Some((listener, certificate)) = &self.0
+            && let Some(listener) = listener.lock().await.take()
+        {
+            let security = Security::Tls(Arc::clone(certificate));
+            match Arc::clone(&house.proxy).listen(listener, security).await {}
+        }
+        std::future::pending().await
     }
 }

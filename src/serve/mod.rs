@@ -13,6 +13,8 @@
 //! | `session` | who is in, until when; ends what a ticket opened when the ticket or the machine goes |
 //! | `terminal`, `shell` | a shell in the guest over a WebSocket |
 //! | `serial` | the serial log over another |
+//! | `screen` | the SPICE proxy (`console`) with our tickets: over WebSockets, and at a port of its own for viewers |
+//! | `local` | the same for one viewer on this host, without the rest |
 //! | `login`, `gitlab` | who somebody is, and whether they are a Developer of the job's project |
 //! | `api` | sessions listed and ended, tickets minted, for programs |
 //! | `audit`, `count` | what happened, for people and for Prometheus |
@@ -25,6 +27,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
+use crate::console::Proxy;
 use crate::outcome::Failure;
 use crate::record::Jobs;
 use crate::secret::Secret;
@@ -36,7 +39,9 @@ mod count;
 mod door;
 mod gitlab;
 mod limit;
+mod local;
 mod login;
+mod screen;
 mod serial;
 mod session;
 mod shell;
@@ -44,10 +49,13 @@ mod site;
 mod terminal;
 mod tls;
 
+pub use local::{Local, local};
+
 use audit::Audit;
 use count::Counts;
 use gitlab::GitLab;
 use limit::{Connections, Guesses};
+use screen::Passes;
 use session::{End, Sessions};
 use terminal::Screens;
 use tls::Certificate;
@@ -63,7 +71,9 @@ struct House {
     settings: Settings,
     console: ConsoleSettings,
     jobs: Jobs,
-    sessions: Sessions,
+    sessions: Arc<Sessions>,
+    passes: Arc<Passes>,
+    proxy: Arc<Proxy>,
     screens: Screens,
     guesses: Guesses,
     connections: Arc<Connections>,
@@ -94,11 +104,28 @@ pub async fn serve(
     let audit = Audit::open(console.audit_log.as_deref())
         .map_err(|e| Failure::system(format!("cannot write console.audit_log: {e}")))?;
     let (audit, counts) = (Arc::new(audit), Arc::new(Counts::default()));
+    let jobs = Jobs::open(&settings.state_dir)?;
+    let sessions = Arc::new(Sessions::new(
+        console.max_sessions,
+        Arc::clone(&audit),
+        Arc::clone(&counts),
+    ));
+    let passes = Arc::new(Passes::default());
+    let proxy = screen::proxy(
+        jobs.clone(),
+        Arc::clone(&sessions),
+        Arc::clone(&passes),
+        console.max_sessions,
+    )
+    .map_err(|e| Failure::system(format!("cannot start a thread: {e}")))?;
+    sessions.end_at(&proxy);
     let house = Arc::new(House {
         api_token: api_token(&console)?,
         gitlab: gitlab(&console)?,
-        jobs: Jobs::open(&settings.state_dir)?,
-        sessions: Sessions::new(console.max_sessions, Arc::clone(&audit), Arc::clone(&counts)),
+        jobs,
+        sessions,
+        passes,
+        proxy,
         screens: Screens::default(),
         guesses: Guesses::default(),
         connections: Arc::default(),
@@ -109,6 +136,7 @@ pub async fn serve(
     });
     let door = door::Door::open(Arc::clone(&house), Arc::new(certificate)).await?;
     ready(door.address());
+    let spice = door::Spice::open(&house).await?;
     let looking = async {
         loop {
             tokio::time::sleep(LOOK).await;
@@ -117,6 +145,9 @@ pub async fn serve(
     };
     let reloading = async {
         while reload.recv().await.is_some() {
+            if let Err(e) = spice.reload(&house) {
+                tracing::error!("the old certificate stays in use for screens: {e}");
+            }
             match door.certificate().reload() {
                 Ok(()) => tracing::info!("the certificate was read again"),
                 Err(e) => tracing::error!("the old certificate stays in use: {e}"),
@@ -127,6 +158,7 @@ pub async fn serve(
     tokio::select! {
         () = stop => {}
         () = door.serve() => {}
+        () = spice.serve(&house) => {}
         () = looking => {}
         () = reloading => {}
     }

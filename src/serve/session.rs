@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
@@ -17,6 +17,8 @@ use tokio::sync::watch;
 
 use super::audit::{Audit, Event};
 use super::count::Counts;
+use super::screen;
+use crate::console::Proxy;
 use crate::record::{JobDir, JobKey};
 use crate::secret::Secret;
 use crate::ticket::{self, Mode, Redeemed, TicketId};
@@ -104,6 +106,8 @@ pub(super) struct Sessions {
     most: usize,
     audit: Arc<Audit>,
     counts: Arc<Counts>,
+    /// Where viewers of screens are, who end with their sessions.
+    screens: OnceLock<Weak<Proxy>>,
 }
 
 fn name_of(cookie: &str) -> [u8; 32] {
@@ -118,7 +122,14 @@ impl Sessions {
             most,
             audit,
             counts,
+            screens: OnceLock::new(),
         }
+    }
+
+    /// From now on sessions that end are ended at this proxy, too.
+    pub(super) fn end_at(&self, proxy: &Arc<Proxy>) {
+        // There is one proxy, and this is called once.
+        let _ = self.screens.set(Arc::downgrade(proxy));
     }
 
     fn all(&self) -> MutexGuard<'_, HashMap<[u8; 32], Arc<Session>>> {
@@ -186,6 +197,9 @@ impl Sessions {
             return;
         }
         session.end.send_replace(Some(why));
+        if let Some(proxy) = self.screens.get().and_then(Weak::upgrade) {
+            screen::end(&proxy, session, why);
+        }
         self.audit.note(&Event::SessionClosed {
             session: session.number,
             job: session.job.key(),
@@ -196,10 +210,16 @@ impl Sessions {
         });
     }
 
+    /// The session of this number, while it lives.
+    pub(super) fn by_number(&self, number: u64) -> Option<Arc<Session>> {
+        self.all().values().find(|s| s.number == number).cloned()
+    }
+
     /// Ends the session of this number; false where there is none.
     pub(super) fn end_number(&self, number: u64, why: End) -> bool {
-        let session = self.all().values().find(|s| s.number == number).cloned();
-        session.map(|session| self.end(&session, why)).is_some()
+        self.by_number(number)
+            .map(|session| self.end(&session, why))
+            .is_some()
     }
 
     pub(super) fn end_all(&self, why: End) {

@@ -7,7 +7,9 @@
 //! | `GET`, `DELETE /jobs/KEY/session` | the cookie | what may be seen; leaves |
 //! | `GET /jobs/KEY/terminal`, `/serial` | the cookie | WebSockets |
 //! | `GET /jobs/KEY/login`, `/oauth/callback` | anybody; Developers of the job's project | to GitLab; a cookie for this machine |
-//! | `GET /assets/…`, `/page/…` | anybody | programs for the browser |
+//! | `POST /jobs/KEY/pass`, `GET /jobs/KEY/console.vv` | the cookie | a password for the screen, good once; the same in a viewer's file |
+//! | `GET /jobs/KEY/screen` | the cookie, and a pass in the SPICE handshake | WebSockets, one a channel |
+//! | `GET /assets/…`, `/spice/…`, `/page/…` | anybody | programs for the browser |
 //! | `/api/…`, `/metrics` | the API's secret | see [`super::api`] |
 //! | `GET /healthz` | anybody | whether it serves |
 //!
@@ -15,7 +17,7 @@
 //! browsers keep to themselves, or from whoever types it. Each request names our host, and each that changes something or opens a
 //! WebSocket comes from our own pages: browsers send cookies along with what other sites make them ask.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
@@ -25,14 +27,14 @@ use axum::extract::{DefaultBodyLimit, Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
-use axum::routing::get;
+use axum::routing::{get, post};
 use axum::{Extension, Json, Router};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::limit::Place;
 use super::session::{End, Session};
-use super::{House, api, login, serial, terminal};
+use super::{House, api, login, screen, serial, terminal};
 use crate::record::JobKey;
 use crate::report;
 use crate::secret::Secret;
@@ -108,6 +110,10 @@ pub(super) fn router(house: Arc<House>) -> Router {
         .route("/jobs/{key}/serial", get(open_serial))
         .route("/jobs/{key}/login", get(login::set_out))
         .route("/oauth/callback", get(login::come_back))
+        .route("/jobs/{key}/pass", post(hand_out))
+        .route("/jobs/{key}/screen", get(open_screen))
+        .route("/jobs/{key}/console.vv", get(viewer_file))
+        .route("/spice/{*name}", get(spice_asset))
         .route("/page/page.js", get(async || typed(JAVASCRIPT, SCRIPT)))
         .route("/page/page.css", get(async || typed(CSS, STYLE)))
         .route("/assets/{name}", get(asset))
@@ -275,6 +281,8 @@ struct Shown {
     image: Option<String>,
     state: String,
     mode: Mode,
+    /// Is there a port for viewers?
+    viewers: bool,
 }
 
 async fn shown(State(house): State<Arc<House>>, uri: Uri, headers: HeaderMap) -> Result<Response, Refused> {
@@ -296,6 +304,7 @@ async fn shown(State(house): State<Arc<House>>, uri: Uri, headers: HeaderMap) ->
         state: record.state.to_string(),
         job: record.key,
         mode: session.mode,
+        viewers: house.console.spice_listen.is_some(),
     };
     Ok(Json(shown).into_response())
 }
@@ -342,4 +351,87 @@ async fn open_serial(
         serial::serve(socket, house.sessions.channel(&session, "serial")).await;
         drop(place);
     }))
+}
+
+/// A password for the screen, for the page itself.
+async fn hand_out(
+    State(house): State<Arc<House>>,
+    uri: Uri,
+    headers: HeaderMap,
+) -> Result<Response, Refused> {
+    let session = session_of(&house, &uri, &headers)?;
+    let pass = house.passes.hand_out(&session, Instant::now())?;
+    Ok(Json(serde_json::json!({ "password": pass.reveal() })).into_response())
+}
+
+async fn open_screen(
+    State(house): State<Arc<House>>,
+    Extension(place): Extension<Arc<Place>>,
+    Extension(Peer(from)): Extension<Peer>,
+    uri: Uri,
+    headers: HeaderMap,
+    upgrade: WebSocketUpgrade,
+) -> Result<Response, Refused> {
+    session_of(&house, &uri, &headers)?;
+    let upgrade = upgrade
+        .protocols(["binary"])
+        .max_message_size(LONGEST_MESSAGE)
+        .max_frame_size(LONGEST_MESSAGE);
+    Ok(upgrade.on_upgrade(async move |socket| {
+        // The port is of no interest to anybody.
+        screen::serve(Arc::clone(&house.proxy), socket, SocketAddr::new(from, 0)).await;
+        drop(place);
+    }))
+}
+
+async fn viewer_file(
+    State(house): State<Arc<House>>,
+    uri: Uri,
+    headers: HeaderMap,
+) -> Result<Response, Refused> {
+    let session = session_of(&house, &uri, &headers)?;
+    let Some(listen) = house.console.spice_listen else {
+        return Err(Refused::new(
+            StatusCode::NOT_FOUND,
+            "there is no port for viewers here",
+        ));
+    };
+    let authority = match &house.console.authority_file {
+        Some(path) => Some(tokio::fs::read_to_string(path).await.map_err(|e| {
+            tracing::error!("{}: {e}", path.display());
+            Refused::new(
+                StatusCode::INTERNAL_SERVER_ERROR,
+                "the host cannot read its own files",
+            )
+        })?),
+        None => None,
+    };
+    let record = session.job.read().map_err(ticket::Error::from)?;
+    let name = record
+        .map(|record| report::line(&record.job, LONGEST_NAME))
+        .unwrap_or_default();
+    let pass = house.passes.hand_out(&session, Instant::now())?;
+    let port = screen::Port::Tls(listen.port());
+    let text = screen::viewer_file(house.console.host(), port, &name, &pass, authority.as_deref());
+    let kind = [
+        (header::CONTENT_TYPE, "application/x-virt-viewer"),
+        (header::CONTENT_DISPOSITION, "attachment; filename=\"console.vv\""),
+    ];
+    Ok((kind, text).into_response())
+}
+
+/// A file of spice-html5, as its package has it.
+async fn spice_asset(State(house): State<Arc<House>>, uri: Uri) -> Result<Response, Refused> {
+    let none = || Refused::new(StatusCode::NOT_FOUND, "there is no such file");
+    let name = uri.path().trim_start_matches("/spice/");
+    // Plain names only, so that none leads out of the folder.
+    let plain = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_alphanumeric());
+    let stem = name.strip_suffix(".js").ok_or_else(none)?;
+    if !plain(stem.strip_prefix("thirdparty/").unwrap_or(stem)) {
+        return Err(none());
+    }
+    let text = tokio::fs::read(house.console.spice_html5.join(name))
+        .await
+        .map_err(|_| none())?;
+    Ok(([(header::CONTENT_TYPE, JAVASCRIPT)], text).into_response())
 }

@@ -28,6 +28,14 @@ pub struct ConsoleTable {
     pub max_sessions: Option<u32>,
     /// The folder with the terminal's program for browsers.
     pub assets: Option<PathBuf>,
+    /// Where `cannery serve` takes SPICE viewers.
+    pub spice_listen: Option<SocketAddr>,
+    /// PEM file with the certificate's authority, for viewers' files.
+    pub authority_file: Option<PathBuf>,
+    /// The folder of spice-html5.
+    pub spice_html5: Option<PathBuf>,
+    /// Viewers that `cannery console` starts, the best first.
+    pub programs: Option<Vec<String>>,
     /// The file with the secret that opens the API.
     pub api_token_file: Option<PathBuf>,
     /// The file that the audit log is appended to.
@@ -61,6 +69,12 @@ pub struct ConsoleSettings {
     pub max_sessions: usize,
     /// The folder with the terminal's program for browsers.
     pub assets: PathBuf,
+    /// Where `cannery serve` takes SPICE viewers, if it does.
+    pub spice_listen: Option<SocketAddr>,
+    /// PEM file with the certificate's authority, for viewers' files, where viewers do not know it.
+    pub authority_file: Option<PathBuf>,
+    /// The folder of spice-html5.
+    pub spice_html5: PathBuf,
     /// The file with the secret that opens the API, if it is to be open.
     pub api_token_file: Option<PathBuf>,
     /// The file that the audit log is appended to, if there is to be one.
@@ -93,7 +107,20 @@ const DEFAULT_MAX_SESSIONS: u32 = 100;
 /// Where `contrib/console-assets` puts what it fetches.
 const DEFAULT_ASSETS: &str = "/usr/local/share/cannery/console";
 
+/// Where Debian's package has it.
+const DEFAULT_SPICE_HTML5: &str = "/usr/share/spice-html5";
+/// remote-viewer takes all that there is; virt-viewer asks libvirt itself.
+const DEFAULT_PROGRAMS: [&str; 2] = ["remote-viewer", "virt-viewer"];
+
 impl ConsoleSettings {
+    /// The host of the pages, without a port.
+    pub fn host(&self) -> &str {
+        match self.authority.rsplit_once(':') {
+            Some((host, port)) if !port.contains(']') => host,
+            _ => &self.authority,
+        }
+    }
+
     /// The address of a job's page, for its job log. It holds no secret.
     pub fn page(&self, job: &crate::record::JobKey) -> String {
         format!("{}/jobs/{job}", self.origin())
@@ -106,6 +133,12 @@ impl ConsoleSettings {
 }
 
 impl ConsoleTable {
+    /// Viewers that are started on this host, the best first; also where there are no pages.
+    pub(super) fn programs(&self) -> Vec<String> {
+        let usual = || DEFAULT_PROGRAMS.map(str::to_owned).to_vec();
+        self.programs.clone().unwrap_or_else(usual)
+    }
+
     /// Fills in the defaults; nothing where the console is off.
     pub(super) fn resolve(self) -> Result<Option<ConsoleSettings>, String> {
         let Some(url) = self.url else { return Ok(None) };
@@ -148,6 +181,9 @@ impl ConsoleTable {
             viewers,
             max_sessions: usize::try_from(max_sessions).unwrap_or(usize::MAX),
             assets: self.assets.unwrap_or_else(|| DEFAULT_ASSETS.into()),
+            spice_listen: self.spice_listen,
+            authority_file: self.authority_file,
+            spice_html5: self.spice_html5.unwrap_or_else(|| DEFAULT_SPICE_HTML5.into()),
             api_token_file: self.api_token_file,
             audit_log: self.audit_log,
             gitlab,
@@ -216,6 +252,7 @@ mod tests {
         assert!(table(url).unwrap_err().contains("console.certificate"));
         let whole = format!("{url}certificate = \"/c\"\nkey = \"/k\"\n");
         let settings = table(&whole).unwrap().unwrap();
+        assert_eq!(settings.host(), "ci.example.com");
         let key = "aaaa1111-7-1".parse().unwrap();
         assert_eq!(settings.page(&key), "https://ci.example.com/jobs/aaaa1111-7-1");
         assert_eq!(settings.gitlab, None);

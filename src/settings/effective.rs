@@ -47,6 +47,8 @@ pub struct Settings {
     pub history_keep: Duration,
     /// How many bytes that may take; zero for not at all.
     pub history_size: u64,
+    /// Viewers that `cannery console` starts, the best first.
+    pub viewers: Vec<String>,
     /// The console, where there is one.
     pub console: Option<ConsoleSettings>,
     /// For how long a machine stays whose job's script failed; zero for not at all.
@@ -438,6 +440,7 @@ impl Settings {
             hold_on_failure,
             hold_max,
             history_size: file.history.max_size.unwrap_or(DEFAULT_HISTORY_SIZE).bytes(),
+            viewers: file.console.programs(),
             console: file.console.resolve().map_err(wrong)?,
             machine: file.machine,
             guest: file.guest,

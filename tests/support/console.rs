@@ -58,6 +58,23 @@ impl Place {
         )
     }
 
+    /// Further lines, with which viewers may come.
+    pub fn spice_settings(&self) -> String {
+        let port = TcpListener::bind("127.0.0.1:0")
+            .unwrap()
+            .local_addr()
+            .unwrap()
+            .port();
+        let authority = self.authority.file("ca.pem");
+        // The terminal's program comes from where the host has it.
+        let assets = self.authority.dir.path().display().to_string();
+        install_assets(&assets);
+        format!(
+            "spice_listen = \"127.0.0.1:{port}\"\nauthority_file = \"{}\"\n",
+            authority.display()
+        )
+    }
+
     /// What pages call themselves.
     pub fn origin(&self) -> String {
         format!("https://localhost:{}", self.port)
@@ -104,6 +121,13 @@ impl Place {
             cookie: None,
         }
     }
+}
+
+/// Fetches the terminal's program, as an operator does.
+fn install_assets(folder: &str) {
+    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/console-assets");
+    let output = Command::new(script).arg(folder).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
 }
 
 /// A console that runs until it is dropped.

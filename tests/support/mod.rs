@@ -18,6 +18,8 @@ pub mod runner;
 
 // The demo shares what is above and knows the program by its arguments; what is below is told by cargo where it is.
 #[cfg(test)]
+pub mod chromium;
+#[cfg(test)]
 pub mod console;
 #[cfg(test)]
 pub mod desk;

@@ -68,12 +68,42 @@ function view(name, mode, options) {
   return { show() { resize(); terminal.focus(); } };
 }
 
+// The machine's screen, by spice-html5 as its package has it.
+async function screen() {
+  const { SpiceMainConn } = await import("/spice/main.js");
+  const answer = await fetch(`${here}/pass`, { method: "POST" });
+  const value = await answer.json();
+  if (!answer.ok) {
+    delete views.screen;
+    say(`The screen cannot be shown: ${value.error}.`);
+    return;
+  }
+  const viewer = new SpiceMainConn({
+    uri: `wss://${location.host}${here}/screen`,
+    screen_id: "screen",
+    password: value.password,
+    onerror: () => {
+      delete views.screen;
+      viewer.stop();
+      say("The screen was closed: the machine is gone, or somebody else looks at it. Choose the tab again to see it.");
+    },
+  });
+}
+
 const views = {};
+const TABS = ["terminal", "screen", "serial"];
 
 function choose(name, mode) {
-  for (const other of ["terminal", "serial"]) {
+  for (const other of TABS) {
     find(other).hidden = other !== name;
     find(`tab-${other}`).setAttribute("aria-selected", String(other === name));
+  }
+  if (name === "screen") {
+    views.screen ??= screen().catch(() => {
+      delete views.screen;
+      say("The screen's program is not installed: the operator installs the package spice-html5.");
+    });
+    return;
   }
   const silent = name === "serial" || mode !== "full";
   views[name] ??= view(name, mode, { disableStdin: silent, cursorBlink: !silent });
@@ -87,9 +117,11 @@ function show(job) {
   document.title = `${job.name} · cannery console`;
   const seeing = job.mode === "full" ? "" : " · you may only see";
   find("about").textContent = `${job.project} · ${job.image ?? ""}${seeing}`;
-  for (const name of ["terminal", "serial"]) {
+  for (const name of TABS) {
     find(`tab-${name}`).onclick = () => choose(name, job.mode);
   }
+  find("viewer").hidden = !job.viewers;
+  find("viewer").href = `${here}/console.vv`;
   find("leave").onclick = async () => {
     await ask("DELETE");
     location.reload();

@@ -1,26 +1,18 @@
 use jiff::Timestamp;
 use serde::Serialize;
 
-use super::{Context, Format, job, print, print_json};
+use super::{choose, whoami};
+use crate::cli::{Context, Format, print, print_json};
 use crate::outcome::Failure;
 use crate::quantity::Span;
-use crate::record::{JobDir, JobKey, Jobs};
+use crate::record::{JobKey, Jobs};
 use crate::report;
 use crate::settings::Settings;
 use crate::ticket::{self, Grant, Mode, TicketId};
 
-/// Mint and take away the tickets that open machines' consoles
-#[derive(Debug, clap::Subcommand)]
-pub(super) enum Command {
-    Ticket(TicketArguments),
-    #[command(visible_alias = "ls")]
-    List(ListArguments),
-    End(EndArguments),
-}
-
 /// Mint a ticket for a job's machine and print the address that opens its console
 #[derive(Debug, clap::Args)]
-pub(super) struct TicketArguments {
+pub(in crate::cli) struct TicketArguments {
     /// The job, as `vm list` shows it, or its number where that is unmistakable
     #[arg(value_name = "JOB")]
     job: String,
@@ -40,7 +32,7 @@ pub(super) struct TicketArguments {
 
 /// List the tickets of all jobs
 #[derive(Debug, clap::Args)]
-pub(super) struct ListArguments {
+pub(in crate::cli) struct ListArguments {
     /// How to print the list
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
@@ -48,7 +40,7 @@ pub(super) struct ListArguments {
 
 /// Take tickets away, which ends the sessions that they opened
 #[derive(Debug, clap::Args)]
-pub(super) struct EndArguments {
+pub(in crate::cli) struct EndArguments {
     /// The job, as `vm list` shows it, or its number where that is unmistakable
     #[arg(value_name = "JOB")]
     job: String,
@@ -57,16 +49,11 @@ pub(super) struct EndArguments {
     ticket: Option<String>,
 }
 
-pub(super) fn run(context: &Context, command: &Command) -> Result<(), Failure> {
-    let settings = context.settings()?;
-    match command {
-        Command::Ticket(arguments) => mint(context, &settings, arguments),
-        Command::List(arguments) => list(&settings, arguments),
-        Command::End(arguments) => end(&settings, arguments),
-    }
-}
-
-fn mint(context: &Context, settings: &Settings, arguments: &TicketArguments) -> Result<(), Failure> {
+pub(super) fn mint(
+    context: &Context,
+    settings: &Settings,
+    arguments: &TicketArguments,
+) -> Result<(), Failure> {
     let Some(console) = &settings.console else {
         return Err(
             Failure::system("the settings have no console").hint("docs/consoles.md shows what it needs")
@@ -81,13 +68,8 @@ fn mint(context: &Context, settings: &Settings, arguments: &TicketArguments) -> 
     } else {
         Mode::Full
     };
-    let by = context
-        .environment
-        .text("SUDO_USER")
-        .or(context.environment.text("USER"))
-        .unwrap_or("an admin");
     let viewers = arguments.viewers.unwrap_or(console.viewers);
-    let grant = Grant::new(mode, now, expires, viewers, report::line(by, 60));
+    let grant = Grant::new(mode, now, expires, viewers, whoami(context));
     let (text, id) = ticket::mint(&job, &grant)?;
     if arguments.quiet {
         print(&format!("{}\n", text.reveal()));
@@ -115,7 +97,7 @@ struct Row {
     viewers: u32,
 }
 
-fn list(settings: &Settings, arguments: &ListArguments) -> Result<(), Failure> {
+pub(super) fn list(settings: &Settings, arguments: &ListArguments) -> Result<(), Failure> {
     let mut rows = Vec::new();
     for job in Jobs::look(&settings.state_dir).list()? {
         rows.extend(ticket::list(&job)?.into_iter().map(|(id, grant)| Row {
@@ -154,7 +136,7 @@ fn list(settings: &Settings, arguments: &ListArguments) -> Result<(), Failure> {
     Ok(())
 }
 
-fn end(settings: &Settings, arguments: &EndArguments) -> Result<(), Failure> {
+pub(super) fn end(settings: &Settings, arguments: &EndArguments) -> Result<(), Failure> {
     let job = choose(settings, &arguments.job)?;
     let all = ticket::list(&job)?.into_iter().map(|(id, _)| id);
     let meant: Vec<TicketId> = match &arguments.ticket {
@@ -175,15 +157,4 @@ fn end(settings: &Settings, arguments: &EndArguments) -> Result<(), Failure> {
         }
     }
     Ok(())
-}
-
-/// The job that a name on the command line means, of those that have a machine.
-fn choose(settings: &Settings, name: &str) -> Result<JobDir, Failure> {
-    let jobs = Jobs::look(&settings.state_dir);
-    let keys: Vec<JobKey> = jobs.list()?.iter().map(|job| job.key().clone()).collect();
-    let key = job::choose(&keys, name).map_err(|unclear| {
-        Failure::system(unclear.to_string()).hint("`cannery vm list` shows those that have a machine")
-    })?;
-    jobs.find(&key)
-        .ok_or_else(|| Failure::system(format!("job {key} was removed just now")))
 }

@@ -1,0 +1,181 @@
+use std::future::Future;
+use std::io::ErrorKind;
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use tokio::io::AsyncWriteExt;
+use tokio::process::Command;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{choose, whoami};
+use crate::cli::{Context, print};
+use crate::machine::{Keys, Libvirt, serial};
+use crate::outcome::Failure;
+use crate::record::{JobDir, Machine};
+use crate::serve::{Local, local};
+use crate::settings::Settings;
+use crate::ticket::Mode;
+
+/// Bytes of the serial log that are shown of what was there before.
+const SERIAL: usize = 64 << 10;
+/// How often the serial log is looked at.
+const LOOK: Duration = Duration::from_millis(200);
+
+/// What is to be done with one machine.
+#[derive(Debug, clap::Args)]
+#[group(skip)]
+pub(super) struct Arguments {
+    /// The job, as `vm list` shows it, or its number where that is unmistakable
+    #[arg(value_name = "JOB", required = true)]
+    job: Option<String>,
+    /// Let the viewer see, but not type
+    #[arg(long, conflicts_with_all = ["screenshot", "send_key", "serial"])]
+    view_only: bool,
+    /// Start no viewer: print the file that starts one, and wait for it until Ctrl-C
+    #[arg(long, conflicts_with_all = ["screenshot", "send_key", "serial"])]
+    print: bool,
+    /// Only write a picture of the screen, as PNG
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["send_key", "serial"])]
+    screenshot: Option<PathBuf>,
+    /// Only press keys together, such as ctrl-alt-del
+    #[arg(long, value_name = "KEYS", conflicts_with = "serial")]
+    send_key: Option<Keys>,
+    /// Only show the serial log, as it grows, until Ctrl-C
+    #[arg(long)]
+    serial: bool,
+}
+
+pub(super) async fn run(
+    context: &Context,
+    settings: &Settings,
+    arguments: &Arguments,
+) -> Result<(), Failure> {
+    let job = choose(settings, arguments.job.as_deref().unwrap_or_default())?;
+    if arguments.serial {
+        return unless_interrupted(follow(&job)).await;
+    }
+    let machine = job.read()?.and_then(|record| record.machine);
+    let machine = machine.ok_or_else(|| Failure::system(format!("job {} has no machine yet", job.key())))?;
+    if let Some(path) = &arguments.screenshot {
+        let picture = Libvirt::open(&machine.uri)?.screenshot(&machine.name).await?;
+        return std::fs::write(path, picture)
+            .map_err(|e| Failure::system(format!("cannot write {}: {e}", path.display())));
+    }
+    if let Some(keys) = &arguments.send_key {
+        return Ok(Libvirt::open(&machine.uri)?.send_key(&machine.name, keys).await?);
+    }
+    let mode = if arguments.view_only {
+        Mode::ViewOnly
+    } else {
+        Mode::Full
+    };
+    let by = whoami(context);
+    let printing = arguments.print;
+    unless_interrupted(local(settings, &job, mode, by, async |local| {
+        if printing {
+            print(&local.file);
+            return std::future::pending().await;
+        }
+        view(settings, &machine, mode, &local).await
+    }))
+    .await
+}
+
+/// Ctrl-C is how it ends, not a failure; what was opened is closed.
+async fn unless_interrupted(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    let listen = |kind| signal(kind).map_err(|e| Failure::system(format!("cannot listen for signals: {e}")));
+    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
+    tokio::select! {
+        result = work => result,
+        _ = interrupt.recv() => Ok(()),
+        _ = terminate.recv() => Ok(()),
+    }
+}
+
+/// Starts the first viewer that there is, and waits until it is closed.
+async fn view(settings: &Settings, machine: &Machine, mode: Mode, local: &Local) -> Result<(), Failure> {
+    for program in &settings.viewers {
+        let mut command = Command::new(program);
+        // virt-viewer knows no such files, and asks libvirt itself; nothing would keep it from typing.
+        let asks_libvirt = program.rsplit('/').next() == Some("virt-viewer");
+        match (asks_libvirt, mode) {
+            (true, Mode::ViewOnly) => continue,
+            (true, Mode::Full) => {
+                command.args(["--connect", &machine.uri, "--attach", &machine.name]);
+                command.stdin(Stdio::null());
+            }
+            // Neither a file nor the command line holds the ticket.
+            (false, _) => {
+                command.arg("-").stdin(Stdio::piped());
+            }
+        }
+        let mut viewer = match command.kill_on_drop(true).spawn() {
+            Err(e) if e.kind() == ErrorKind::NotFound => continue,
+            started => started.map_err(|e| Failure::system(format!("cannot start {program}: {e}")))?,
+        };
+        if let Some(mut stdin) = viewer.stdin.take() {
+            // One that ends before it has read says why itself.
+            let _ = stdin.write_all(local.file.as_bytes()).await;
+        }
+        let status = viewer
+            .wait()
+            .await
+            .map_err(|e| Failure::system(format!("cannot wait for {program}: {e}")))?;
+        return if status.success() {
+            Ok(())
+        } else {
+            Err(Failure::system(format!("{program} failed: {status}"))
+                .hint("It needs a desktop; `--print` prints the file that starts it elsewhere"))
+        };
+    }
+    Err(Failure::system(format!(
+        "none of these viewers is installed: {}",
+        settings.viewers.join(", ")
+    ))
+    .hint("On Debian they are in the package virt-viewer; `--print` needs none"))
+}
+
+/// Prints the serial log as it grows, until the job is removed.
+async fn follow(job: &JobDir) -> Result<(), Failure> {
+    let log = job.file("serial.log");
+    let length = || std::fs::metadata(&log).map_or(0, |about| about.len());
+    let failed = |e: std::io::Error| Failure::system(format!("cannot read {}: {e}", log.display()));
+    let mut seen = length();
+    let mut bytes = serial::last_bytes(&log, SERIAL).map_err(failed)?;
+    loop {
+        if !bytes.is_empty() {
+            // As it is for a terminal, but nothing in it commands the terminal.
+            print(&shown(&bytes));
+        }
+        if !job.path().exists() {
+            return Ok(());
+        }
+        tokio::time::sleep(LOOK).await;
+        let now = length();
+        let new = if now < seen { now } else { now - seen };
+        seen = now;
+        bytes = match usize::try_from(new) {
+            Ok(new @ 1..) => serial::last_bytes(&log, new).map_err(failed)?,
+            _ => Vec::new(),
+        };
+    }
+}
+
+/// What a machine wrote, safe for a terminal: a guest's sequences must not command the admin's.
+fn shown(bytes: &[u8]) -> String {
+    let text = String::from_utf8_lossy(bytes);
+    text.chars()
+        .filter(|c| matches!(c, '\n' | '\t') || !c.is_control())
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_guest_does_not_command_the_admins_terminal() {
+        assert_eq!(shown(b"a\x1b[2Jb\r\n\x07\xffc\td"), "a[2Jb\n\u{fffd}c\td");
+    }
+}

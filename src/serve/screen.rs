@@ -1,0 +1,342 @@
+//! Screens: the SPICE proxy, with our tickets at its door and libvirt behind it.
+//!
+//! A viewer's password is one of two: a ticket, for viewers that people start by themselves; or a *pass*, which a session hands out to its own
+//! page, or in the file that starts a viewer, and which is good once and for a few minutes. Either way the viewer belongs to a session, and
+//! ends with it.
+
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use axum::body::Bytes;
+use axum::extract::ws::{Message, WebSocket};
+use futures_util::future::BoxFuture;
+use futures_util::{SinkExt, StreamExt};
+use jiff::Timestamp;
+use sha2::{Digest, Sha256};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+use super::session::{Channel, End, Session, Sessions};
+use crate::console::backend::{Opened, from_descriptor};
+use crate::console::wire::Wire;
+use crate::console::{self, Admission, Backend, Denied, Door, Event, Kinds, Limits, Observer, Proxy, Whose};
+use crate::machine::Libvirt;
+use crate::record::{JobDir, Jobs};
+use crate::secret::Secret;
+use crate::ticket::{self, Mode, Refusal};
+
+/// How long a pass is good: the page uses it at once, and whoever saves a viewer's file opens it soon.
+const GOOD_FOR: Duration = Duration::from_secs(300);
+/// Passes that are out; more push out those that are soonest over.
+const PASSES: usize = 1000;
+/// Bytes between the proxy and a WebSocket, each way: a full screen's worth is several of these.
+const UNDER_WAY: usize = 256 << 10;
+/// Bytes of a message to a browser.
+const PIECE: usize = 64 << 10;
+
+/// Whose a pass is, and until when it is good.
+type Pass = (Weak<Session>, Instant);
+
+/// Passes that are out, by the SHA-256 of their text.
+#[derive(Debug, Default)]
+pub(super) struct Passes(Mutex<HashMap<[u8; 32], Pass>>);
+
+impl Passes {
+    /// A new pass of a session.
+    ///
+    /// # Errors
+    /// The system has no random numbers.
+    pub(super) fn hand_out(&self, session: &Arc<Session>, now: Instant) -> Result<Secret, ticket::Error> {
+        let text = ticket::random_text()?;
+        let mut out = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        out.retain(|_, (session, until)| *until > now && session.strong_count() > 0);
+        if out.len() >= PASSES
+            && let Some(first) = out
+                .iter()
+                .min_by_key(|(_, (_, until))| *until)
+                .map(|(name, _)| *name)
+        {
+            out.remove(&first);
+        }
+        out.insert(
+            Sha256::digest(text.reveal()).into(),
+            (Arc::downgrade(session), now + GOOD_FOR),
+        );
+        Ok(text)
+    }
+
+    /// The session of a pass, which is used up by this.
+    fn take(&self, text: &str, now: Instant) -> Option<Arc<Session>> {
+        let name: [u8; 32] = Sha256::digest(text).into();
+        let mut out = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let (session, until) = out.remove(&name)?;
+        session.upgrade().filter(|_| until > now)
+    }
+}
+
+/// How the proxy calls a session, so that it ends with it.
+fn name_of(session: &Session) -> String {
+    format!("session-{}", session.number)
+}
+
+/// Which of our sessions one of the proxy's is.
+fn number_of(session: &console::Session) -> Option<u64> {
+    session.ticket.strip_prefix("session-")?.parse().ok()
+}
+
+/// Ends a session's viewers.
+pub(super) fn end(proxy: &Proxy, session: &Session, why: End) {
+    let why = match why {
+        End::Left => console::End::ViewerLeft,
+        End::Revoked => console::End::MachineGone,
+        End::Admin | End::Time => console::End::Revoked,
+        End::Stopping => console::End::Stopped,
+    };
+    proxy.end(Whose::Ticket(&name_of(session)), &why);
+}
+
+/// The proxy of all machines.
+pub(super) fn proxy(
+    jobs: Jobs,
+    sessions: Arc<Sessions>,
+    passes: Arc<Passes>,
+    most: usize,
+) -> io::Result<Arc<Proxy>> {
+    let alone = Arc::new(Mutex::default());
+    let desk = Desk {
+        jobs,
+        sessions: Arc::clone(&sessions),
+        passes,
+        alone: Arc::clone(&alone),
+    };
+    let notes = Notes {
+        sessions,
+        alone,
+        open: Mutex::default(),
+    };
+    let limits = Limits {
+        sessions: most,
+        ..Limits::default()
+    };
+    Proxy::new(desk, notes, limits)
+}
+
+/// The screen of a job's machine, if it has one yet.
+pub(super) fn screen(job: &JobDir) -> Option<Arc<dyn Backend>> {
+    let machine = job.read().ok().flatten()?.machine?;
+    let libvirt = Libvirt::open(&machine.uri).ok()?;
+    let open = move || -> BoxFuture<'static, io::Result<Wire>> {
+        let (libvirt, name) = (libvirt.clone(), machine.name.clone());
+        Box::pin(async move {
+            let descriptor = libvirt.open_graphics(&name).await.map_err(io::Error::other)?;
+            from_descriptor(descriptor)
+        })
+    };
+    // All machines of a host have the same screen.
+    Some(Arc::new(Opened::new("cannery", open)))
+}
+
+/// Who says what a password is good for.
+struct Desk {
+    jobs: Jobs,
+    sessions: Arc<Sessions>,
+    passes: Arc<Passes>,
+    alone: Arc<Mutex<HashSet<u64>>>,
+}
+
+impl Desk {
+    fn session(&self, password: &str, from: SocketAddr) -> Result<Arc<Session>, Denied> {
+        if let Some(session) = self.passes.take(password, Instant::now()) {
+            return Ok(session);
+        }
+        let unchecked = |e: ticket::Error| {
+            tracing::error!("{e}");
+            Denied::Unchecked("the host cannot read its own files".to_owned())
+        };
+        let redeemed = match ticket::redeem(&self.jobs, password, Timestamp::now()).map_err(unchecked)? {
+            Ok(redeemed) => redeemed,
+            Err(Refusal::Unknown) => return Err(Denied::Unknown),
+            Err(Refusal::Expired) => return Err(Denied::Expired),
+        };
+        let key = redeemed.job.key().clone();
+        let opened = self.sessions.open(redeemed, from.ip()).map_err(unchecked)?;
+        let cookie = opened.map_err(|_| Denied::Used)?;
+        let session = self.sessions.of(cookie.reveal(), &key);
+        let session = session.ok_or(Denied::MachineGone)?;
+        let mut alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
+        alone.insert(session.number);
+        Ok(session)
+    }
+}
+
+impl Door for Desk {
+    fn model(&self) -> Option<Arc<dyn Backend>> {
+        self.jobs.list().ok()?.iter().find_map(screen)
+    }
+
+    fn redeem<'a>(
+        &'a self,
+        password: &'a Secret,
+        from: SocketAddr,
+    ) -> BoxFuture<'a, Result<Admission, Denied>> {
+        Box::pin(async move {
+            let session = self.session(password.reveal(), from)?;
+            Ok(Admission {
+                ticket: name_of(&session),
+                viewer: from.ip().to_string(),
+                machine: session.job.key().to_string(),
+                mode: match session.mode {
+                    Mode::Full => console::Mode::Full,
+                    Mode::ViewOnly => console::Mode::ViewOnly,
+                },
+                kinds: Kinds::default(),
+                backend: screen(&session.job).ok_or(Denied::MachineGone)?,
+            })
+        })
+    }
+}
+
+/// Makes the proxy's channels those of our sessions.
+struct Notes {
+    sessions: Arc<Sessions>,
+    /// Sessions that are a viewer's and nothing else: nobody comes back to them.
+    alone: Arc<Mutex<HashSet<u64>>>,
+    /// By the proxy's number of a session, kind and number of a channel.
+    open: Mutex<HashMap<(u64, &'static str, u8), Channel>>,
+}
+
+impl Observer for Notes {
+    fn saw(&self, event: &Event<'_>) {
+        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        match event {
+            Event::ChannelOpened { session, kind, id } => {
+                if let Some(ours) = number_of(session).and_then(|number| self.sessions.by_number(number)) {
+                    let channel = self.sessions.channel(&ours, kind.name());
+                    open.insert((session.number, kind.name(), *id), channel);
+                }
+            }
+            Event::ChannelClosed {
+                session,
+                kind,
+                id,
+                carried,
+                ..
+            } => {
+                if let Some(mut channel) = open.remove(&(session.number, kind.name(), *id)) {
+                    let size = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
+                    channel.sent(size(carried.to_viewer));
+                    channel.received(size(carried.to_machine));
+                }
+            }
+            Event::SessionOpened(_) => tracing::info!("screen: {event}"),
+            Event::SessionClosed(session, _) => {
+                tracing::info!("screen: {event}");
+                let mut alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
+                let number = number_of(session).filter(|number| alone.remove(number));
+                drop(alone);
+                // Its ticket may be used again.
+                number.map(|number| self.sessions.end_number(number, End::Left));
+            }
+            // Whoever knocks at the port can make as many as they like.
+            Event::Refused { .. } => tracing::debug!("screen: {event}"),
+        }
+    }
+}
+
+/// Serves the screen to a browser: one WebSocket is one channel of SPICE. It ends when the proxy ends the session's channels.
+pub(super) async fn serve(proxy: Arc<Proxy>, socket: WebSocket, from: SocketAddr) {
+    let (near, far) = tokio::io::duplex(UNDER_WAY);
+    // Not cut off in the middle: it sees the end of its stream, and closes what it has at the machine.
+    tokio::spawn(async move { proxy.serve(near, from).await });
+    let (mut from_proxy, mut to_proxy) = tokio::io::split(far);
+    let (mut to_browser, mut from_browser) = socket.split();
+    let out = async {
+        let mut piece = vec![0; PIECE];
+        while let Ok(count @ 1..) = from_proxy.read(&mut piece).await {
+            let bytes = Bytes::copy_from_slice(&piece[..count]);
+            if to_browser.send(Message::Binary(bytes)).await.is_err() {
+                return;
+            }
+        }
+        // Whether the browser hears it makes no difference.
+        let _ = to_browser.send(Message::Close(None)).await;
+    };
+    let back = async {
+        while let Some(Ok(message)) = from_browser.next().await {
+            match message {
+                Message::Binary(bytes) => {
+                    if to_proxy.write_all(&bytes).await.is_err() {
+                        return;
+                    }
+                }
+                Message::Close(_) => return,
+                Message::Text(_) | Message::Ping(_) | Message::Pong(_) => {}
+            }
+        }
+    };
+    tokio::select! {
+        () = out => {}
+        () = back => {}
+    }
+}
+
+/// How a viewer reaches the proxy.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Port {
+    Tls(u16),
+    /// On this host only.
+    Plain(u16),
+}
+
+/// The file that starts a viewer at a machine (virt-viewer's own format), with a pass in it.
+pub(super) fn viewer_file(
+    host: &str,
+    port: Port,
+    title: &str,
+    pass: &Secret,
+    authority: Option<&str>,
+) -> String {
+    let port = match port {
+        Port::Tls(port) => format!("tls-port={port}\nsecure-channels=all"),
+        Port::Plain(port) => format!("port={port}"),
+    };
+    // One line a key; what a project is called is not to add one.
+    let title: String = title.chars().filter(|c| !c.is_control()).collect();
+    let authority = authority.map_or(String::new(), |pem| {
+        format!("ca={}\n", pem.trim().replace('\n', "\\n"))
+    });
+    format!(
+        "[virt-viewer]\ntype=spice\nhost={host}\n{port}\npassword={}\ntitle={title}\n\
+         delete-this-file=1\nenable-usbredir=0\n{authority}",
+        pass.reveal()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_viewers_file_has_one_line_a_key_whatever_its_title_says() {
+        let pass = Secret::new("secret");
+        let file = viewer_file(
+            "ci.example.com",
+            Port::Tls(5901),
+            "a\npassword=x",
+            &pass,
+            Some("-----A\nB\n"),
+        );
+        assert_eq!(
+            file,
+            "[virt-viewer]\ntype=spice\nhost=ci.example.com\ntls-port=5901\nsecure-channels=all\npassword=secret\n\
+             title=apassword=x\ndelete-this-file=1\nenable-usbredir=0\nca=-----A\\nB\n"
+        );
+        let plain = viewer_file("127.0.0.1", Port::Plain(5900), "t", &pass, None);
+        assert!(
+            plain.contains("\nport=5900\n") && !plain.contains("tls") && !plain.contains("ca="),
+            "{plain}"
+        );
+    }
+}

@@ -1,0 +1,195 @@
+//! The screen of a machine in a browser and in SPICE viewers, which come in by a ticket and leave when it goes.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+#![allow(clippy::print_stdout, reason = "where the pictures are is shown")]
+
+mod support;
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use futures_util::SinkExt;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+use support::chromium::Chromium;
+use support::console::{Place, read_until};
+use support::host::{EMULATION, Host};
+use support::stages::Stages;
+use support::until;
+use tokio_tungstenite::tungstenite::Message;
+
+/// The keys of a viewer's file.
+fn keys(file: &str) -> HashMap<&str, &str> {
+    assert!(file.starts_with("[virt-viewer]\n"), "{file}");
+    file.lines().filter_map(|line| line.split_once('=')).collect()
+}
+
+/// Has a viewer without a window take a picture; whether it got one of the machine's size.
+fn pictured(address: &str, password: &str, authority: &Path, into: &Path) -> bool {
+    // A viewer that is refused waits for another password.
+    let output = Command::new("timeout")
+        .args(["15", "spicy-screenshot", "--uri", address, "-w", password, "-o"])
+        .arg(into)
+        .env("SSL_CERT_FILE", authority)
+        .output()
+        .unwrap();
+    let picture = std::fs::read(into).unwrap_or_default();
+    let _ = std::fs::remove_file(into);
+    println!("{}", String::from_utf8_lossy(&output.stderr));
+    picture.starts_with(b"P6\n") && picture.len() > 100_000
+}
+
+#[tokio::test]
+#[ignore = "needs libvirt, a guest, chromium and spice-client-gtk"]
+async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_there() {
+    let place = Place::new();
+    let host = Host::new(
+        &[],
+        &format!("{EMULATION}{}{}", place.settings(), place.spice_settings()),
+    );
+    let image = host.images().add_tiny("tiny", "");
+    let stages = Stages::new(&host, &image);
+    let prepare = stages.prepare().ok();
+    let key = prepare
+        .log
+        .split_once("/jobs/")
+        .unwrap()
+        .1
+        .split(' ')
+        .next()
+        .unwrap()
+        .to_owned();
+    let served = place.serve(&host.settings());
+    let ca = place.authority.file("ca.pem");
+    let picture = host.folder().join("picture.ppm");
+    let mint = |arguments: &[&str]| {
+        let all = [&["console", "ticket", &key], arguments].concat();
+        host.expect(&all).trim().to_owned()
+    };
+
+    // The file that starts a viewer is good once; a ticket is a password, too.
+    let mut browser = place.browser();
+    assert_eq!(
+        browser.get(&format!("/jobs/{key}/console.vv")).await.status(),
+        401
+    );
+    assert_eq!(browser.enter(&key, &mint(&["--quiet"])).await, 204);
+    let file = browser
+        .get(&format!("/jobs/{key}/console.vv"))
+        .await
+        .text()
+        .await
+        .unwrap();
+    let keys = keys(&file);
+    assert_eq!((keys["type"], keys["host"]), ("spice", "localhost"));
+    assert!(keys["ca"].starts_with("-----BEGIN CERTIFICATE-----\\n"));
+    let address = format!("spice://localhost?tls-port={}", keys["tls-port"]);
+    assert!(pictured(&address, keys["password"], &ca, &picture), "{file}");
+    assert!(!pictured(&address, keys["password"], &ca, &picture), "good once");
+    assert!(pictured(
+        &address,
+        &mint(&["--quiet", "--view-only"]),
+        &ca,
+        &picture
+    ));
+
+    // A page's socket speaks SPICE to who has the cookie, and to nobody else.
+    let screen = format!("/jobs/{key}/screen");
+    assert_eq!(place.browser().open(&screen).await.err(), Some(401));
+    let mut socket = browser.open(&screen).await.unwrap();
+    let mut hello = b"REDQ\x02\0\0\0\x02\0\0\0\x1a\0\0\0".to_vec();
+    hello.extend([0; 4]);
+    hello.extend([1, 0, 1, 0, 0, 0, 1, 0, 0, 0, 18, 0, 0, 0, 9, 0, 0, 0, 9, 0, 0, 0]);
+    socket.send(Message::binary(hello)).await.unwrap();
+    let (answer, _) = read_until(&mut socket, "REDQ").await;
+    assert!(answer.starts_with("REDQ"));
+    drop(socket);
+
+    // For an admin on the host, without the pages.
+    let png = host.folder().join("screen.png");
+    host.expect(&["console", &key, "--screenshot", png.to_str().unwrap()]);
+    assert!(std::fs::read(&png).unwrap().starts_with(b"\x89PNG"));
+    host.expect(&["console", &key, "--send-key", "shift-a"]);
+    let mut local = host
+        .command(&["console", &key, "--print"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut file = vec![0; 4096];
+    let count = local.stdout.as_mut().unwrap().read(&mut file).unwrap();
+    let file = String::from_utf8(file[..count].to_vec()).unwrap();
+    let keys = self::keys(&file);
+    let address = format!("spice://{}?port={}", keys["host"], keys["port"]);
+    assert!(pictured(&address, keys["password"], &ca, &picture), "{file}");
+    kill_process(Pid::from_child(&local), Signal::INT).unwrap();
+    assert!(local.wait().unwrap().success());
+
+    // A browser: the ticket goes into the page by its address and is gone from there.
+    let mut chromium = Chromium::start().await;
+    chromium.open(&mint(&[])).await;
+    chromium.until("!document.getElementById('tabs').hidden").await;
+    assert_eq!(
+        chromium.value("location.href").await,
+        format!("{}/jobs/{key}", place.origin())
+    );
+    chromium
+        .until("document.querySelector('#terminal .xterm-rows')?.innerText.includes('#')")
+        .await;
+    chromium.type_line("echo $((6*7))-from-the-guest").await;
+    chromium
+        .until("document.querySelector('#terminal .xterm-rows').innerText.includes('42-from-the-guest')")
+        .await;
+    let terminal = chromium.picture().await;
+    chromium
+        .value("document.getElementById('tab-serial').click()")
+        .await;
+    chromium
+        .until("document.querySelector('#serial .xterm-rows')?.innerText.trim().length > 20")
+        .await;
+    let serial = chromium.picture().await;
+    chromium
+        .value("document.getElementById('tab-screen').click()")
+        .await;
+    chromium
+        .until("document.querySelector('#screen canvas')?.width >= 640")
+        .await;
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    let shown = chromium.picture().await;
+    for (name, picture) in [("terminal", terminal), ("serial", serial), ("screen", shown)] {
+        let path = format!("{}/console-{name}.png", env!("CARGO_TARGET_TMPDIR"));
+        std::fs::write(&path, picture).unwrap();
+        println!("{path}");
+    }
+
+    // All of it ends with the job.
+    stages.cleanup().ok();
+    chromium
+        .until("document.getElementById('message').innerText.includes('The screen was closed')")
+        .await;
+    until(
+        "each channel that was opened is closed",
+        Duration::from_secs(10),
+        || {
+            let audit = place.audit();
+            let count = |event: &str| audit.iter().filter(|line| line["event"] == event).count();
+            count("channel-opened") == count("channel-closed")
+                && count("session-opened") == count("session-closed")
+        },
+    );
+    let audit = place.audit();
+    let channels: Vec<&Value> = audit
+        .iter()
+        .filter(|line| line["event"] == "channel-closed")
+        .collect();
+    for name in ["main", "display", "inputs", "terminal", "serial"] {
+        assert!(
+            channels.iter().any(|line| line["channel"] == name),
+            "{name}: {channels:?}"
+        );
+    }
+    stages.nothing_is_left();
+    drop(served);
+}
