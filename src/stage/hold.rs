@@ -8,6 +8,7 @@ use super::prepare::AFTER_TIMEOUT;
 use crate::history;
 use crate::record::{Ending, Held, Holder, JobKey, Record};
 use crate::report;
+use crate::settings::ConsoleSettings;
 
 /// How much earlier than the job's time is over gitlab-runner may have a script ended for it: its clock starts when it takes the
 /// job, before prepare.
@@ -61,10 +62,14 @@ impl End<'_> {
     }
 }
 
-/// What the job's author is told: until when, and who gets in how.
-pub(super) fn sentence(key: &JobKey, until: Timestamp) -> String {
+/// What the job's author is told: until when, and who gets in how: by the page where there is a console, else through an admin.
+pub(super) fn sentence(console: Option<&ConsoleSettings>, key: &JobKey, until: Timestamp) -> String {
+    let way = match console {
+        Some(console) => format!("Its console: {}", console.page(key)),
+        None => format!("An administrator of this runner enters it with: cannery vm ssh {key}"),
+    };
     format!(
-        "cannery: the machine of this job stays until {} for a look at it. An administrator of this runner enters it with: cannery vm ssh {key}",
+        "cannery: the machine of this job stays until {} for a look at it. {way}",
         report::minute(until)
     )
 }
