@@ -28,6 +28,12 @@ use registry_fixture::{PASSWORD, Registry, USER};
 
 const TTL: Duration = Duration::from_secs(600);
 
+/// The image that is asked for.
+fn image() -> Image {
+    let archive = Tar::new().dir("disk/").file("disk/disk.img", &raw_disk()).bytes();
+    Image::container_disk(&archive, OCI_TAR_GZIP)
+}
+
 struct Bench {
     dir: tempfile::TempDir,
     layout: Layout,
@@ -89,11 +95,7 @@ impl Bench {
     }
 
     fn push(&self, name: &str) -> String {
-        let image = Image::container_disk(
-            &Tar::new().dir("disk/").file("disk/disk.img", &raw_disk()).bytes(),
-            OCI_TAR_GZIP,
-        );
-        self.layout.add("vm", &image);
+        self.layout.add("vm", &image());
         self.registry.push(&self.layout.reference("vm"), name);
         format!("{}/{name}", self.registry.host)
     }
@@ -258,7 +260,14 @@ fn who_only_knows_the_digest_of_a_private_image_gets_it_from_nowhere_else() {
     std::fs::write(evil.blob(&layer), vec![0; honest.len()]).unwrap();
     let by_tag = format!("{}/evil/vm:1", evil.host);
     let by_digest = format!("{}/evil/vm@{}", evil.host, disk.digest);
-    for reference in [&by_tag, &by_digest] {
+    // An image of its own of the same layer.
+    bench
+        .layout
+        .add("twin", &image().label("io.cannery.memory", "1G"));
+    evil.push(&bench.layout.reference("twin"), "evil/twin:1");
+    std::fs::write(evil.blob(&layer), vec![0; honest.len()]).unwrap();
+    let twin = format!("{}/evil/twin:1", evil.host);
+    for reference in [&by_tag, &by_digest, &twin] {
         let error = bench
             .ask(reference, &Job::of("grp/evil", Credentials::none()))
             .unwrap_err();

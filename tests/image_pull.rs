@@ -62,9 +62,17 @@ impl Bench {
 
     /// Adds a containerDisk.
     fn add(&self, tag: &str, disk: &[u8], media_type: &str) {
+        self.add_labelled(tag, disk, media_type, &[]);
+    }
+
+    fn add_labelled(&self, tag: &str, disk: &[u8], media_type: &str, labels: &[(&str, &str)]) {
         let layout = Layout::new(&self.dir.path().join(format!("layout-{tag}")));
         let archive = Tar::new().dir("disk/").file("disk/disk.img", disk).bytes();
-        let digest = layout.add(tag, &Image::container_disk(&archive, media_type));
+        let image = labels.iter().fold(
+            Image::container_disk(&archive, media_type),
+            |image, (name, value)| image.label(name, value),
+        );
+        let digest = layout.add(tag, &image);
         self.registry.add(&layout.dir, &digest, tag);
         std::fs::remove_dir_all(&layout.dir).unwrap();
     }
@@ -257,4 +265,40 @@ fn a_tag_that_moves_during_a_pull_gives_the_image_that_it_named_at_first() {
     assert_eq!(bench.registry.asked("1"), 1, "the tag was followed once");
     let second = bench.pull("1").unwrap();
     assert!(is(&second, &new) && second.digest != first.digest);
+}
+
+/// The number of the file that holds a disk's bytes.
+fn inode(disk: &Disk) -> u64 {
+    use std::os::unix::fs::MetadataExt as _;
+    std::fs::metadata(&disk.path).unwrap().ino()
+}
+
+#[test]
+fn a_new_version_with_other_labels_takes_the_disk_that_is_here_if_it_is_whole() {
+    let bytes = disk(5, 3 << 20);
+    let bench = Bench::new();
+    bench.add("1", &bytes, OCI_TAR_GZIP);
+    bench.add_labelled("2", &bytes, OCI_TAR_GZIP, &[("io.cannery.memory", "1G")]);
+    let first = bench.pull("1").unwrap();
+    let sent = bench.registry.sent();
+
+    let second = bench.pull("2").unwrap();
+    assert!(second.digest != first.digest && is(&second, &bytes));
+    assert_eq!(second.hints.memory, Some(1 << 30));
+    assert_eq!((bench.registry.sent(), inode(&second)), (sent, inode(&first)));
+    let verdict = bench.store.verify(&second.digest).unwrap();
+    assert_eq!(verdict, Some(cannery::image::Verdict::Whole));
+
+    // Damage is not handed on.
+    let mut permissions = std::fs::metadata(&first.path).unwrap().permissions();
+    #[allow(clippy::permissions_set_readonly_false, reason = "a file of this test")]
+    permissions.set_readonly(false);
+    std::fs::set_permissions(&first.path, permissions).unwrap();
+    let mut damaged = bytes.clone();
+    damaged[1000] ^= 1;
+    std::fs::write(&first.path, &damaged).unwrap();
+    bench.add_labelled("3", &bytes, OCI_TAR_GZIP, &[("io.cannery.memory", "2G")]);
+    let third = bench.pull("3").unwrap();
+    assert!(is(&third, &bytes) && inode(&third) != inode(&first));
+    assert!(bench.registry.sent() > sent);
 }

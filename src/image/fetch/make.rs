@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::part::blocking;
 use super::partial::Work;
 use super::pieces;
 use super::progress::{Event, Meter, Progress};
@@ -21,7 +22,7 @@ use crate::image::hints::{BootFiles, Hints};
 use crate::image::inspect::{self, DiskFormat};
 use crate::image::manifest::Manifest;
 use crate::image::native;
-use crate::image::store::{self, Disk, Record, RecordedFile, Store, listed};
+use crate::image::store::{self, Disk, Record, RecordedFile, Standing, Store, listed};
 use crate::kill::{self, Point};
 
 use super::provide::Pull;
@@ -114,6 +115,25 @@ impl Pull<'_> {
         Ok(contents)
     }
 
+    /// The files of an image that is here and was made of the same, linked into the work place.
+    async fn twin(&self, made_of: Digest, place: &Workplace) -> Result<Option<store::Twin>, Error> {
+        let (store, from, dir) = (
+            self.store.clone(),
+            self.request.reference.place(),
+            place.dir.clone(),
+        );
+        let twin = blocking(move || {
+            // As for the chunks of others: who only knows what an image is made of has no right to it.
+            let may_have = |digest: &Digest| Ok(store.standing(digest, &from)? != Standing::Elsewhere);
+            store.twin(&made_of, may_have, &dir)
+        });
+        let twin = twin.await?;
+        for (path, sum) in twin.iter().flat_map(|twin| &twin.sums) {
+            place.ledger.summed(path, *sum);
+        }
+        Ok(twin)
+    }
+
     /// Makes the disk; where there turns out to be no room, once more after others have gone for it.
     pub(super) async fn make_with_room(
         &self,
@@ -201,13 +221,23 @@ impl Pull<'_> {
         let missing = work.begin(total, needed)?;
         place.room().require(missing)?;
         let boot = recipe.boot;
+        let mut made_of = None;
         let (format, selected) = match recipe.parts {
             Parts::Streams(layers) => {
-                let contents = self.streams(source, layers, &boot, &place, work, total).await?;
-                (
-                    contents.format(guess),
-                    contents.select(&boot, &manifest, recipe.bootc, &place)?,
-                )
+                let same = *made_of.insert(format::made_of(&layers, &boot));
+                match self.twin(same, &place).await? {
+                    Some(twin) => {
+                        self.progress.event(Event::Reused { bytes: total });
+                        (twin.format, twin.files)
+                    }
+                    None => {
+                        let contents = self.streams(source, layers, &boot, &place, work, total).await?;
+                        (
+                            contents.format(guess),
+                            contents.select(&boot, &manifest, recipe.bootc, &place)?,
+                        )
+                    }
+                }
             }
             Parts::Pieces(plan) => {
                 let (plan, held) = (Arc::new(plan), Arc::clone(work) as Arc<dyn Any + Send + Sync>);
@@ -242,6 +272,7 @@ impl Pull<'_> {
             cmdline: boot.cmdline,
             hints: recipe.hints,
             format,
+            made_of,
             work: Arc::clone(work),
         };
         let committed = tokio::task::spawn_blocking(move || finished.commit()).await;
@@ -273,6 +304,7 @@ struct Finished {
     cmdline: Option<String>,
     hints: Hints,
     format: Format,
+    made_of: Option<Digest>,
     /// Held to the end: its lock covers the rename.
     work: Arc<Work>,
 }
@@ -309,6 +341,7 @@ impl Finished {
             cmdline: self.cmdline.clone(),
             hints: self.hints.clone(),
             created: Timestamp::now(),
+            made_of: self.made_of,
         };
         self.store.commit(&self.place.dir, record)?;
         drop(self.work);

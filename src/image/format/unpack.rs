@@ -10,7 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::recognise::{Format, listed, media_types};
 use super::{Error, archive, container_disk, plain, quoted};
 use crate::image::decompress::{Compression, Peeked, unreadable};
-use crate::image::digest::Digest;
+use crate::image::digest::{Digest, Hasher};
 use crate::image::hints::BootFiles;
 use crate::image::inspect::Hostility;
 use crate::image::ledger::Ledger;
@@ -108,6 +108,36 @@ pub(in crate::image) struct Layer {
     pub(in crate::image) blobs: Vec<Descriptor>,
     /// What its unpacked bytes must hash to, where the config says so.
     pub(in crate::image) diff_id: Option<Digest>,
+}
+
+/// What the files of an image depend on, as one digest: its layers and which of their files are taken. Two images with the same
+/// have the same files, whatever else they say.
+pub(in crate::image) fn made_of(layers: &[Layer], boot: &BootFiles) -> Digest {
+    let mut hasher = Hasher::default();
+    // Each part with its length, so that no two lists run together into the same bytes.
+    let mut add = |part: &[u8]| {
+        hasher.update(&(part.len() as u64).to_le_bytes());
+        hasher.update(part);
+    };
+    for file in [&boot.kernel, &boot.initrd] {
+        add(&[u8::from(file.is_some())]);
+        add(file.as_deref().unwrap_or_default().as_bytes());
+    }
+    for layer in layers {
+        let kind = match layer.kind {
+            Kind::Archive => "archive",
+            Kind::ArchiveOrDisk => "archive-or-disk",
+            Kind::Disk => "disk",
+        };
+        add(kind.as_bytes());
+        for blob in &layer.blobs {
+            // An empty archive is told from an empty disk by its type.
+            add(blob.media_type.as_bytes());
+            add(blob.digest.as_bytes());
+        }
+        add(layer.diff_id.as_ref().map_or(&[][..], |id| id.as_bytes()));
+    }
+    hasher.finish()
 }
 
 /// Bytes of those layers that are surely packed, by their type: unpacked they are no fewer. What is not may be zeros, which take

@@ -48,6 +48,7 @@ pub(super) mod listed;
 mod names;
 mod pins;
 pub(super) mod sum;
+mod twins;
 mod verdicts;
 mod verify;
 
@@ -60,6 +61,7 @@ pub use inventory::Held;
 pub use leases::Lease;
 pub use names::Name;
 pub use pins::{InvalidPinName, PinName};
+pub(super) use twins::Twin;
 pub use verify::Verdict;
 
 /// Version of `image.json` and of the files in `refs/`.
@@ -126,6 +128,9 @@ pub(super) struct Record {
     pub(super) cmdline: Option<String>,
     pub(super) hints: Hints,
     pub(super) created: Timestamp,
+    /// What its files were made of, for images that come as streams: those with the same have the same files.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) made_of: Option<Digest>,
 }
 
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
