@@ -8,7 +8,7 @@ use super::prepare::AFTER_TIMEOUT;
 use crate::history;
 use crate::record::{Ending, Held, Holder, JobKey, Record};
 use crate::report;
-use crate::settings::ConsoleSettings;
+use crate::settings::{Access, ConsoleSettings};
 
 /// How much earlier than the job's time is over gitlab-runner may have a script ended for it: its clock starts when it takes the
 /// job, before prepare.
@@ -65,7 +65,14 @@ impl End<'_> {
 /// What the job's author is told: until when, and who gets in how: by the page where there is a console, else through an admin.
 pub(super) fn sentence(console: Option<&ConsoleSettings>, key: &JobKey, until: Timestamp) -> String {
     let way = match console {
-        Some(console) => format!("Its console: {}", console.page(key)),
+        Some(console) => {
+            // The ticket was told once, and is nowhere else.
+            let link = match console.access {
+                Access::Ticket => "",
+                Access::Link => " (with the ticket from the line \"Console\" above, if there is one)",
+            };
+            format!("Its console: {}{link}", console.page(key))
+        }
         None => format!("An administrator of this runner enters it with: cannery vm ssh {key}"),
     };
     format!(

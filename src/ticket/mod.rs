@@ -35,6 +35,8 @@ const FOLDER_MODE: u32 = 0o2770;
 const FILE_MODE: u32 = 0o660;
 /// Digits of a hash that people see.
 const SHOWN: usize = 12;
+/// The end of a ticket that is good for as long as its job has a machine.
+pub const WITH_THE_JOB: Timestamp = Timestamp::MAX;
 /// The version of [`Grant`] that this program writes. A ticket of a newer one opens nothing.
 const VERSION: u32 = 1;
 
@@ -182,6 +184,11 @@ pub fn random_text() -> Result<Secret, Error> {
     let mut bytes = [0; BYTES];
     rand_bytes(&mut bytes).map_err(|e| Error::Random(e.to_string()))?;
     Ok(Secret::new(hex::encode(bytes)))
+}
+
+/// The address that opens a job's page with a ticket: in the part that browsers send to nobody.
+pub fn address(page: &str, text: &Secret) -> String {
+    format!("{page}#ticket={}", text.reveal())
 }
 
 /// What a text opens, whichever machine that is.
