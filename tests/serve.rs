@@ -139,21 +139,6 @@ async fn only_the_right_ticket_opens_a_machine_and_nothing_else_says_anything_ab
 }
 
 #[tokio::test]
-async fn who_guesses_tickets_has_to_wait() {
-    let scene = Scene::new();
-    let job = scene.job(1);
-    let key = job.key().to_string();
-    let mut browser = scene.place.browser();
-    let mut answers = Vec::new();
-    for n in 0..22 {
-        answers.push(browser.enter(&key, &format!("{n:040}")).await);
-    }
-    assert_eq!(answers[..20], [403; 20]);
-    assert_eq!(answers[20..], [429; 2]);
-    assert_eq!(browser.enter(&key, &ticket(&job, Mode::Full, 5, 1)).await, 429);
-}
-
-#[tokio::test]
 async fn a_link_opens_the_page_until_cleanup_and_the_console_warns_of_it_when_it_starts() {
     let scene = Scene::new();
     let job = scene.job(1);

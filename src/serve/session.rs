@@ -132,6 +132,11 @@ impl Sessions {
         let _ = self.screens.set(Arc::downgrade(proxy));
     }
 
+    /// What is counted of all that happens.
+    pub(super) fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
     fn all(&self) -> MutexGuard<'_, HashMap<[u8; 32], Arc<Session>>> {
         self.by_cookie.lock().unwrap_or_else(PoisonError::into_inner)
     }
