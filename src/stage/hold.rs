@@ -157,6 +157,26 @@ mod tests {
     }
 
     #[test]
+    fn who_may_look_is_told_the_way_which_is_the_ticket_in_the_job_log_only_where_there_may_be_one() {
+        let key = JobKey::new("https://gitlab.example.com", 1, 1);
+        let page = format!("https://ci.example.com/jobs/{key}");
+        let console = crate::stage::invite::tests::console;
+        for (settings, end) in [
+            (None, format!("enters it with: cannery vm ssh {key}")),
+            (Some(console("")), format!("Its console: {page}")),
+            (
+                Some(console("access = \"link\"")),
+                format!(
+                    "Its console: {page} (with the ticket from the line \"Console\" above, if there is one)"
+                ),
+            ),
+        ] {
+            let said = sentence(settings.as_ref(), &key, Timestamp::UNIX_EPOCH);
+            assert!(said.ends_with(&end), "{said}");
+        }
+    }
+
+    #[test]
     fn the_lease_begins_when_the_script_fails() {
         let now = Timestamp::now();
         let end = End {

@@ -66,7 +66,7 @@ fn mint(console: &ConsoleSettings, job: &JobDir) -> Result<Secret, ticket::Error
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use std::path::Path;
 
     use super::*;
@@ -74,7 +74,7 @@ mod tests {
     use crate::settings::{Settings, Sources};
 
     /// The settings of a console with this line.
-    fn console(line: &str) -> ConsoleSettings {
+    pub(in crate::stage) fn console(line: &str) -> ConsoleSettings {
         let text = format!(
             "[console]\nurl = \"https://ci.example.com\"\ncertificate = \"/c\"\nkey = \"/k\"\n{line}"
         );
