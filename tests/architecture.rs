@@ -66,7 +66,7 @@ fn rooms_import_only_what_the_plan_allows() {
         (
             "stage",
             &[
-                "settings", "job", "image", "host", "machine", "guest", "start", "history", "reap",
+                "settings", "job", "image", "host", "machine", "guest", "ticket", "start", "history", "reap",
                 "outcome", "report",
             ],
         ),

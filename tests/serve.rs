@@ -139,18 +139,39 @@ async fn only_the_right_ticket_opens_a_machine_and_nothing_else_says_anything_ab
 }
 
 #[tokio::test]
-async fn who_guesses_tickets_has_to_wait() {
+async fn a_link_opens_the_page_until_cleanup_and_the_console_warns_of_it_when_it_starts() {
     let scene = Scene::new();
     let job = scene.job(1);
     let key = job.key().to_string();
+    let now = Timestamp::now();
+    // As old as no job gets.
+    let minted = now.saturating_sub(SignedDuration::from_hours(1000)).unwrap();
+    let grant = Grant::new(Mode::Full, minted, ticket::WITH_THE_JOB, 1, "the job log".into());
+    let (text, _) = ticket::mint(&job, &grant).unwrap();
     let mut browser = scene.place.browser();
-    let mut answers = Vec::new();
-    for n in 0..22 {
-        answers.push(browser.enter(&key, &format!("{n:040}")).await);
-    }
-    assert_eq!(answers[..20], [403; 20]);
-    assert_eq!(answers[20..], [429; 2]);
-    assert_eq!(browser.enter(&key, &ticket(&job, Mode::Full, 5, 1)).await, 429);
+    assert_eq!(browser.enter(&key, text.reveal()).await, 204);
+    let mut socket = browser.open(&serial(&job)).await.unwrap();
+    read_until(&mut socket, "speaks").await;
+    drop(job.enter(State::Cleaning, |_| ()).unwrap());
+    let (said, ended) = read_until(&mut socket, "").await;
+    assert!(ended && said.contains("the machine is gone"), "{said}");
+    assert_eq!(scene.place.browser().enter(&key, text.reveal()).await, 403);
+
+    let other = Place::new();
+    let settings = scene.folder.path().join("link.toml");
+    let state = scene.folder.path().join("other");
+    let text = format!(
+        "state_dir = \"{}\"\n{}access = \"link\"\n",
+        state.display(),
+        other.settings()
+    );
+    std::fs::write(&settings, text).unwrap();
+    let served = other.serve_and_read(&settings, 2);
+    let warning = served.said.lines().nth(1).unwrap();
+    assert!(
+        warning.contains("warning: console.access is \"link\""),
+        "{warning}"
+    );
 }
 
 #[tokio::test]

@@ -4,6 +4,7 @@ use tokio::sync::mpsc;
 use super::Context;
 use crate::outcome::Failure;
 use crate::serve;
+use crate::settings::Access;
 
 /// Serve the console: pages on which people see and enter the machines of jobs
 ///
@@ -30,11 +31,21 @@ pub(super) async fn run(context: &Context, _: &Arguments) -> Result<(), Failure>
         }
     };
     let page = settings.console.as_ref().map(|console| console.origin());
+    let link = settings
+        .console
+        .as_ref()
+        .is_some_and(|console| console.access == Access::Link);
     let ready = |address| {
         context.log.line(format!(
             "cannery: the console {} is served on {address}.",
             page.unwrap_or_default()
         ));
+        if link {
+            context.log.line(
+                "cannery: warning: console.access is \"link\": whoever can read a job's log gets into its machine, except where \
+                 the job's ref is protected.",
+            );
+        }
     };
     serve::serve(settings, ready, reloads, stop).await
 }

@@ -129,6 +129,8 @@ pub struct Job {
     pub project: String,
     /// The job's name in `.gitlab-ci.yml`.
     pub name: String,
+    /// Is its ref protected, by GitLab's own word? None where that does not say.
+    pub protected: Option<bool>,
     /// `image:`, with its variables filled in; none where the job names none.
     pub image: Option<String>,
     /// `image:pull_policy`.
@@ -206,6 +208,7 @@ impl Job {
     /// The job that a response asks for, with the variables that the runner filled in.
     pub fn new(response: Response, environment: &Environment, session: &Path) -> Job {
         let identity = response.identity();
+        let protected = response.is_protected();
         let named = Some(response.image.name.clone()).filter(|n| !n.is_empty());
         // The response has the name as it was written; the runner's variable has it expanded.
         let image = named.map(|name| environment.variable("CI_JOB_IMAGE").map_or(name, str::to_owned));
@@ -223,6 +226,7 @@ impl Job {
             token: token_hash(environment, response.token.reveal()),
             project: response.job_info.project_full_path,
             name: response.job_info.name,
+            protected,
             image,
             pull_policy: response.image.pull_policy,
             user: Some(docker.user).filter(|u| !u.is_empty()),

@@ -42,6 +42,8 @@ pub(super) struct JobInfo {
 #[serde(default)]
 struct GitInfo {
     repo_url: String,
+    /// GitLab 18.3 and later say so here.
+    protected: Option<bool>,
 }
 
 impl std::fmt::Debug for GitInfo {
@@ -51,10 +53,11 @@ impl std::fmt::Debug for GitInfo {
     }
 }
 
-/// One of the job's variables; only those that GitLab masks are of interest.
+/// One of the job's variables; of interest are those that GitLab masks, and [`PROTECTED`].
 #[derive(Debug, Default, Deserialize)]
 #[serde(default)]
 pub(super) struct Variable {
+    key: String,
     pub(super) value: Secret,
     pub(super) masked: bool,
 }
@@ -111,6 +114,9 @@ pub struct RegistryCredential {
     pub password: Secret,
 }
 
+/// The variable by which GitLab says whether a job's ref is protected.
+const PROTECTED: &str = "CI_COMMIT_REF_PROTECTED";
+
 /// Go writes an absent list or object as `null`.
 fn null_is_default<'de, D: Deserializer<'de>, T: Default + Deserialize<'de>>(d: D) -> Result<T, D::Error> {
     Ok(Option::deserialize(d)?.unwrap_or_default())
@@ -129,6 +135,17 @@ impl Response {
             };
             format!("{what}, at line {} column {}", e.line(), e.column())
         })
+    }
+
+    /// Is the job's ref protected? None where GitLab does not say.
+    ///
+    /// Where only the variable says so, the job's author may have added others of its name; GitLab's own is among them, so that only
+    /// if all deny it, it is so.
+    pub(super) fn is_protected(&self) -> Option<bool> {
+        let said = self.variables.iter().filter(|variable| variable.key == PROTECTED);
+        let said = said.map(|variable| variable.value.reveal() != "false");
+        // Where one of two says yes, it is yes.
+        self.git_info.protected.or_else(|| said.max())
     }
 
     /// Who the job is. The instance's URL is what remains of the repository's address, which GitLab
@@ -190,6 +207,34 @@ mod tests {
             ("", "", ""),
         ] {
             assert_eq!(coordinator(url, project), expected, "{url}");
+        }
+    }
+
+    #[test]
+    fn a_ref_is_unprotected_only_if_gitlab_says_so_whatever_the_author_adds() {
+        let yes = r#"{"key": "CI_COMMIT_REF_PROTECTED", "value": "true"}"#;
+        let no = r#"{"key": "CI_COMMIT_REF_PROTECTED", "value": "false"}"#;
+        let odd = r#"{"key": "CI_COMMIT_REF_PROTECTED", "value": ""}"#;
+        let other = r#"{"key": "PROTECTED", "value": "false"}"#;
+        for (git, variables, expected) in [
+            ("", vec![], None),
+            ("", vec![other], None),
+            ("", vec![other, no], Some(false)),
+            ("", vec![yes], Some(true)),
+            ("", vec![yes, no], Some(true)),
+            ("", vec![no, yes], Some(true)),
+            ("", vec![odd], Some(true)),
+            (r#""protected": null"#, vec![no], Some(false)),
+            (r#""protected": true"#, vec![no], Some(true)),
+            (r#""protected": false"#, vec![yes], Some(false)),
+            (r#""protected": false"#, vec![], Some(false)),
+        ] {
+            let text = format!(
+                r#"{{"id": 1, "git_info": {{{git}}}, "variables": [{}]}}"#,
+                variables.join(",")
+            );
+            let response = Response::parse(text.as_bytes()).unwrap();
+            assert_eq!(response.is_protected(), expected, "{text}");
         }
     }
 

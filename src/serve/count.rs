@@ -4,6 +4,8 @@
 use std::fmt::Write;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use crate::console::{Denied, Refusal};
+
 /// Counts since the process began.
 #[derive(Debug, Default)]
 pub(super) struct Counts {
@@ -16,6 +18,8 @@ pub(super) struct Counts {
     pub(super) refused_full: Count,
     pub(super) refused_often: Count,
     pub(super) refused_connections: Count,
+    pub(super) refused_handshake: Count,
+    pub(super) refused_screen: Count,
 }
 
 /// One of them.
@@ -41,6 +45,24 @@ pub(super) struct Now {
 }
 
 impl Counts {
+    /// Somebody who came for a screen was refused.
+    pub(super) fn refused(&self, why: &Refusal) {
+        let count = match why {
+            Refusal::Crowded => &self.refused_connections,
+            Refusal::Handshake(_) | Refusal::Tls(_) => &self.refused_handshake,
+            Refusal::Denied(Denied::Used) | Refusal::Full => &self.refused_full,
+            Refusal::NoTicket | Refusal::Denied(_) | Refusal::NoSession => &self.refused_ticket,
+            // These had a ticket.
+            Refusal::NotAllowed(_)
+            | Refusal::Taken
+            | Refusal::TooManyTakeovers
+            | Refusal::Ended(_)
+            | Refusal::Machine(_)
+            | Refusal::Less => &self.refused_screen,
+        };
+        count.add(1);
+    }
+
     /// The text that Prometheus reads.
     pub(super) fn text(&self, now: Now) -> String {
         let mut text = String::new();
@@ -104,6 +126,8 @@ impl Counts {
                 ("{reason=\"full\"}", self.refused_full.get()),
                 ("{reason=\"too-often\"}", self.refused_often.get()),
                 ("{reason=\"connections\"}", self.refused_connections.get()),
+                ("{reason=\"handshake\"}", self.refused_handshake.get()),
+                ("{reason=\"screen\"}", self.refused_screen.get()),
             ],
         );
         text

@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 use tokio_openssl::SslStream;
 
 use super::House;
+use super::count::Counts;
 use super::limit::Place;
 use super::site::{self, Peer};
 use super::tls::Certificate;
@@ -91,6 +92,7 @@ impl Door {
                 router,
                 self.closing.subscribe(),
                 place,
+                Arc::clone(&self.house.counts),
             );
             let mut connections = self.connections.lock().await;
             connections.spawn(connection);
@@ -121,6 +123,7 @@ async fn connection(
     router: axum::Router,
     mut closing: watch::Receiver<bool>,
     place: Place,
+    counts: Arc<Counts>,
 ) {
     // Keys are small packets that somebody waits for.
     let _ = stream.set_nodelay(true);
@@ -133,6 +136,7 @@ async fn connection(
         tokio::time::timeout(HANDSHAKE, Pin::new(&mut stream).accept()).await,
         Ok(Ok(()))
     ) {
+        counts.refused_handshake.add(1);
         return;
     }
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();

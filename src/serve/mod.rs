@@ -83,6 +83,45 @@ struct House {
     gitlab: Option<GitLab>,
 }
 
+impl House {
+    /// What a console with these settings begins with.
+    fn new(settings: Settings, console: ConsoleSettings) -> Result<Self, Failure> {
+        let audit = Audit::open(console.audit_log.as_deref())
+            .map_err(|e| Failure::system(format!("cannot write console.audit_log: {e}")))?;
+        let (audit, counts) = (Arc::new(audit), Arc::new(Counts::default()));
+        let jobs = Jobs::open(&settings.state_dir)?;
+        let sessions = Arc::new(Sessions::new(
+            console.max_sessions,
+            Arc::clone(&audit),
+            Arc::clone(&counts),
+        ));
+        let passes = Arc::new(Passes::default());
+        let proxy = screen::proxy(
+            jobs.clone(),
+            Arc::clone(&sessions),
+            Arc::clone(&passes),
+            console.max_sessions,
+        )
+        .map_err(|e| Failure::system(format!("cannot start a thread: {e}")))?;
+        sessions.end_at(&proxy);
+        Ok(House {
+            api_token: api_token(&console)?,
+            gitlab: gitlab(&console)?,
+            jobs,
+            sessions,
+            passes,
+            proxy,
+            screens: Screens::default(),
+            guesses: Guesses::default(),
+            connections: Arc::default(),
+            settings,
+            console,
+            audit,
+            counts,
+        })
+    }
+}
+
 /// Serves until `stop` ends. For each word of `reload` the certificate's files are read again. `ready` is told once the port is open.
 ///
 /// # Errors
@@ -101,39 +140,7 @@ pub async fn serve(
     let certificate = Certificate::load(console.certificate.clone(), console.key.clone()).map_err(|e| {
         Failure::system(e.to_string()).hint("console.certificate and console.key name PEM files")
     })?;
-    let audit = Audit::open(console.audit_log.as_deref())
-        .map_err(|e| Failure::system(format!("cannot write console.audit_log: {e}")))?;
-    let (audit, counts) = (Arc::new(audit), Arc::new(Counts::default()));
-    let jobs = Jobs::open(&settings.state_dir)?;
-    let sessions = Arc::new(Sessions::new(
-        console.max_sessions,
-        Arc::clone(&audit),
-        Arc::clone(&counts),
-    ));
-    let passes = Arc::new(Passes::default());
-    let proxy = screen::proxy(
-        jobs.clone(),
-        Arc::clone(&sessions),
-        Arc::clone(&passes),
-        console.max_sessions,
-    )
-    .map_err(|e| Failure::system(format!("cannot start a thread: {e}")))?;
-    sessions.end_at(&proxy);
-    let house = Arc::new(House {
-        api_token: api_token(&console)?,
-        gitlab: gitlab(&console)?,
-        jobs,
-        sessions,
-        passes,
-        proxy,
-        screens: Screens::default(),
-        guesses: Guesses::default(),
-        connections: Arc::default(),
-        settings,
-        console,
-        audit,
-        counts,
-    });
+    let house = Arc::new(House::new(settings, console)?);
     let door = door::Door::open(Arc::clone(&house), Arc::new(certificate)).await?;
     ready(door.address());
     let spice = door::Spice::open(&house).await?;
@@ -199,3 +206,6 @@ fn api_token(console: &ConsoleSettings) -> Result<Option<Secret>, Failure> {
     }
     Ok(Some(Secret::new(token)))
 }
+
+#[cfg(test)]
+mod tests;

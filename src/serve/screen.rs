@@ -240,7 +240,10 @@ impl Observer for Notes {
                 number.map(|number| self.sessions.end_number(number, End::Left));
             }
             // Whoever knocks at the port can make as many as they like.
-            Event::Refused { .. } => tracing::debug!("screen: {event}"),
+            Event::Refused { why, .. } => {
+                self.sessions.counts().refused(why);
+                tracing::debug!("screen: {event}");
+            }
         }
     }
 }

@@ -25,8 +25,6 @@ use crate::ticket::{self, Mode, Redeemed, TicketId};
 
 /// A session with no open channel ends after this: a page that is loaded anew is back at once, a closed one never.
 const IDLE: Duration = Duration::from_secs(120);
-/// A session ends after this, whatever goes on in it: no job that somebody watches takes longer.
-const LONGEST: Duration = Duration::from_secs(24 * 3600);
 
 /// Why a session is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -72,6 +70,8 @@ pub(super) struct Session {
     pub(super) job: JobDir,
     pub(super) mode: Mode,
     ticket: TicketId,
+    /// Until when the ticket may be redeemed.
+    expires: Timestamp,
     minted_by: String,
     from: IpAddr,
     opened: Timestamp,
@@ -132,6 +132,11 @@ impl Sessions {
         let _ = self.screens.set(Arc::downgrade(proxy));
     }
 
+    /// What is counted of all that happens.
+    pub(super) fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
     fn all(&self) -> MutexGuard<'_, HashMap<[u8; 32], Arc<Session>>> {
         self.by_cookie.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -159,6 +164,7 @@ impl Sessions {
             job: redeemed.job,
             mode: redeemed.grant.mode,
             ticket: redeemed.id,
+            expires: redeemed.grant.expires,
             minted_by: redeemed.grant.by,
             from,
             opened: Timestamp::now(),
@@ -197,6 +203,7 @@ impl Sessions {
             return;
         }
         session.end.send_replace(Some(why));
+        self.drop_ticket(session, Timestamp::now());
         if let Some(proxy) = self.screens.get().and_then(Weak::upgrade) {
             screen::end(&proxy, session, why);
         }
@@ -208,6 +215,17 @@ impl Sessions {
             bytes_sent: session.sent.load(Ordering::Relaxed),
             bytes_received: session.received.load(Ordering::Relaxed),
         });
+    }
+
+    /// Takes a ticket away that opens nothing any more, once nobody is there by it: those of sign-ins would pile up.
+    fn drop_ticket(&self, session: &Session, now: Timestamp) {
+        let same = |other: &Session| other.ticket == session.ticket && other.job == session.job;
+        if session.expires > now || self.all().values().any(|other| same(other)) {
+            return;
+        }
+        if let Err(e) = ticket::revoke(&session.job, &session.ticket) {
+            tracing::warn!("an expired ticket stays: {e}");
+        }
     }
 
     /// The session of this number, while it lives.
@@ -278,7 +296,7 @@ impl Session {
     fn is_over(&self, now: Instant) -> bool {
         let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let idle = self.channels.load(Ordering::Relaxed) == 0 && now.saturating_duration_since(last) > IDLE;
-        idle || now.saturating_duration_since(self.begin) > LONGEST
+        idle || now.saturating_duration_since(self.begin) > ticket::LONGEST_SESSION
     }
 
     fn shown(&self) -> Shown {
@@ -434,6 +452,26 @@ mod tests {
         place.sessions.look(Instant::now());
         assert_eq!(session.ended().await, End::Revoked);
         assert!(place.sessions.of(second.reveal(), place.job.key()).is_some());
+    }
+
+    #[test]
+    fn an_expired_ticket_goes_with_the_last_session_of_it_and_one_that_is_good_stays() {
+        let place = Place::new(10);
+        let ticket = place.ticket(2);
+        let end = |cookie: &Secret| {
+            let session = place.sessions.of(cookie.reveal(), place.job.key()).unwrap();
+            place.sessions.end(&session, End::Left);
+        };
+        let holds = || ticket::holds(&place.job, &ticket.id).unwrap();
+        end(&place.open(&ticket).unwrap());
+        assert!(holds());
+        let mut expired = ticket.clone();
+        expired.grant.expires = expired.grant.minted;
+        let (one, two) = (place.open(&expired).unwrap(), place.open(&expired).unwrap());
+        end(&one);
+        assert!(holds(), "somebody is there by it");
+        end(&two);
+        assert!(!holds());
     }
 
     #[tokio::test]

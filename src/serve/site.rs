@@ -238,7 +238,19 @@ async fn enter(
     Json(shows): Json<Shows>,
 ) -> Result<Response, Refused> {
     let key = key_of(&uri)?;
-    let now = Instant::now();
+    let cookie = admit(&house, &key, shows.ticket.reveal().trim(), from, Instant::now())?;
+    let cookie = machine_cookie(&key, &cookie);
+    Ok((StatusCode::NO_CONTENT, [(header::SET_COOKIE, cookie)]).into_response())
+}
+
+/// The session of whoever shows this text at this time, unless it is no ticket or too many were not.
+pub(super) fn admit(
+    house: &House,
+    key: &JobKey,
+    text: &str,
+    from: IpAddr,
+    now: Instant,
+) -> Result<Secret, Refused> {
     if !house.guesses.may_try(from, now) {
         house.counts.refused_often.add(1);
         return Err(Refused::new(
@@ -246,8 +258,8 @@ async fn enter(
             "too many wrong tickets came from your address; try again in a minute",
         ));
     }
-    let redeemed = match house.jobs.find(&key) {
-        Some(job) => ticket::redeem_for(&job, shows.ticket.reveal().trim(), Timestamp::now())?,
+    let redeemed = match house.jobs.find(key) {
+        Some(job) => ticket::redeem_for(&job, text, Timestamp::now())?,
         // No other answer than for a wrong ticket: who has none learns nothing about jobs.
         None => Err(ticket::Refusal::Unknown),
     };
@@ -256,12 +268,10 @@ async fn enter(
         house.counts.refused_ticket.add(1);
         Refused::new(StatusCode::FORBIDDEN, refusal.to_string())
     })?;
-    let cookie = house.sessions.open(redeemed, from)?.map_err(|full| {
+    house.sessions.open(redeemed, from)?.map_err(|full| {
         house.counts.refused_full.add(1);
         Refused::new(StatusCode::CONFLICT, full.to_string())
-    })?;
-    let cookie = machine_cookie(&key, &cookie);
-    Ok((StatusCode::NO_CONTENT, [(header::SET_COOKIE, cookie)]).into_response())
+    })
 }
 
 /// The cookie by which a session at this machine is known.

@@ -8,12 +8,25 @@ use serde::Deserialize;
 
 use crate::quantity::Span;
 
+/// Who gets into a machine of which they know the address.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Access {
+    /// Who has a ticket, or signs in where that is possible.
+    #[default]
+    Ticket,
+    /// Also whoever reads the job log: it has a ticket, except where the job's ref is protected.
+    Link,
+}
+
 /// `[console]`
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ConsoleTable {
     /// The address of the console's pages, as browsers know it. With it the console is on.
     pub url: Option<String>,
+    /// Who gets in.
+    pub access: Access,
     /// Where `cannery serve` listens.
     pub listen: Option<SocketAddr>,
     /// The certificate's file: PEM, with those between it and its authority.
@@ -55,6 +68,8 @@ pub struct ConsoleTable {
 pub struct ConsoleSettings {
     /// The host that browsers ask for, and the port where it is not 443: what stands in their `Host` header.
     pub authority: String,
+    /// Who gets in.
+    pub access: Access,
     /// Where `cannery serve` listens.
     pub listen: SocketAddr,
     /// The certificate's file.
@@ -174,6 +189,7 @@ impl ConsoleTable {
         }
         Ok(Some(ConsoleSettings {
             authority,
+            access: self.access,
             listen: self.listen.unwrap_or_else(|| DEFAULT_LISTEN.into()),
             certificate,
             key,
@@ -256,6 +272,9 @@ mod tests {
         let key = "aaaa1111-7-1".parse().unwrap();
         assert_eq!(settings.page(&key), "https://ci.example.com/jobs/aaaa1111-7-1");
         assert_eq!(settings.gitlab, None);
+        assert_eq!(settings.access, Access::Ticket);
+        let link = table(&format!("{whole}access = \"link\"")).unwrap().unwrap();
+        assert_eq!(link.access, Access::Link);
         for wrong in [
             "viewers = 0",
             "gitlab_url = \"https://gitlab.example.com\"",

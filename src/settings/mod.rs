@@ -12,7 +12,7 @@ pub mod file;
 mod pattern;
 pub mod registry;
 
-pub use console::{ConsoleSettings, GitLabSettings};
+pub use console::{Access, ConsoleSettings, GitLabSettings};
 pub use effective::{
     GuestSettings, ImageRules, ImageSettings, MachineSettings, Network, OwnNetwork, Settings,
 };

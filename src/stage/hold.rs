@@ -8,7 +8,7 @@ use super::prepare::AFTER_TIMEOUT;
 use crate::history;
 use crate::record::{Ending, Held, Holder, JobKey, Record};
 use crate::report;
-use crate::settings::ConsoleSettings;
+use crate::settings::{Access, ConsoleSettings};
 
 /// How much earlier than the job's time is over gitlab-runner may have a script ended for it: its clock starts when it takes the
 /// job, before prepare.
@@ -65,7 +65,14 @@ impl End<'_> {
 /// What the job's author is told: until when, and who gets in how: by the page where there is a console, else through an admin.
 pub(super) fn sentence(console: Option<&ConsoleSettings>, key: &JobKey, until: Timestamp) -> String {
     let way = match console {
-        Some(console) => format!("Its console: {}", console.page(key)),
+        Some(console) => {
+            // The ticket was told once, and is nowhere else.
+            let link = match console.access {
+                Access::Ticket => "",
+                Access::Link => " (with the ticket from the line \"Console\" above, if there is one)",
+            };
+            format!("Its console: {}{link}", console.page(key))
+        }
         None => format!("An administrator of this runner enters it with: cannery vm ssh {key}"),
     };
     format!(
@@ -146,6 +153,26 @@ mod tests {
                 limit: Some(Duration::from_secs(limit)),
             };
             assert_eq!(end.held(&record, now).is_some(), expected, "{limit}");
+        }
+    }
+
+    #[test]
+    fn who_may_look_is_told_the_way_which_is_the_ticket_in_the_job_log_only_where_there_may_be_one() {
+        let key = JobKey::new("https://gitlab.example.com", 1, 1);
+        let page = format!("https://ci.example.com/jobs/{key}");
+        let console = crate::stage::invite::tests::console;
+        for (settings, end) in [
+            (None, format!("enters it with: cannery vm ssh {key}")),
+            (Some(console("")), format!("Its console: {page}")),
+            (
+                Some(console("access = \"link\"")),
+                format!(
+                    "Its console: {page} (with the ticket from the line \"Console\" above, if there is one)"
+                ),
+            ),
+        ] {
+            let said = sentence(settings.as_ref(), &key, Timestamp::UNIX_EPOCH);
+            assert!(said.ends_with(&end), "{said}");
         }
     }
 

@@ -201,12 +201,8 @@ async fn get_ready(
     })?);
     log.line(format!("Ready: {}", phases.line()));
     if let Some(console) = &settings.console {
-        // Everybody who may read the job log reads it: the address alone opens nothing.
-        let who = match &console.gitlab {
-            Some(_) => "for Developers of the project and above",
-            None => "ask an admin of this runner for a ticket",
-        };
-        log.line(format!("Console: {} ({who}).", console.page(folder.key())));
+        let lines = super::invite::lines(console, &folder, job.protected);
+        lines.into_iter().for_each(|line| log.line(line));
     }
     Ok(())
 }

@@ -14,6 +14,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use jiff::Timestamp;
 use openssl::rand::rand_bytes;
@@ -35,6 +36,11 @@ const FOLDER_MODE: u32 = 0o2770;
 const FILE_MODE: u32 = 0o660;
 /// Digits of a hash that people see.
 const SHOWN: usize = 12;
+/// The end of a ticket that is good for as long as its job has a machine.
+pub const WITH_THE_JOB: Timestamp = Timestamp::MAX;
+/// No session lasts longer, whatever goes on in it: no job that somebody watches takes longer. So long after its end a ticket's file is
+/// of use to nobody.
+pub const LONGEST_SESSION: Duration = Duration::from_secs(24 * 3600);
 /// The version of [`Grant`] that this program writes. A ticket of a newer one opens nothing.
 const VERSION: u32 = 1;
 
@@ -150,7 +156,7 @@ pub struct Redeemed {
     pub grant: Grant,
 }
 
-/// Makes a ticket for a job's machine and returns its text, which is nowhere else.
+/// Makes a ticket for a job's machine and returns its text, which is nowhere else. Takes away those by which nobody can be there any more.
 ///
 /// # Errors
 /// The job is being cleaned up, or its folder cannot be written.
@@ -169,6 +175,10 @@ pub fn mint(job: &JobDir, grant: &Grant) -> Result<(Secret, TicketId), Error> {
         io::ErrorKind::NotFound => Error::Gone(job.key().clone()),
         _ => failed("create the folder", &folder)(source),
     })?;
+    if let Err(e) = sweep(job, grant.minted) {
+        // They open nothing.
+        tracing::warn!("expired tickets stay: {e}");
+    }
     record::write_json(&path(job, &id), grant, FILE_MODE)?;
     kill::point(Point::TicketKept);
     Ok((text, id))
@@ -182,6 +192,11 @@ pub fn random_text() -> Result<Secret, Error> {
     let mut bytes = [0; BYTES];
     rand_bytes(&mut bytes).map_err(|e| Error::Random(e.to_string()))?;
     Ok(Secret::new(hex::encode(bytes)))
+}
+
+/// The address that opens a job's page with a ticket: in the part that browsers send to nobody.
+pub fn address(page: &str, text: &Secret) -> String {
+    format!("{page}#ticket={}", text.reveal())
 }
 
 /// What a text opens, whichever machine that is.
@@ -265,6 +280,17 @@ pub fn revoke(job: &JobDir, id: &TicketId) -> Result<bool, Error> {
             Ok(true)
         }
     }
+}
+
+/// Takes away the tickets of a job that have expired so long ago that no session of theirs is left.
+fn sweep(job: &JobDir, now: Timestamp) -> Result<(), Error> {
+    for (id, grant) in list(job)? {
+        let over = grant.expires.checked_add(LONGEST_SESSION);
+        if over.is_ok_and(|over| over <= now) {
+            revoke(job, &id)?;
+        }
+    }
+    Ok(())
 }
 
 fn is_live(job: &JobDir) -> Result<bool, Error> {

@@ -110,6 +110,41 @@ fn a_ticket_that_is_taken_away_opens_nothing_and_its_sessions_end() {
 }
 
 #[test]
+fn tickets_that_opened_what_is_long_over_go_when_another_is_minted() {
+    let place = Place::new();
+    let job = place.job(1);
+    let now = Timestamp::now();
+    let ended = |ago: SignedDuration| {
+        let expires = now.saturating_sub(ago).unwrap();
+        mint(&job, &Grant { expires, ..grant() }).unwrap().1
+    };
+    let day = SignedDuration::try_from(LONGEST_SESSION).unwrap();
+    let second = SignedDuration::from_secs(1);
+    let gone = ended(day + second);
+    // Somebody may be there by it still.
+    let kept = ended(day - second * 60);
+    let endless = Grant {
+        expires: WITH_THE_JOB,
+        ..grant()
+    };
+    let (_, endless) = mint(&job, &endless).unwrap();
+    let last = mint(&job, &grant()).unwrap().1;
+    let left: BTreeSet<TicketId> = list(&job).unwrap().into_iter().map(|(id, _)| id).collect();
+    assert_eq!(left, BTreeSet::from([kept, endless, last]));
+    assert!(!left.contains(&gone));
+}
+
+#[test]
+fn an_expired_ticket_that_cannot_be_read_keeps_nobody_from_minting() {
+    let place = Place::new();
+    let job = place.job(1);
+    let (_, id) = mint(&job, &grant()).unwrap();
+    fs::write(path(&job, &id), "no ticket").unwrap();
+    let (text, _) = mint(&job, &grant()).unwrap();
+    assert!(redeem_for(&job, text.reveal(), Timestamp::now()).unwrap().is_ok());
+}
+
+#[test]
 fn a_job_that_is_cleaned_up_has_no_tickets_though_its_folder_is_there() {
     let place = Place::new();
     let job = place.job(1);

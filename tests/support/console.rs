@@ -90,6 +90,11 @@ impl Place {
 
     /// Starts `cannery serve` and waits until it listens.
     pub fn serve(&self, settings: &Path) -> Served {
+        self.serve_and_read(settings, 1)
+    }
+
+    /// The same, and reads so many lines of what it says.
+    pub fn serve_and_read(&self, settings: &Path, lines: usize) -> Served {
         let mut child = Command::new(cannery())
             .arg("--config")
             .arg(settings)
@@ -100,9 +105,11 @@ impl Place {
             .unwrap();
         let mut said = String::new();
         let mut errors = BufReader::new(child.stderr.take().unwrap());
-        errors.read_line(&mut said).unwrap();
+        for _ in 0..lines {
+            errors.read_line(&mut said).unwrap();
+        }
         assert!(said.contains("is served on"), "{said}");
-        Served { child }
+        Served { child, said }
     }
 
     /// A browser that has not been here yet.
@@ -133,6 +140,8 @@ fn install_assets(folder: &str) {
 /// A console that runs until it is dropped.
 pub struct Served {
     child: Child,
+    /// What it has said first.
+    pub said: String,
 }
 
 impl Served {

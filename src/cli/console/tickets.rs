@@ -75,7 +75,7 @@ pub(super) fn mint(
         print(&format!("{}\n", text.reveal()));
         return Ok(());
     }
-    print(&format!("{}#ticket={}\n", console.page(job.key()), text.reveal()));
+    print(&format!("{}\n", ticket::address(&console.page(job.key()), &text)));
     context.log.line(format!(
         "cannery: {} ticket {id}, for {} viewers, to be used within {}.",
         grant.mode,
@@ -123,6 +123,8 @@ pub(super) fn list(settings: &Settings, arguments: &ListArguments) -> Result<(),
             report::line(&row.by, 60),
             if row.expires <= now {
                 "expired".to_owned()
+            } else if row.expires == ticket::WITH_THE_JOB {
+                "with the job".to_owned()
             } else {
                 row.expires.to_string()
             },
