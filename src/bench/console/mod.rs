@@ -4,7 +4,7 @@
 //! viewer ──▶ proxy (a process of its own) ──▶ stub (a machine's screen that answers at once)
 //!    ├─────▶ tunnel (socat) ────────────────▶   │
 //!    └──────────────────────────────────────▶   │
-//! abuse ──▶ proxy
+//! abuse ──▶ proxy ──▶ qemu (a real one, which never runs its guest)
 //! ```
 //!
 //! All of it happens on loopback and in one folder, with viewers, machines and harm of the bench's own.
@@ -12,6 +12,7 @@
 mod abuse;
 mod aside;
 mod proxy;
+mod qemu;
 mod stub;
 mod tunnel;
 mod viewer;
@@ -42,10 +43,11 @@ use crate::console::link::Code;
 use crate::outcome::Failure;
 use crate::report::{JobLog, bytes};
 use abuse::Abuse;
-use proxy::{Process, ticket};
+use proxy::{Process, real_ticket, ticket};
+use qemu::Qemu;
 use stub::{PICTURE, Stub};
 use tunnel::Tunnels;
-use viewer::{Session, Way, greet, hello};
+use viewer::{Mute, Session, Way, greet, hello};
 
 /// Of socat's throughput, and of its throughput with OpenSSL.
 const PLAIN_GOAL: Goal = Goal::Share(0.9);
@@ -56,6 +58,8 @@ const CONNECT_GOAL: Goal = Goal::Beyond(Duration::from_millis(10));
 const KEY_GOAL: Goal = Goal::Beyond(Duration::from_millis(1));
 /// For a burst of sessions that begin at once.
 const BURST_GOAL: Goal = Goal::Under(Duration::from_secs(1));
+/// For an answer of QEMU's control connection, whatever viewers do.
+const CONTROL_GOAL: Goal = Goal::Under(Duration::from_millis(100));
 /// Why nothing is known about the tunnels.
 const NOT_INSTALLED: &str = "socat is not installed";
 
@@ -82,6 +86,8 @@ const BESIDE_MOST: usize = 30;
 const PLACES: usize = 540;
 /// Who tries to come in when all places are taken.
 const LATE: usize = 20;
+/// How often a real machine is taken over: below what the proxy allows in a minute (`Limits::takeovers`).
+const TAKEOVERS: usize = 3;
 /// Descriptors of this process beside those of sessions: attackers, sockets of the runtime.
 const DESCRIPTORS: u64 = 2000;
 
@@ -148,6 +154,7 @@ async fn run(plan: &Plan, log: &JobLog) -> Result<Vec<Figure>, Failure> {
     figures.push(memory);
     figures.extend(bench.past_the_limit().await?);
     figures.extend(bench.abuse().await?);
+    figures.extend(bench.mute().await?);
     Ok(figures)
 }
 
@@ -419,6 +426,35 @@ impl Bench<'_> {
             figures.push(figure);
         }
         Ok(figures)
+    }
+
+    /// What a viewer that never begins its screen does to a real machine, when the next viewer takes it over.
+    async fn mute(&mut self) -> Result<Option<Figure>, Failure> {
+        let Some(qemu) = Qemu::start(&self.plan.scratch).await? else {
+            self.log
+                .line("There is no qemu-system-x86_64 with SPICE: its control connection is not measured.");
+            return Ok(None);
+        };
+        self.log.line("Measuring QEMU's control connection.");
+        let mut figure = Figure::new(
+            "QEMU's slowest answer while a mute viewer is taken over, against any viewer's coming",
+            Peer::None,
+            CONTROL_GOAL,
+        );
+        let way = self.plain.clone();
+        for number in 0..TAKEOVERS {
+            self.proxy.quiet().await?;
+            let [alone, mute, next] = [0, 1, 2].map(|one| real_ticket(number * 3 + one));
+            let (theirs, session) = qemu.slowest(Session::open(&way, VIEWER, &alone)).await?;
+            drop(session.map_err(lost)?);
+            figure.peer_took(theirs);
+            self.proxy.quiet().await?;
+            let _mute = Mute::open(&way, VIEWER, &mute).await.map_err(lost)?;
+            let (ours, session) = qemu.slowest(Session::open(&way, VIEWER, &next)).await?;
+            drop(session.map_err(lost)?);
+            figure.took(ours);
+        }
+        Ok(Some(figure))
     }
 }
 

@@ -16,6 +16,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufStream};
 use tokio::net::{TcpListener, UnixListener, UnixStream};
 use tokio::process::{Child, Command};
 
+use super::qemu::SCREEN;
 use super::{CERTIFICATE, KEY, MACHINE, lost};
 use crate::console::backend::Unix;
 use crate::console::{
@@ -24,8 +25,9 @@ use crate::console::{
 use crate::outcome::Failure;
 use crate::secret::Secret;
 
-/// What tickets begin with that are good; each opens a machine of its own.
+/// What tickets begin with that are good: each of the first kind opens a machine of its own, those of the second a real one.
 const GOOD: &str = "good-";
+const REAL: &str = "real-";
 const CONTROL: &str = "control";
 /// For the process to start: its first key takes some ten milliseconds.
 const START: Duration = Duration::from_secs(20);
@@ -37,6 +39,11 @@ const ASK_EVERY: Duration = Duration::from_millis(50);
 /// The ticket of the machine with this number.
 pub(super) fn ticket(number: usize) -> Secret {
     Secret::new(format!("{GOOD}{number}"))
+}
+
+/// One of the tickets of the real machine.
+pub(super) fn real_ticket(number: usize) -> Secret {
+    Secret::new(format!("{REAL}{number}"))
 }
 
 /// The proxy's ports.
@@ -57,11 +64,14 @@ pub(super) struct State {
     pub(super) sessions: usize,
 }
 
-struct Tickets(Arc<Unix>);
+struct Tickets {
+    stub: Arc<Unix>,
+    real: Arc<Unix>,
+}
 
 impl Door for Tickets {
     fn model(&self) -> Option<Arc<dyn Backend>> {
-        Some(self.0.clone())
+        Some(self.stub.clone())
     }
 
     fn redeem<'a>(
@@ -70,14 +80,21 @@ impl Door for Tickets {
         from: SocketAddr,
     ) -> BoxFuture<'a, Result<Admission, Denied>> {
         Box::pin(async move {
-            let machine = ticket.reveal().strip_prefix(GOOD).ok_or(Denied::Unknown)?;
+            let name = ticket.reveal();
+            let (machine, backend) = if name.starts_with(GOOD) {
+                (name, &self.stub)
+            } else if name.starts_with(REAL) {
+                (REAL, &self.real)
+            } else {
+                return Err(Denied::Unknown);
+            };
             Ok(Admission {
-                ticket: machine.to_owned(),
+                ticket: name.to_owned(),
                 viewer: from.to_string(),
                 machine: machine.to_owned(),
                 mode: Mode::Full,
                 kinds: Kinds::default(),
-                backend: self.0.clone(),
+                backend: backend.clone(),
             })
         })
     }
@@ -94,10 +111,16 @@ impl Observer for Silence {
 /// # Errors
 /// What the system refuses: a port, a thread, the certificate in `folder`.
 pub async fn serve(folder: &Path, keys: usize) -> Result<(), Failure> {
-    let machine = Unix {
-        path: folder.join(MACHINE),
-        ticket: None,
-        likeness: "stub".to_owned(),
+    let machine = |name: &str| {
+        Arc::new(Unix {
+            path: folder.join(name),
+            ticket: None,
+            likeness: name.to_owned(),
+        })
+    };
+    let tickets = Tickets {
+        stub: machine(MACHINE),
+        real: machine(SCREEN),
     };
     let limits = Limits {
         keys,
@@ -105,7 +128,7 @@ pub async fn serve(folder: &Path, keys: usize) -> Result<(), Failure> {
     };
     let certificate = Certificate::load(&folder.join(CERTIFICATE), &folder.join(KEY))
         .map_err(|e| Failure::system(format!("cannot read the certificate: {e}")))?;
-    let proxy = Proxy::new(Tickets(Arc::new(machine)), Silence, limits).map_err(lost)?;
+    let proxy = Proxy::new(tickets, Silence, limits).map_err(lost)?;
     let plain = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(lost)?;
     let tls = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(lost)?;
     let ports = Ports {

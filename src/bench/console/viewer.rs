@@ -127,6 +127,39 @@ async fn channel(way: &Way, from: Ipv4Addr, hello: &Hello, ticket: &Secret) -> i
     }
 }
 
+/// A viewer that opens its screen's channel and never begins it.
+pub(super) struct Mute {
+    _main: Wire,
+    _display: Wire,
+}
+
+impl Mute {
+    pub(super) async fn open(way: &Way, from: Ipv4Addr, ticket: &Secret) -> io::Result<Self> {
+        let (main, id) = main(way, from, ticket).await?;
+        let display = channel(way, from, &hello(id, Kind::Display), ticket).await?;
+        Ok(Mute {
+            _main: main.wire,
+            _display: display.wire,
+        })
+    }
+}
+
+/// A session's first channel, and the session's number.
+async fn main(way: &Way, from: Ipv4Addr, ticket: &Secret) -> io::Result<(Channel, u32)> {
+    let mut body = [0; 64];
+    let mut main = channel(way, from, &hello(0, Kind::Main), ticket).await?;
+    match hear(&mut main.wire, &mut body).await?.0 {
+        MAIN_INIT => {}
+        other => {
+            return Err(io::Error::other(format!(
+                "the main channel began with message {other}"
+            )));
+        }
+    }
+    let id = body.first_chunk().copied().map(u32::from_le_bytes);
+    Ok((main, id.unwrap_or_default()))
+}
+
 /// A viewer with its four channels.
 pub(super) struct Session {
     _main: Wire,
@@ -146,19 +179,7 @@ impl Session {
     }
 
     async fn opened(way: &Way, from: Ipv4Addr, ticket: &Secret) -> io::Result<Self> {
-        let mut body = [0; 64];
-        let mut main = channel(way, from, &hello(0, Kind::Main), ticket).await?;
-        let (kind, _) = hear(&mut main.wire, &mut body).await?;
-        if kind != MAIN_INIT {
-            return Err(io::Error::other(format!(
-                "the main channel began with message {kind}"
-            )));
-        }
-        let id = body
-            .first_chunk()
-            .copied()
-            .map(u32::from_le_bytes)
-            .unwrap_or_default();
+        let (main, id) = main(way, from, ticket).await?;
         let one = |kind: Kind| async move {
             let mut channel = channel(way, from, &hello(id, kind), ticket).await?;
             if kind == Kind::Display {
