@@ -78,7 +78,9 @@ fn rooms_import_only_what_the_plan_allows() {
         ),
         (
             "bench",
-            &["settings", "machine", "guest", "start", "outcome", "report"],
+            &[
+                "settings", "machine", "guest", "start", "console", "outcome", "report",
+            ],
         ),
         (
             "cli",

@@ -29,6 +29,10 @@ pub enum Unit {
     Seconds,
     /// Room, on the wire, on a disk or in memory.
     Bytes,
+    /// Bytes a second.
+    Throughput,
+    /// Things.
+    Count,
 }
 
 /// Whom a figure is held against.
@@ -55,6 +59,10 @@ pub enum Goal {
     Times(f64),
     /// At most so much more than the peer's.
     Beyond(Duration),
+    /// At least such a part of the peer's: more is better.
+    Share(f64),
+    /// Nothing at all may be counted.
+    Zero,
 }
 
 /// One line of a bench's answer; the JSON's keys are these names. Numbers are medians.
@@ -96,6 +104,49 @@ impl Figure {
         Figure {
             unit: Unit::Bytes,
             ..Self::new(name, peer, goal)
+        }
+    }
+
+    /// A figure of bytes a second, none of which was taken yet.
+    pub fn of_throughput(name: impl Into<String>, peer: Peer, goal: Goal) -> Self {
+        Figure {
+            unit: Unit::Throughput,
+            ..Self::new(name, peer, goal)
+        }
+    }
+
+    /// A figure of things that were counted.
+    pub fn of_count(name: impl Into<String>, counted: usize, goal: Goal) -> Self {
+        let mut figure = Figure {
+            unit: Unit::Count,
+            ..Self::new(name, Peer::None, goal)
+        };
+        figure.counted(u64::try_from(counted).unwrap_or(u64::MAX));
+        figure
+    }
+
+    /// Adds a transfer of cannery's.
+    pub fn carried(&mut self, bytes: u64, time: Duration) {
+        self.ours.push(number(bytes) / time.as_secs_f64());
+    }
+
+    /// Adds a transfer of the peer's.
+    pub fn peer_carried(&mut self, bytes: u64, time: Duration) {
+        self.peer_number(number(bytes) / time.as_secs_f64());
+    }
+
+    /// The time in which this part of all were done, from 0 to 1, as a figure without a goal.
+    pub fn quantile(&self, name: impl Into<String>, part: f64) -> Self {
+        let at = |numbers: &[f64]| quantile(numbers, part).into_iter().collect();
+        Figure {
+            name: name.into(),
+            unit: self.unit,
+            ours: at(&self.ours),
+            peer: match &self.peer {
+                Peer::Numbers(numbers) => Peer::Numbers(at(numbers)),
+                other => other.clone(),
+            },
+            goal: Goal::None,
         }
     }
 
@@ -146,9 +197,9 @@ impl Figure {
         Some(Row {
             figure: self.name.clone(),
             unit: self.unit,
-            ours: rounded(ours),
-            peer: peer.map(rounded),
-            ratio: peer.filter(|p| *p > 0.0).map(|p| rounded(ours / p)),
+            ours: rounded(ours, 1e6),
+            peer: peer.map(|peer| rounded(peer, 1e6)),
+            ratio: peer.filter(|p| *p > 0.0).map(|p| rounded(ours / p, 1e4)),
             goal: match (words, missing) {
                 (Some(words), Some(why)) => Some(format!("{words} ({why})")),
                 (words, why) => words.or(why.map(str::to_owned)),
@@ -167,6 +218,8 @@ impl Goal {
             Goal::Below(most) => Some(format!("< {}", bytes(most))),
             Goal::Times(most) => Some(format!("≤ {most:.2} × peer")),
             Goal::Beyond(most) => Some(format!("≤ peer + {}", time(most.as_secs_f64()))),
+            Goal::Share(least) => Some(format!("≥ {least:.2} × peer")),
+            Goal::Zero => Some("none".to_owned()),
         }
     }
 
@@ -177,7 +230,9 @@ impl Goal {
             (Goal::Below(most), _) => ours < number(most),
             (Goal::Times(most), Some(peer)) => ours <= peer * most,
             (Goal::Beyond(most), Some(peer)) => ours <= peer + most.as_secs_f64(),
-            (Goal::None, _) | (Goal::Times(_) | Goal::Beyond(_), None) => true,
+            (Goal::Share(least), Some(peer)) => ours >= peer * least,
+            (Goal::Zero, _) => ours == 0.0,
+            (Goal::None, _) | (Goal::Times(_) | Goal::Beyond(_) | Goal::Share(_), None) => true,
         }
     }
 }
@@ -214,6 +269,8 @@ impl Unit {
         match self {
             Unit::Seconds => time(value),
             Unit::Bytes => bytes(whole(value)),
+            Unit::Throughput => format!("{}/s", bytes(whole(value))),
+            Unit::Count => whole(value).to_string(),
         }
     }
 }
@@ -246,14 +303,24 @@ fn median(numbers: &[f64]) -> Option<f64> {
     }
 }
 
-/// Tenths of milliseconds: no clock here is worth more digits.
-fn rounded(value: f64) -> f64 {
-    (value * 1e4).round() / 1e4
+/// The smallest number that this part of all does not exceed.
+fn quantile(numbers: &[f64], part: f64) -> Option<f64> {
+    let mut sorted = numbers.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    let count = u64::try_from(sorted.len()).ok()?;
+    let rank = whole((number(count) * part).ceil()).clamp(1, count.max(1));
+    sorted.get(usize::try_from(rank - 1).ok()?).copied()
 }
 
-/// `9.4 ms`, `412 ms`, `5.21 s`
+/// To whole parts of one: microseconds, where they are seconds. No clock here is worth more digits.
+fn rounded(value: f64, parts: f64) -> f64 {
+    (value * parts).round() / parts
+}
+
+/// `85 µs`, `9.4 ms`, `412 ms`, `5.21 s`
 fn time(seconds: f64) -> String {
     match seconds * 1e3 {
+        ms if ms < 0.9995 => format!("{:.0} µs", ms * 1e3),
         ms if ms < 99.95 => format!("{ms:.1} ms"),
         ms if ms < 999.5 => format!("{ms:.0} ms"),
         _ => format!("{seconds:.2} s"),
@@ -348,6 +415,43 @@ mod tests {
         figure.add(round);
         let row = figure.row().unwrap();
         assert_eq!((row.ratio, row.ok), (Some(1.0), false));
+    }
+
+    #[test]
+    fn more_is_better_where_throughput_is_judged() {
+        let judged = |ours: u64| {
+            let mut figure = Figure::of_throughput("x", Peer::None, Goal::Share(0.9));
+            figure.carried(ours << 20, Duration::from_secs(2));
+            figure.peer_carried(100 << 20, Duration::from_secs(1));
+            figure.row().unwrap()
+        };
+        assert_eq!(
+            judged(180).cells(),
+            ["x", "90.0 MiB/s", "100.0 MiB/s", "0.90", "≥ 0.90 × peer", "yes"]
+        );
+        assert!(!judged(179).ok);
+    }
+
+    #[test]
+    fn what_must_not_be_there_is_counted() {
+        let row = |count| Figure::of_count("x", count, Goal::Zero).row().unwrap();
+        assert_eq!(row(0).cells(), ["x", "0", "-", "-", "none", "yes"]);
+        assert_eq!(row(2).cells(), ["x", "2", "-", "-", "none", "MISSED"]);
+    }
+
+    #[test]
+    fn a_quantile_is_one_of_the_times() {
+        let mut figure = Figure::new("x", Peer::None, Goal::Under(Duration::from_millis(1)));
+        figure.ours = ms(&(1..=100).rev().collect::<Vec<_>>());
+        figure.peer_took(Duration::from_micros(250));
+        let row = figure.quantile("x, 99 of 100", 0.99).row().unwrap();
+        assert_eq!((row.ours, row.ok), (0.099, true));
+        assert_eq!(row.cells()[..3], ["  x, 99 of 100", "99.0 ms", "250 µs"]);
+        for (count, part, wanted) in [(1, 0.5, 1), (1, 0.0, 1), (4, 0.5, 2), (4, 1.0, 4)] {
+            let numbers = ms(&(1..=count).collect::<Vec<_>>());
+            assert_eq!(quantile(&numbers, part), Some(ms(&[wanted])[0]), "{count} {part}");
+        }
+        assert_eq!(quantile(&[], 0.5), None);
     }
 
     #[test]

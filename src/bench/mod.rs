@@ -7,11 +7,14 @@
 //!   └─▶ figure       (medians, ratios, goals: what is printed)
 //! images ─▶ a registry on loopback, a disk of real files, other tools, the bare machine
 //!   └─▶ figure
+//! console ─▶ a machine's screen and viewers of its own, around the proxy in a process of its own, and around socat
+//!   └─▶ figure
 //! ```
 //!
 //! What is compared is measured in turns within one run, since hosts are slower and faster by the minute.
 
 mod boot;
+pub mod console;
 mod executor;
 mod figure;
 pub mod images;

@@ -3,7 +3,7 @@ use std::path::{Path, PathBuf};
 use tokio::signal::unix::{SignalKind, signal};
 
 use super::{Context, Format, print, print_json};
-use crate::bench::{Executor, Figure, Row, images, stages};
+use crate::bench::{Executor, Figure, Row, console, images, stages};
 use crate::outcome::Failure;
 use crate::quantity::Size;
 use crate::report;
@@ -15,6 +15,9 @@ use crate::report;
 pub(super) enum Command {
     Stages(Stages),
     Images(Images),
+    Console(Console),
+    #[command(hide = true)]
+    ConsoleProxy(ConsoleProxy),
 }
 
 /// config, prepare, run and cleanup, against the same guest and login without cannery, and against another executor
@@ -68,6 +71,39 @@ pub(super) struct Images {
     format: Format,
 }
 
+/// The console's SPICE proxy, against socat and against no proxy at all
+///
+/// Takes no settings and touches no machine: viewers, a machine's screen and attackers are the bench's own, on loopback. Takes a
+/// minute or so; socat should be installed.
+#[derive(Debug, clap::Args)]
+pub(super) struct Console {
+    /// How many rounds count; one more comes before them
+    #[arg(long, value_name = "N", default_value_t = 5, value_parser = clap::value_parser!(u16).range(1..))]
+    runs: u16,
+    /// How much is sent at a time
+    #[arg(long, value_name = "SIZE", default_value = "128M")]
+    size: Size,
+    /// How many sessions come at once; twice as many are idle at once
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u16).range(1..=200))]
+    sessions: u16,
+    /// How many connections that say nothing are made
+    #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u16).range(1..=20_000))]
+    connections: u16,
+    /// How to print the figures
+    #[arg(long, value_enum, default_value = "table")]
+    format: Format,
+}
+
+/// The proxy that `bench console` measures, in a process of its own
+#[derive(Debug, clap::Args)]
+pub(super) struct ConsoleProxy {
+    /// Keys that are made ahead
+    #[arg(long)]
+    keys: usize,
+    /// The bench's folder
+    folder: PathBuf,
+}
+
 fn pair(text: &str) -> Result<images::Pair, String> {
     let parse = || {
         let (name, rest) = text.split_once('=')?;
@@ -109,6 +145,8 @@ pub(super) async fn run(context: &Context, command: &Command) -> Result<(), Fail
     let (figures, format) = match command {
         Command::Stages(arguments) => (stages(context, arguments).await?, arguments.format),
         Command::Images(arguments) => (images(context, arguments).await?, arguments.format),
+        Command::Console(arguments) => (console(context, arguments).await?, arguments.format),
+        Command::ConsoleProxy(arguments) => return console::serve(&arguments.folder, arguments.keys).await,
     };
     answer(&figures, format)
 }
@@ -132,6 +170,19 @@ async fn images(context: &Context, arguments: &Images) -> Result<Vec<Figure>, Fa
         scratch: scratch(context, arguments.scratch.as_deref()),
     };
     images::measure(&plan, &context.log, interruption()?).await
+}
+
+async fn console(context: &Context, arguments: &Console) -> Result<Vec<Figure>, Failure> {
+    warn_of_debug_build(context);
+    let plan = console::Plan {
+        cannery: THIS_PROGRAM.into(),
+        runs: arguments.runs.into(),
+        size: arguments.size.bytes(),
+        sessions: arguments.sessions.into(),
+        connections: arguments.connections.into(),
+        scratch: scratch(context, None),
+    };
+    console::measure(&plan, &context.log, interruption()?).await
 }
 
 /// A folder for one bench.

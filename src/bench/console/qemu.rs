@@ -1,0 +1,127 @@
+//! A real machine's screen, with its control connection, by which it is seen whether viewers hold the machine up.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufStream};
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+
+use super::lost;
+use crate::outcome::Failure;
+
+const PROGRAM: &str = "qemu-system-x86_64";
+/// Its screen and its control connection, in the bench's folder.
+pub(super) const SCREEN: &str = "screen";
+const CONTROL: &str = "qmp";
+/// How long it may take to start, on a host without KVM that is busy, and how often it is looked.
+const START: Duration = Duration::from_secs(20);
+const LOOK_EVERY: Duration = Duration::from_millis(20);
+/// Longest wait for an answer. A viewer that holds it up does so for half a minute.
+const ANSWER: Duration = Duration::from_secs(40);
+/// Between an answer and the next question.
+const ASK_EVERY: Duration = Duration::from_millis(2);
+
+/// A QEMU that never begins to run its guest. It ends with this value.
+#[derive(Debug)]
+pub(super) struct Qemu {
+    _child: Child,
+    control: PathBuf,
+}
+
+impl Qemu {
+    /// Starts one. `None` where there is none, or none that has SPICE.
+    pub(super) async fn start(folder: &Path) -> Result<Option<Self>, Failure> {
+        let (screen, control) = (folder.join(SCREEN), folder.join(CONTROL));
+        let started = Command::new(PROGRAM)
+            .args(["-M", "q35", "-accel", "tcg", "-m", "64", "-S", "-nodefaults"])
+            .args(["-display", "none", "-vga", "virtio", "-spice"])
+            .arg(format!("unix=on,addr={},disable-ticketing=on", screen.display()))
+            .arg("-qmp")
+            .arg(format!("unix:{},server=on,wait=off", control.display()))
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn();
+        let mut child = match started {
+            Ok(child) => child,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(None),
+            Err(e) => return Err(Failure::system(format!("cannot start {PROGRAM}: {e}"))),
+        };
+        let ready = async {
+            while !(screen.exists() && control.exists()) {
+                tokio::time::sleep(LOOK_EVERY).await;
+            }
+        };
+        tokio::select! {
+            _ = child.wait() => Ok(None),
+            ready = tokio::time::timeout(START, ready) => match ready {
+                Ok(()) => Ok(Some(Self { _child: child, control })),
+                Err(_) => Err(Failure::system(format!("{PROGRAM} did not start"))),
+            },
+        }
+    }
+
+    /// Asks it again and again until `meanwhile` is done, and at least once; its slowest answer, and what came of that.
+    pub(super) async fn slowest<T>(
+        &self,
+        meanwhile: impl Future<Output = T>,
+    ) -> Result<(Duration, T), Failure> {
+        let mut control = Control::open(&self.control).await.map_err(lost)?;
+        let mut slowest = control.answers_in().await.map_err(lost)?;
+        tokio::pin!(meanwhile);
+        loop {
+            // An answer that has begun is waited for, or the slowest would be the one that is not seen.
+            let asked = async {
+                let took = control.answers_in().await;
+                tokio::time::sleep(ASK_EVERY).await;
+                took
+            };
+            tokio::pin!(asked);
+            tokio::select! {
+                took = &mut asked => slowest = slowest.max(took.map_err(lost)?),
+                done = &mut meanwhile => {
+                    return Ok((slowest.max(asked.await.map_err(lost)?), done));
+                }
+            }
+        }
+    }
+}
+
+struct Control(BufStream<UnixStream>);
+
+impl Control {
+    async fn open(path: &Path) -> io::Result<Self> {
+        let mut control = Control(BufStream::new(UnixStream::connect(path).await?));
+        // It greets first.
+        control.0.read_line(&mut String::new()).await?;
+        control.ask("qmp_capabilities").await?;
+        Ok(control)
+    }
+
+    async fn ask(&mut self, what: &str) -> io::Result<()> {
+        let question = format!("{{\"execute\": \"{what}\"}}\n");
+        self.0.write_all(question.as_bytes()).await?;
+        self.0.flush().await?;
+        let mut line = String::new();
+        // Events come between.
+        while !line.contains("\"return\"") {
+            line.clear();
+            if self.0.read_line(&mut line).await? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+        Ok(())
+    }
+
+    async fn answers_in(&mut self) -> io::Result<Duration> {
+        let begin = Instant::now();
+        tokio::time::timeout(ANSWER, self.ask("query-status"))
+            .await
+            .unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()))?;
+        Ok(begin.elapsed())
+    }
+}
