@@ -5,6 +5,7 @@
 //! [`Key::open`] consumes it. So nobody who watches how long decryptions take learns about a key that is ever used again.
 
 use std::io;
+use std::thread::JoinHandle;
 
 use openssl::error::ErrorStack;
 use openssl::pkey::{PKey, Private};
@@ -13,7 +14,6 @@ use tokio::sync::{Mutex, mpsc};
 
 use super::link::{KEY, SEALED};
 use crate::secret::Secret;
-use crate::threads;
 
 /// Bits of a key, which the protocol fixes.
 const BITS: u32 = 1024;
@@ -81,10 +81,12 @@ pub fn seal(ticket: &Secret, public: &[u8; KEY]) -> Result<[u8; SEALED], ErrorSt
 #[derive(Debug)]
 pub struct Keys {
     ready: Mutex<mpsc::Receiver<Key>>,
+    maker: Option<JoinHandle<()>>,
 }
 
 impl Keys {
-    /// Starts the thread that keeps `ahead` keys ready, at least one. It ends when this is dropped.
+    /// Starts the thread that keeps `ahead` keys ready, at least one. It ends when this is dropped,
+    /// which waits for the key that it is just making.
     ///
     /// # Errors
     /// Where there is no thread to be had, or OpenSSL makes no key of this kind.
@@ -93,7 +95,8 @@ impl Keys {
         // The first is made here: whoever cannot make one is told so at once, and not by viewers that wait.
         let first = Key::generate().map_err(io::Error::other)?;
         drop(give.try_send(first));
-        threads::spawn("console keys", move || {
+        let maker = std::thread::Builder::new().name("console keys".to_owned());
+        let maker = maker.spawn(move || {
             while let Ok(key) = Key::generate() {
                 if give.blocking_send(key).is_err() {
                     return;
@@ -102,6 +105,7 @@ impl Keys {
         })?;
         Ok(Keys {
             ready: Mutex::new(ready),
+            maker: Some(maker),
         })
     }
 
@@ -113,6 +117,16 @@ impl Keys {
     /// How many are ready now.
     pub fn ready(&self) -> usize {
         self.ready.try_lock().map_or(0, |keys| keys.len())
+    }
+}
+
+impl Drop for Keys {
+    fn drop(&mut self) {
+        self.ready.get_mut().close();
+        if let Some(maker) = self.maker.take() {
+            // A process that ends while it is at work takes OpenSSL's memory from under it.
+            let _: std::thread::Result<()> = maker.join();
+        }
     }
 }
 
