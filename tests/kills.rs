@@ -492,7 +492,7 @@ fn kills_at_the_trial_of_kvm(number: u8, table: &Mutex<Table>) {
             .add(Point::TrialEnded, dead, after_all(&host, &stages));
     }
     // Where KVM hangs, the guest that boots without it comes after a wait: all three wait at once.
-    host.write_settings(&settings.replace("3s", "40s"));
+    host.write_settings(&settings.replace("3s", "90s"));
     let image = host.images().add_tiny("tiny", "");
     let tries = AFTER.map(|_| Stages::new(&host, &image));
     thread::scope(|scope| {
