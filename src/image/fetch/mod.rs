@@ -12,7 +12,7 @@
 //! | who may have what is here | [`access`] |
 //! | where bytes come from | [`source`] |
 //! | how a stream is unpacked | [`decompress`], [`sparse`] |
-//! | how pieces are fetched | [`pieces`]: `batch` divides them, `codec` unpacks, `placed` writes, `done` remembers |
+//! | how pieces are fetched | [`pieces`] brings them, `batch` divides them, `site` and `codec` unpack, `placed` writes, `done` remembers |
 //! | who else makes the same image, and what is there of it | [`partial`], [`sight`] |
 //! | whether there is room beside what others will take | [`room`], [`sight`] |
 //! | what an image is, without fetching it | [`look`] |
@@ -35,6 +35,7 @@ pub(super) mod progress;
 pub(super) mod provide;
 pub(super) mod room;
 mod sight;
+mod site;
 pub(super) mod source;
 pub(super) mod sparse;
 mod stream;

@@ -5,7 +5,7 @@ use std::sync::Mutex;
 use super::*;
 use crate::image::layout::Layout;
 use crate::image::manifest::Descriptor;
-use crate::image::plan::{Codec, PackedBlob, PlannedFile};
+use crate::image::plan::{Codec, PackedBlob, Piece, PlannedFile};
 use crate::image::progress::Silent;
 use crate::image::room::Limits;
 
