@@ -11,7 +11,8 @@ use tokio::sync::Semaphore;
 
 use super::handshake;
 use super::link::Code;
-use super::proxy::{Proxy, Refusal};
+use super::proxy::Proxy;
+use super::refusal::Refusal;
 use super::tls::Certificate;
 use super::wire::{self, Wire};
 

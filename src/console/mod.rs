@@ -28,6 +28,7 @@
 pub mod backend;
 mod caps;
 pub mod channel;
+mod event;
 pub mod filter;
 pub mod frame;
 #[cfg(any(test, fuzzing))]
@@ -40,6 +41,7 @@ pub mod limits;
 pub mod link;
 mod listener;
 mod proxy;
+mod refusal;
 mod relay;
 mod session;
 pub mod tls;
@@ -47,9 +49,11 @@ pub mod wire;
 
 pub use backend::{Backend, DialError};
 pub use channel::{Kind, Kinds, Mode};
+pub use event::{Event, Observer};
 pub use limits::Limits;
 pub use listener::Security;
-pub use proxy::{Denied, Door, Event, Observer, Proxy, Refusal};
+pub use proxy::{Door, Proxy};
+pub use refusal::{Denied, Refusal};
 pub use relay::{Carried, ChannelEnd};
 pub use session::{Admission, End, Session, Whose};
 pub use tls::Certificate;

@@ -10,9 +10,10 @@ use futures_util::future::BoxFuture;
 use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 
-use super::backend::{self, Backend, DialError, Dialled};
+use super::backend::{self, Backend, Dialled};
 use super::caps::Mirror;
 use super::channel::{Kind, Mode};
+use super::event::{Event, Observer};
 use super::filter::{Filter, Violation};
 use super::frame::Framing;
 use super::gate::Gate;
@@ -21,6 +22,7 @@ use super::handshake::{self, HandshakeError};
 use super::keys::Keys;
 use super::limits::{Door as Waiting, Limits, Pass};
 use super::link::{Caps, Code, Common, Hello};
+use super::refusal::{Denied, Refusal};
 use super::relay::{Carried, ChannelEnd, Relay};
 use super::session::{Admission, End, Found, Live, NotNow, Registry, Seat, Session, Whose, recent};
 use super::wire::{self, Stream, Wire};
@@ -45,182 +47,6 @@ pub trait Door: Send + Sync + 'static {
     /// not ask again. Dropped when it takes longer than ten seconds.
     fn redeem<'a>(&'a self, ticket: &'a Secret, from: SocketAddr)
     -> BoxFuture<'a, Result<Admission, Denied>>;
-}
-
-/// Why a ticket admits to nothing.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum Denied {
-    /// Nobody made it, or it is forgotten.
-    #[error("the ticket is not known")]
-    Unknown,
-    /// Its time is over.
-    #[error("the ticket has expired")]
-    Expired,
-    /// It was used as often as it may be.
-    #[error("the ticket was used before")]
-    Used,
-    /// Its machine is not there any more.
-    #[error("the ticket's machine is gone")]
-    MachineGone,
-    /// It cannot be said.
-    #[error("the ticket could not be checked: {0}")]
-    Unchecked(String),
-}
-
-/// Why a connection was refused.
-#[derive(Debug, thiserror::Error)]
-pub enum Refusal {
-    /// Too many wait, in all or from there; or too many wrong tickets came from there.
-    #[error("too many connections are waiting, or too many wrong tickets came from that address")]
-    Crowded,
-    /// The handshake did not come to its end.
-    #[error("{0}")]
-    Handshake(#[from] HandshakeError),
-    /// TLS did not.
-    #[error("TLS failed: {0}")]
-    Tls(io::Error),
-    /// What it sent is no ticket, or a later channel named one without a session.
-    #[error("it has no ticket that is good for anything")]
-    NoTicket,
-    /// The owner's word.
-    #[error("{0}")]
-    Denied(Denied),
-    /// A main channel that names a session, as after a machine's move; or a later channel that names one that is not its.
-    #[error("it named a session that is not there")]
-    NoSession,
-    /// It may not open this kind of channel.
-    #[error("it may not open a {0} channel")]
-    NotAllowed(Kind),
-    /// There are too many sessions, or channels in this one.
-    #[error("there are too many sessions, or channels in this one")]
-    Full,
-    /// The machine is used by someone who may type, and this one may only look.
-    #[error("the machine is used by someone who may do more than look")]
-    Taken,
-    /// The machine's viewers have taken it from each other too often.
-    #[error("the machine was taken over too often in the last minute")]
-    TooManyTakeovers,
-    /// The session ended while its channel was being opened.
-    #[error("its session ended meanwhile: {0}")]
-    Ended(End),
-    /// The machine's side.
-    #[error("{0}")]
-    Machine(#[from] DialError),
-    /// The machine can do less than was shown, which the next viewer will see.
-    #[error("the machine can do less than the viewer was told")]
-    Less,
-}
-
-impl Refusal {
-    /// A word for metrics: one of a few.
-    pub fn name(&self) -> &'static str {
-        match self {
-            Refusal::Crowded => "crowded",
-            Refusal::Handshake(_) => "handshake",
-            Refusal::Tls(_) => "tls",
-            Refusal::NoTicket | Refusal::Denied(_) => "ticket",
-            Refusal::NoSession => "session",
-            Refusal::NotAllowed(_) => "channel",
-            Refusal::Full => "full",
-            Refusal::Taken | Refusal::TooManyTakeovers => "taken",
-            Refusal::Ended(_) => "ended",
-            Refusal::Machine(_) | Refusal::Less => "machine",
-        }
-    }
-
-    /// What the viewer is told. `None` when it is gone, or was told already.
-    fn code(&self) -> Option<Code> {
-        Some(match self {
-            Refusal::Handshake(HandshakeError::Mechanism(_)) => Code::InvalidData,
-            Refusal::Handshake(_) | Refusal::Tls(_) | Refusal::Crowded => return None,
-            Refusal::NoTicket | Refusal::Denied(_) | Refusal::Taken | Refusal::TooManyTakeovers => {
-                Code::PermissionDenied
-            }
-            Refusal::NoSession => Code::BadConnectionId,
-            Refusal::NotAllowed(_) => Code::ChannelNotAvailable,
-            Refusal::Full | Refusal::Ended(_) | Refusal::Less => Code::Error,
-            Refusal::Machine(error) => error.code(),
-        })
-    }
-}
-
-/// What happens, for audit logs and metrics.
-#[derive(Debug)]
-pub enum Event<'a> {
-    /// A ticket was redeemed and the machine has its viewer.
-    SessionOpened(&'a Session),
-    /// All of its channels are closed.
-    SessionClosed(&'a Session, &'a End),
-    /// A channel is open on both sides.
-    ChannelOpened {
-        /// Whose.
-        session: &'a Session,
-        /// Its kind.
-        kind: Kind,
-        /// Which of several.
-        id: u8,
-    },
-    /// A channel that was open is closed.
-    ChannelClosed {
-        /// Whose.
-        session: &'a Session,
-        /// Its kind.
-        kind: Kind,
-        /// Which of several.
-        id: u8,
-        /// What it carried.
-        carried: Carried,
-        /// Why.
-        end: &'a ChannelEnd,
-    },
-    /// A connection was refused.
-    Refused {
-        /// Where it came from.
-        from: SocketAddr,
-        /// Why.
-        why: &'a Refusal,
-    },
-}
-
-/// One line for a log.
-impl fmt::Display for Event<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Event::SessionOpened(session) => write!(
-                f,
-                "session {}: {} from {} at {}",
-                session.number, session.viewer, session.from, session.machine
-            ),
-            Event::SessionClosed(session, end) => write!(
-                f,
-                "session {}: {end}; {} bytes to the viewer, {} to the machine",
-                session.number,
-                session.to_viewer(),
-                session.to_machine()
-            ),
-            Event::ChannelOpened { session, kind, id } => {
-                write!(f, "session {}: {kind} {id} opened", session.number)
-            }
-            Event::ChannelClosed {
-                session,
-                kind,
-                id,
-                carried,
-                end,
-            } => write!(
-                f,
-                "session {}: {kind} {id} closed: {end}; {} bytes to the viewer, {} to the machine",
-                session.number, carried.to_viewer, carried.to_machine
-            ),
-            Event::Refused { from, why } => write!(f, "{from} refused: {why}"),
-        }
-    }
-}
-
-/// Who is told what happens.
-pub trait Observer: Send + Sync + 'static {
-    /// Called from within the proxy's work: it must not block.
-    fn saw(&self, event: &Event<'_>);
 }
 
 /// A SPICE proxy.
