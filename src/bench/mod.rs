@@ -19,6 +19,7 @@ mod executor;
 mod figure;
 pub mod images;
 mod openssh;
+mod scratch;
 pub mod stages;
 
 pub use executor::Executor;

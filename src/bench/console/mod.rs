@@ -18,7 +18,6 @@ mod tunnel;
 mod viewer;
 
 use std::collections::HashSet;
-use std::fmt::Display;
 use std::io;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -36,8 +35,8 @@ use tokio::task::JoinSet;
 
 pub use proxy::serve;
 
-use super::executor::make_folder;
 use super::figure::{Figure, Goal, Peer};
+use super::scratch::{cannot, in_folder};
 use crate::console::Kind;
 use crate::console::link::Code;
 use crate::outcome::Failure;
@@ -117,15 +116,7 @@ pub async fn measure(
     log: &JobLog,
     interrupted: impl Future<Output = ()>,
 ) -> Result<Vec<Figure>, Failure> {
-    make_folder(&plan.scratch).map_err(|e| cannot("make", &plan.scratch, &e))?;
-    let result = tokio::select! {
-        result = run(plan, log) => result,
-        () = interrupted => Err(Failure::system("the bench was interrupted; nothing of it is left")),
-    };
-    let removed = std::fs::remove_dir_all(&plan.scratch).map_err(|e| cannot("remove", &plan.scratch, &e));
-    let figures = result?;
-    removed?;
-    Ok(figures)
+    in_folder(&plan.scratch, interrupted, run(plan, log)).await
 }
 
 async fn run(plan: &Plan, log: &JobLog) -> Result<Vec<Figure>, Failure> {
@@ -510,10 +501,6 @@ fn make_certificate() -> Result<(Vec<u8>, Vec<u8>), ErrorStack> {
 
 fn bytes_of(size: usize) -> u64 {
     u64::try_from(size).unwrap_or(u64::MAX)
-}
-
-fn cannot(what: &str, path: &Path, error: &impl Display) -> Failure {
-    Failure::system(format!("cannot {what} {}: {error}", path.display()))
 }
 
 fn lost(error: io::Error) -> Failure {

@@ -15,14 +15,13 @@ mod registry;
 mod tool;
 
 use std::ffi::OsString;
-use std::fmt::Display;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 pub use tool::Tool;
 
 use super::figure::{Figure, Goal, Peer};
+use super::scratch::{cannot, in_folder, remove};
 use crate::outcome::Failure;
 use crate::report::{JobLog, bytes, seconds};
 use floor::Floor;
@@ -88,21 +87,14 @@ pub async fn measure(
     log: &JobLog,
     interrupted: impl Future<Output = ()>,
 ) -> Result<Vec<Figure>, Failure> {
-    std::fs::create_dir(&plan.scratch).map_err(|e| cannot("make", &plan.scratch, &e))?;
-    let result = tokio::select! {
-        result = Bench::run(plan, log) => result,
-        () = interrupted => Err(Failure::system("the bench was interrupted; nothing of it is left")),
-    };
+    let figures = in_folder(&plan.scratch, interrupted, Bench::run(plan, log)).await;
     if plan.sarde.is_some() {
         // What it imported last; there is nothing where it imported nothing.
         let _ = Tool::new("virsh")
-            .call(&plan.scratch, ["-q", "undefine", IMPORTED])
+            .call(Path::new("/"), ["-q", "undefine", IMPORTED])
             .await;
     }
-    let removed = remove(&plan.scratch);
-    let figures = result?;
-    removed?;
-    Ok(figures)
+    figures
 }
 
 /// The domain as which sardinecake imports the image.
@@ -447,18 +439,6 @@ fn tag_of(name: &str) -> String {
 }
 
 /// A file or folder that something could not be done to.
-fn cannot(what: &str, path: &Path, error: &dyn Display) -> Failure {
-    Failure::system(format!("cannot {what} {}: {error}", path.display()))
-}
-
-/// Removes a folder with all that is in it, if it is there.
-fn remove(folder: &Path) -> Result<(), Failure> {
-    match std::fs::remove_dir_all(folder) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => Err(cannot("remove", folder, &e)),
-        _ => Ok(()),
-    }
-}
-
 /// All figures of the bench.
 #[derive(Debug)]
 struct Figures {
