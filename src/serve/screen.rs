@@ -160,6 +160,10 @@ impl Desk {
             Err(Refusal::Unknown) => return Err(Denied::Unknown),
             Err(Refusal::Expired) => return Err(Denied::Expired),
         };
+        // A machine without a screen is no reason to take one of the ticket's places.
+        if screen(&redeemed.job).is_none() {
+            return Err(Denied::MachineGone);
+        }
         let key = redeemed.job.key().clone();
         let opened = self.sessions.open(redeemed, from.ip()).map_err(unchecked)?;
         let cookie = opened.map_err(|_| Denied::Used)?;
