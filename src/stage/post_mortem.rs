@@ -41,10 +41,12 @@ impl PostMortem<'_> {
             None
         });
         let Some(folder) = &self.folder else { return };
+        let what = match screen {
+            Some(_) => "the end of the serial log and the screen are",
+            None => "the end of the serial log is",
+        };
         match self.write(folder, screen).await {
-            Ok(()) => log.line(format!(
-                "cannery: the end of the serial log and the screen are in {folder}."
-            )),
+            Ok(()) => log.line(format!("cannery: {what} in {folder}.")),
             Err(e) => log.line(format!(
                 "cannery: {folder} could not be written in the guest: {}",
                 plain(&e.message, REASON_LENGTH)
