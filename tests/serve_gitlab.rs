@@ -132,6 +132,24 @@ async fn a_developer_gets_in_and_a_reporter_a_stranger_and_another_projects_owne
 }
 
 #[tokio::test]
+async fn who_makes_codes_up_is_not_passed_on_to_gitlab_without_end() {
+    let scene = Scene::new(&[(1, DEVELOPER)]);
+    let key = scene.job(&scene.gitlab.url(), PROJECT).key().to_string();
+    let mut statuses = Vec::new();
+    for _ in 0..21 {
+        let mut browser = scene.place.browser();
+        let address = set_out(&mut browser, &key).await;
+        let back = scene.gitlab.sign_in(&address, 1);
+        let (path, query) = back.split_once('?').unwrap();
+        let state = query.split('&').nth(1).unwrap();
+        let answer = come_back(&browser, &format!("{path}?code=made-up&{state}")).await;
+        statuses.push(answer.status().as_u16());
+    }
+    assert_eq!(statuses[..20], [303; 20]);
+    assert_eq!(statuses[20], 429);
+}
+
+#[tokio::test]
 async fn a_sign_in_that_another_browser_began_or_that_was_tampered_with_opens_nothing() {
     let scene = Scene::new(&[(1, DEVELOPER)]);
     let job = scene.job(&scene.gitlab.url(), "another/project");

@@ -13,7 +13,7 @@ use serde::Deserialize;
 
 use super::House;
 use super::gitlab::{GitLab, NotIn};
-use super::site::{LONGEST_NAME, Peer, Refused, cookie, key_of, machine_cookie};
+use super::site::{LONGEST_NAME, Peer, Refused, cookie, key_of, machine_cookie, may_try};
 use crate::report;
 use crate::secret::Secret;
 use crate::ticket::{self, Grant, Mode};
@@ -61,6 +61,8 @@ pub(super) async fn come_back(
     let aim = gitlab
         .aim(&back.state, browser)
         .ok_or_else(|| Refused::new(StatusCode::FORBIDDEN, NotIn::Stale.to_string()))?;
+    // Each asks GitLab, and who makes codes up could have it asked without end.
+    may_try(&house, from, Instant::now())?;
     let (to, entered) = match let_in(&house, gitlab, &back, browser, from).await? {
         Ok(session) => (format!("/jobs/{aim}"), Some(machine_cookie(&aim, &session))),
         Err(word) => (format!("/jobs/{aim}#refused={word}"), None),
@@ -85,6 +87,7 @@ async fn let_in(
 ) -> Result<Result<Secret, &'static str>, Refused> {
     let refused = |why: NotIn| {
         house.counts.refused_role.add(1);
+        house.guesses.wrong(from, Instant::now());
         if let NotIn::GitLab(why) = &why {
             tracing::error!("GitLab did not answer as expected: {why}");
         }

@@ -243,6 +243,18 @@ async fn enter(
     Ok((StatusCode::NO_CONTENT, [(header::SET_COOKIE, cookie)]).into_response())
 }
 
+/// Refuses an address from which too much came that was wrong.
+pub(super) fn may_try(house: &House, from: IpAddr, now: Instant) -> Result<(), Refused> {
+    if house.guesses.may_try(from, now) {
+        return Ok(());
+    }
+    house.counts.refused_often.add(1);
+    Err(Refused::new(
+        StatusCode::TOO_MANY_REQUESTS,
+        "too many wrong tickets or sign-ins came from your address; try again in a minute",
+    ))
+}
+
 /// The session of whoever shows this text at this time, unless it is no ticket or too many were not.
 pub(super) fn admit(
     house: &House,
@@ -251,13 +263,7 @@ pub(super) fn admit(
     from: IpAddr,
     now: Instant,
 ) -> Result<Secret, Refused> {
-    if !house.guesses.may_try(from, now) {
-        house.counts.refused_often.add(1);
-        return Err(Refused::new(
-            StatusCode::TOO_MANY_REQUESTS,
-            "too many wrong tickets came from your address; try again in a minute",
-        ));
-    }
+    may_try(house, from, now)?;
     let redeemed = match house.jobs.find(key) {
         Some(job) => ticket::redeem_for(&job, text, Timestamp::now())?,
         // No other answer than for a wrong ticket: who has none learns nothing about jobs.
@@ -325,6 +331,11 @@ async fn leave(State(house): State<Arc<House>>, uri: Uri, headers: HeaderMap) ->
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// A WebSocket whose messages from the browser have so many bytes at most.
+fn bounded(upgrade: WebSocketUpgrade, most: usize) -> WebSocketUpgrade {
+    upgrade.max_message_size(most).max_frame_size(most)
+}
+
 async fn open_terminal(
     State(house): State<Arc<House>>,
     Extension(place): Extension<Arc<Place>>,
@@ -333,10 +344,7 @@ async fn open_terminal(
     upgrade: WebSocketUpgrade,
 ) -> Result<Response, Refused> {
     let session = session_of(&house, &uri, &headers)?;
-    let upgrade = upgrade
-        .max_message_size(LONGEST_MESSAGE)
-        .max_frame_size(LONGEST_MESSAGE);
-    Ok(upgrade.on_upgrade(async move |socket| {
+    Ok(bounded(upgrade, LONGEST_MESSAGE).on_upgrade(async move |socket| {
         let channel = house.sessions.channel(&session, "terminal");
         match session.mode {
             Mode::Full => terminal::serve(&house.settings, &house.screens, socket, channel).await,
@@ -354,10 +362,7 @@ async fn open_serial(
     upgrade: WebSocketUpgrade,
 ) -> Result<Response, Refused> {
     let session = session_of(&house, &uri, &headers)?;
-    let upgrade = upgrade
-        .max_message_size(LONGEST_BODY)
-        .max_frame_size(LONGEST_BODY);
-    Ok(upgrade.on_upgrade(async move |socket| {
+    Ok(bounded(upgrade, LONGEST_BODY).on_upgrade(async move |socket| {
         serial::serve(socket, house.sessions.channel(&session, "serial")).await;
         drop(place);
     }))
