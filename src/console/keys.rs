@@ -52,14 +52,23 @@ impl Key {
     }
 
     /// The ticket that was sent under this key, up to its zero byte. `None` when it is not under this key or no text.
+    ///
+    /// spice-html5 writes the number without the zero bytes that it may begin with, and fills up at the end: of 256 tickets
+    /// one comes shifted. So what ends in a zero byte and makes no sense is read that way, too.
     pub fn open(self, sealed: &[u8; SEALED]) -> Option<Secret> {
-        let mut plain = [0; SEALED];
-        let length = self
-            .private
-            .private_decrypt(sealed, &mut plain, Padding::PKCS1_OAEP)
-            .ok()?;
-        let text = plain.get(..length)?.split(|byte| *byte == 0).next()?;
-        std::str::from_utf8(text).ok().map(Secret::new)
+        let decrypt = |sealed: &[u8; SEALED]| {
+            let mut plain = [0; SEALED];
+            let length = self
+                .private
+                .private_decrypt(sealed, &mut plain, Padding::PKCS1_OAEP);
+            let text = plain.get(..length.ok()?)?.split(|byte| *byte == 0).next()?;
+            std::str::from_utf8(text).ok().map(Secret::new)
+        };
+        decrypt(sealed).or_else(|| {
+            let mut shifted = *sealed;
+            shifted.rotate_right(1);
+            (shifted[0] == 0).then(|| decrypt(&shifted)).flatten()
+        })
     }
 }
 
@@ -141,6 +150,19 @@ mod tests {
         let ticket = Secret::new("a".repeat(60));
         let sealed = seal(&ticket, one.public()).unwrap();
         assert_eq!(one.open(&sealed), Some(ticket));
+        assert_eq!(other.open(&sealed), None);
+    }
+
+    #[test]
+    fn a_ticket_that_comes_without_its_leading_zero_is_read() {
+        let key = Key::generate().unwrap();
+        let ticket = Secret::new("from a page");
+        // Each is another one, by the padding.
+        let seals = std::iter::repeat_with(|| seal(&ticket, key.public()).unwrap());
+        let mut sealed = seals.take(100_000).find(|sealed| sealed[0] == 0).unwrap();
+        sealed.rotate_left(1);
+        assert_eq!(key.open(&sealed), Some(ticket));
+        let other = Key::generate().unwrap();
         assert_eq!(other.open(&sealed), None);
     }
 
