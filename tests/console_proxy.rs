@@ -5,9 +5,18 @@
 #[path = "support/spice.rs"]
 mod spice;
 
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::os::unix::net::UnixStream;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use cannery::console::link::{Caps, Hello};
 use cannery::console::{Kind, Mode, Security};
-use spice::{Running, Screen, hello, limits};
+use serde_json::{Value, json};
+use spice::{PATIENCE, Running, Screen, hello, limits};
 
 #[test]
 #[ignore = "needs qemu-system-x86_64 with SPICE and spice-client-gtk"]
@@ -177,4 +186,126 @@ fn what_is_no_link_message_is_told_so() {
         viewer.link(&hello(0, Kind::Main)).unwrap_err().to_string(),
         "only allowed over TLS"
     );
+}
+
+/// ryll, a viewer that shares no code with spice-gtk, told what to do by lines of JSON.
+struct Ryll {
+    child: Child,
+    lines: BufReader<UnixStream>,
+}
+
+impl Ryll {
+    /// Starts it before this proxy.
+    fn start(screen: &Screen, running: &Running, ticket: &str) -> Self {
+        let (file, socket) = (screen.folder().join("console.vv"), screen.folder().join("ryll"));
+        let port = running.address.port();
+        let text = format!("[virt-viewer]\ntype=spice\nhost=127.0.0.1\nport={port}\npassword={ticket}\n");
+        std::fs::write(&file, text).unwrap();
+        let program = concat!(env!("CARGO_MANIFEST_DIR"), "/.cache/peers/ryll/bin/ryll");
+        let child = Command::new(program)
+            .args(["--headless", "--file"])
+            .arg(&file)
+            .arg("--control-socket")
+            .arg(&socket)
+            // Where it writes its log.
+            .env("TMPDIR", screen.folder())
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap_or_else(|e| panic!("{program} cannot be started (contrib/ryll puts it there): {e}"));
+        let end = Instant::now() + PATIENCE;
+        let stream = loop {
+            match UnixStream::connect(&socket) {
+                Ok(stream) => break stream,
+                Err(e) => assert!(Instant::now() < end, "{e}"),
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        };
+        stream.set_read_timeout(Some(PATIENCE)).unwrap();
+        let mut ryll = Ryll {
+            child,
+            lines: BufReader::new(stream),
+        };
+        ryll.ask(
+            "hello",
+            &json!({"client_name": "test", "protocol_version": "1.0"}),
+        );
+        ryll
+    }
+
+    /// Has it do something; what came of it.
+    fn ask(&mut self, what: &str, parameters: &Value) -> Value {
+        let request = json!({"id": what, "method": what, "params": parameters});
+        writeln!(self.lines.get_mut(), "{request}").unwrap();
+        loop {
+            let mut line = String::new();
+            assert!(self.lines.read_line(&mut line).unwrap() > 0, "it has ended");
+            let answer: Value = serde_json::from_str(&line).unwrap();
+            if answer["id"] == what {
+                assert_eq!(answer["ok"], true, "{answer}");
+                return answer["result"].clone();
+            }
+        }
+    }
+}
+
+impl Drop for Ryll {
+    fn drop(&mut self) {
+        drop(self.child.kill());
+        drop(self.child.wait());
+    }
+}
+
+#[test]
+#[ignore = "needs qemu-system-x86_64 with SPICE and ryll (contrib/ryll)"]
+fn ryll_draws_the_screen_and_its_keys_arrive() {
+    // It asks for no channels before it is pinged twice, which QEMU does at a port only, to see how fast the network is.
+    let port = TcpListener::bind(("127.0.0.1", 0))
+        .unwrap()
+        .local_addr()
+        .unwrap()
+        .port();
+    let screen = Screen::at_port(port);
+    let machine = Screen::backend_at(port);
+    let running = Running::start(Some(machine.clone()), limits(), Security::Plain);
+    running.admit("a-ticket", "machine", Mode::Full, machine);
+    screen.run_guest();
+    let mut ryll = Ryll::start(&screen, &running, "a-ticket");
+    for channel in ["main", "display", "inputs", "cursor"] {
+        running
+            .notes
+            .await_line(&format!("session 1: {channel} 0 opened"));
+    }
+
+    // What the firmware has written, in more than one colour.
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let status = ryll.ask("status", &json!({}));
+        if status["surfaces"].as_array().is_some_and(|all| !all.is_empty()) {
+            let picture = ryll.ask("screenshot", &json!({"format": "rgba"}));
+            let data = BASE64.decode(picture["data_base64"].as_str().unwrap()).unwrap();
+            let size = picture["width"].as_u64().unwrap() * picture["height"].as_u64().unwrap();
+            assert_eq!(data.len(), usize::try_from(size * 4).unwrap());
+            let written = data.chunks_exact(4).filter(|pixel| *pixel != &data[..4]).count();
+            if size >= 640 * 400 && written > 100 {
+                break;
+            }
+        }
+        assert!(Instant::now() < end, "{status}");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+
+    ryll.ask("send_key", &json!({"scancode": 30, "state": "press"}));
+    let end = Instant::now() + PATIENCE;
+    while screen.keys().len() < 2 {
+        assert!(Instant::now() < end, "the keys: {:?}", screen.keys());
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    let all = running.notes.all();
+    assert!(
+        !all.iter().any(|line| line.contains("where none sends it")),
+        "{all:#?}"
+    );
+    drop(ryll);
+    running.notes.await_line("session 1: the viewer left");
 }

@@ -13,6 +13,7 @@ use support::coordinator::{Handle, Outcome, Wish};
 use support::host::{EMULATION, Host};
 use support::job::Job;
 use support::notes::Notes;
+use support::picture::{Picture, unzipped};
 use support::runner::{REAL_RUNNER, Runner};
 use support::s3::S3;
 use support::scene::{Scene, port};
@@ -80,10 +81,18 @@ fn says(handle: &Handle, texts: &[&str]) {
     }
 }
 
-fn an_exit_code_that_may_be_allowed_is_told(stage: &Stage) {
-    let (handle, outcome) = stage.run(&stage.job("exit 77").script(["exit 77"]));
+fn an_exit_code_that_may_be_allowed_is_told_and_the_failures_report_is_kept(stage: &Stage) {
+    let job = stage.job("exit 77").artifacts([".cannery/"]).script(["exit 77"]);
+    let (handle, outcome) = stage.run(&job);
     failed(&handle, &outcome, "script_failure", Some(77));
     assert_eq!(stage.tries(&handle), (1, 1));
+    // What the machine said and showed, as GitLab has it.
+    let archive = stage.scene.host.folder().join("report.zip");
+    std::fs::write(&archive, handle.artifacts().expect("artifacts")).unwrap();
+    let serial = unzipped(&archive, ".cannery/serial.log");
+    assert!(String::from_utf8_lossy(&serial).contains("tiny: ready"));
+    let screen = Picture::read(&unzipped(&archive, ".cannery/screen.png"));
+    assert!(screen.width >= 640 && screen.height >= 400, "{screen:?}");
 }
 
 fn a_cache_and_artifacts_reach_a_job_on_another_machine(stage: &Stage) {
@@ -204,7 +213,10 @@ const SCENARIOS: [Scenario; 8] = [
         "cache and artifacts",
         a_cache_and_artifacts_reach_a_job_on_another_machine,
     ),
-    ("exit 77", an_exit_code_that_may_be_allowed_is_told),
+    (
+        "exit 77",
+        an_exit_code_that_may_be_allowed_is_told_and_the_failures_report_is_kept,
+    ),
     ("cancelled", a_cancelled_job_still_runs_after_script),
     ("guest killed", a_guest_that_is_killed_is_the_systems_failure),
     (
@@ -226,7 +238,8 @@ fn jobs_of_every_kind_end_as_they_should_and_leave_nothing() {
     let image = host.images().add_tiny("tiny", "");
     let text = host.settings_text();
     let allowed = format!("[images]\nallow = [\"{}\"]\n", DOWN.replace(":1", ":*"));
-    host.write_settings(&text.replace("[images]\n", &allowed));
+    let text = text.replace("[images]\n", &allowed);
+    host.write_settings(&format!("report_dir = \".cannery\"\n{text}"));
     let s3 = S3::start(host.address(), of_s3);
     let (mut driver, notes) = Notes::driver(&host);
     driver.cache = Some(s3.cache());
@@ -274,7 +287,7 @@ fn show_what_the_helper_took(stage: &Stage) {
             ])
         })
         .collect();
-    assert_eq!(rows.len(), 2, "only jobs that need the helper get it");
+    assert_eq!(rows.len(), 3, "only jobs that need the helper get it");
     table::show(
         "gitlab-runner for guests that lack it",
         &["job", "copy", "prepare"],

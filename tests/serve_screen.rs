@@ -17,6 +17,7 @@ use serde_json::Value;
 use support::chromium::Chromium;
 use support::console::{Place, read_until};
 use support::host::{EMULATION, Host};
+use support::job::Job;
 use support::stages::Stages;
 use support::until;
 use tokio_tungstenite::tungstenite::Message;
@@ -48,11 +49,27 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
     let place = Place::new();
     let host = Host::new(
         &[],
-        &format!("{EMULATION}{}{}", place.settings(), place.spice_settings()),
+        &format!(
+            "{EMULATION}{}access = \"link\"\n{}",
+            place.settings(),
+            place.spice_settings()
+        ),
     );
     let image = host.images().add_tiny("tiny", "");
-    let stages = Stages::new(&host, &image);
+    let job = Job::new("unit")
+        .image(&image)
+        .variable("CI_COMMIT_REF_PROTECTED", "true");
+    let stages = Stages::of(&host, &job, 71);
     let prepare = stages.prepare().ok();
+    // Whoever reads this job's log gets in nowhere, and is told why, whatever others' logs have.
+    assert!(
+        prepare.log.contains("no open link: the job's ref is protected"),
+        "{}",
+        prepare.log
+    );
+    for word in ["ticket=", "Warning"] {
+        assert!(!prepare.log.contains(word), "{}", prepare.log);
+    }
     let key = prepare
         .log
         .split_once("/jobs/")
@@ -62,7 +79,8 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
         .next()
         .unwrap()
         .to_owned();
-    let served = place.serve(&host.settings());
+    // It warns of such links when it starts.
+    let served = place.serve_and_read(&host.settings(), 2);
     let ca = place.authority.file("ca.pem");
     let picture = host.folder().join("picture.ppm");
     let mint = |arguments: &[&str]| {

@@ -10,7 +10,7 @@
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use super::overlay::{self, own_file};
@@ -66,9 +66,14 @@ pub fn tail(log: &Path, lines: usize, bytes: usize) -> io::Result<String> {
 /// # Errors
 /// The file is there and cannot be read.
 pub fn last_bytes(log: &Path, bytes: usize) -> io::Result<Vec<u8>> {
+    let files = std::iter::once(log.to_owned()).chain(backups(log));
+    last_of(files, log, bytes)
+}
+
+/// The last bytes of these files, the newest of which comes first.
+fn last_of(files: impl Iterator<Item = PathBuf>, log: &Path, bytes: usize) -> io::Result<Vec<u8>> {
     // From the newest backwards; whoever rotates in between makes us read a part twice or not at all, which a log for
     // people can bear.
-    let files = std::iter::once(log.to_owned()).chain((0..BACKUPS).map(|n| rotated(log, n)));
     let mut parts: Vec<Vec<u8>> = Vec::new();
     let mut missing = bytes;
     let mut denied = None;
@@ -103,6 +108,94 @@ pub fn last_bytes(log: &Path, bytes: usize) -> io::Result<Vec<u8>> {
             Ok(parts.concat())
         }
     }
+}
+
+/// Reads a log as it grows: nothing twice, and nothing left out but what was rotated away twice between two readings.
+#[derive(Debug)]
+pub struct Follower {
+    log: PathBuf,
+    /// At the end of what was read; none where the log is not there yet.
+    file: Option<File>,
+}
+
+impl Follower {
+    /// Begins with the last `bytes` bytes that are there, which are returned, across rotated files. A log that is not there is
+    /// empty.
+    ///
+    /// # Errors
+    /// There are files, and none can be read.
+    pub fn begin(log: &Path, bytes: usize) -> io::Result<(Self, Vec<u8>)> {
+        let mut opened = there(log);
+        let mut newest = Vec::new();
+        if let Ok(Some(file)) = &mut opened {
+            let wanted = u64::try_from(bytes).unwrap_or(u64::MAX);
+            let length = file.metadata()?.len();
+            file.seek(SeekFrom::Start(length.saturating_sub(wanted)))?;
+            file.take(wanted).read_to_end(&mut newest)?;
+        }
+        let missing = bytes.saturating_sub(newest.len());
+        // Older files that only root may read are as none.
+        let mut all = last_of(backups(log), log, missing).unwrap_or_default();
+        all.append(&mut newest);
+        let file = match opened {
+            Err(error) if all.is_empty() => return Err(error),
+            opened => opened.unwrap_or_default(),
+        };
+        let log = log.to_owned();
+        Ok((Self { log, file }, all))
+    }
+
+    /// What came since then, the oldest first; at most `bytes` bytes, the others the next time.
+    ///
+    /// # Errors
+    /// The log goes on in a file that cannot be read.
+    pub fn more(&mut self, bytes: usize) -> io::Result<Vec<u8>> {
+        // Looked at first: what the old file gets before it is left is read below.
+        let newest = there(&self.log);
+        let mut new = Vec::new();
+        self.read(bytes, &mut new)?;
+        match newest {
+            Ok(Some(newest)) if new.len() < bytes && self.is_left_for(&newest)? => {
+                self.file = Some(newest);
+                self.read(bytes - new.len(), &mut new)?;
+            }
+            Err(error) if new.is_empty() => return Err(error),
+            _ => {}
+        }
+        Ok(new)
+    }
+
+    fn read(&mut self, bytes: usize, into: &mut Vec<u8>) -> io::Result<()> {
+        let wanted = u64::try_from(bytes).unwrap_or(u64::MAX);
+        match &mut self.file {
+            Some(file) => file.take(wanted).read_to_end(into).map(drop),
+            None => Ok(()),
+        }
+    }
+
+    /// Whether the log goes on in this file, from its beginning.
+    fn is_left_for(&mut self, newest: &File) -> io::Result<bool> {
+        let Some(file) = &mut self.file else {
+            return Ok(true);
+        };
+        let (old, new) = (file.metadata()?, newest.metadata()?);
+        let same = (old.dev(), old.ino()) == (new.dev(), new.ino());
+        // One that was cut begins anew, too.
+        Ok(!same || new.len() < file.stream_position()?)
+    }
+}
+
+/// A file that need not be there.
+fn there(path: &Path) -> io::Result<Option<File>> {
+    match File::open(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        opened => opened.map(Some),
+    }
+}
+
+/// Where the files may be that were rotated out of a log, the newest first.
+fn backups(log: &Path) -> impl Iterator<Item = PathBuf> {
+    (0..BACKUPS).map(|n| rotated(log, n))
 }
 
 fn rotated(log: &Path, n: u32) -> PathBuf {
@@ -178,6 +271,8 @@ fn plain(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
     use proptest::prelude::*;
 
@@ -215,6 +310,42 @@ mod tests {
         // Nine bytes begin inside "three", and half a line is not shown.
         assert_eq!(tail(&log, 100, 9).unwrap(), "four");
         assert_eq!(last_bytes(&log, 9).unwrap(), b"ree\nfour\n"[..].to_vec());
+    }
+
+    #[test]
+    fn who_follows_a_log_reads_all_of_it_once_through_rotation_and_a_new_beginning() {
+        let folder = tempfile::tempdir().unwrap();
+        let log = folder.path().join("serial.log");
+        let append = |path: &Path, text: &str| {
+            let mut file = File::options().append(true).create(true).open(path).unwrap();
+            file.write_all(text.as_bytes()).unwrap();
+        };
+        let (mut early, nothing) = Follower::begin(&log, 100).unwrap();
+        assert_eq!(nothing, b"");
+        append(&rotated(&log, 0), "one ");
+        append(&log, "two ");
+        let (mut late, before) = Follower::begin(&log, 7).unwrap();
+        assert_eq!(before, b"ne two ");
+        assert_eq!(early.more(100).unwrap(), b"two ");
+        assert_eq!(late.more(100).unwrap(), b"");
+
+        // Rotated between two readings, with a rest in the old file.
+        append(&log, "three ");
+        std::fs::rename(&log, rotated(&log, 0)).unwrap();
+        assert_eq!(early.more(100).unwrap(), b"three ");
+        append(&rotated(&log, 0), "four ");
+        append(&log, "five ");
+        assert_eq!(early.more(100).unwrap(), b"four five ");
+        // In pieces, each once.
+        let pieces: Vec<u8> = std::iter::from_fn(|| Some(late.more(4).unwrap()).filter(|p| !p.is_empty()))
+            .flatten()
+            .collect();
+        assert_eq!(pieces, b"three four five ");
+        // Begun anew in place.
+        std::fs::write(&log, "six").unwrap();
+        assert_eq!(early.more(100).unwrap(), b"six");
+        std::fs::remove_file(&log).unwrap();
+        assert_eq!(early.more(100).unwrap(), b"");
     }
 
     #[test]

@@ -13,7 +13,7 @@ use crate::machine::serial;
 
 /// What is shown of what was there before.
 const FIRST: usize = 128 << 10;
-/// What is read at a time afterwards; a guest that writes faster is shown in part.
+/// What is read at a time afterwards; a guest that writes faster is shown later.
 const NEXT: usize = 256 << 10;
 /// How often the file is looked at.
 const LOOK: Duration = Duration::from_millis(300);
@@ -33,8 +33,11 @@ pub(super) async fn serve(mut socket: WebSocket, mut channel: Channel) {
 }
 
 async fn follow(log: &Path, socket: &mut WebSocket, channel: &mut Channel) {
-    let mut seen = length(log);
-    let mut bytes = serial::last_bytes(log, FIRST).unwrap_or_default();
+    // A log that cannot be read is as one that has nothing.
+    let Ok((mut follower, mut bytes)) = serial::Follower::begin(log, FIRST) else {
+        while !matches!(socket.recv().await, Some(Ok(Message::Close(_)) | Err(_)) | None) {}
+        return;
+    };
     loop {
         if !bytes.is_empty() {
             channel.sent(bytes.len());
@@ -54,33 +57,6 @@ async fn follow(log: &Path, socket: &mut WebSocket, channel: &mut Channel) {
                 Some(Ok(_)) => continue,
             },
         }
-        let now = length(log);
-        let new = grown(seen, now).min(NEXT);
-        seen = now;
-        if new > 0 {
-            bytes = serial::last_bytes(log, new).unwrap_or_default();
-        }
-    }
-}
-
-/// How many bytes are new. A file that is shorter than before was begun anew.
-fn grown(seen: u64, now: u64) -> usize {
-    let new = if now < seen { now } else { now - seen };
-    usize::try_from(new).unwrap_or(usize::MAX)
-}
-
-fn length(log: &Path) -> u64 {
-    std::fs::metadata(log).map_or(0, |about| about.len())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn what_is_new_is_what_was_added_or_all_of_a_file_begun_anew() {
-        assert_eq!(grown(10, 10), 0);
-        assert_eq!(grown(10, 15), 5);
-        assert_eq!(grown(2 << 20, 7), 7);
+        bytes = follower.more(NEXT).unwrap_or_default();
     }
 }

@@ -24,6 +24,8 @@ pub mod console;
 #[cfg(test)]
 pub mod desk;
 #[cfg(test)]
+pub mod desktop;
+#[cfg(test)]
 pub mod gitlab;
 #[cfg(test)]
 pub mod host;
@@ -38,6 +40,8 @@ pub mod libvirtd;
 pub mod lines;
 #[cfg(test)]
 pub mod notes;
+#[cfg(test)]
+pub mod picture;
 #[cfg(test)]
 pub mod s3;
 #[cfg(test)]

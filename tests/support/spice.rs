@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use cannery::console::backend::Unix;
+use cannery::console::backend::{Tcp, Unix};
 use cannery::console::link::{Caps, Hello, Reply};
 use cannery::console::{
     Admission, Backend, Denied, Door, Event, Kind, Kinds, Limits, Mode, Observer, Proxy, Security, keys,
@@ -23,7 +23,7 @@ use futures_util::future::BoxFuture;
 use tokio::sync::oneshot;
 
 /// Longest wait for anything here: an emulated machine on a busy host.
-const PATIENCE: Duration = Duration::from_secs(40);
+pub const PATIENCE: Duration = Duration::from_secs(40);
 
 /// What QEMU's screen asks for, which no viewer is told.
 const MACHINES_OWN: &str = "the-machines-own";
@@ -35,8 +35,25 @@ pub struct Screen {
 }
 
 impl Screen {
+    /// One at a socket that only this host reaches, as libvirt gives it to us.
     pub fn start() -> Self {
+        let screen = Self::listening(|folder| format!("unix=on,addr={}", folder.join("screen").display()));
+        awaits("QEMU's screen", || screen.path().exists());
+        screen
+    }
+
+    /// One at a port of the loopback device.
+    pub fn at_port(port: u16) -> Self {
+        let screen = Self::listening(|_| format!("addr=127.0.0.1,port={port}"));
+        awaits("QEMU's screen", || {
+            TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok()
+        });
+        screen
+    }
+
+    fn listening(place: impl FnOnce(&Path) -> String) -> Self {
         let folder = tempfile::tempdir().unwrap();
+        let place = place(folder.path());
         let at = |name: &str| folder.path().join(name).display().to_string();
         let child = Command::new("qemu-system-x86_64")
             .args([
@@ -57,21 +74,16 @@ impl Screen {
             .args(["-chardev", "spicevmc,id=agent,name=vdagent"])
             .args(["-device", "virtserialport,chardev=agent,name=com.redhat.spice.0"])
             .args(["-object", &format!("secret,id=own,data={MACHINES_OWN}")])
-            .args([
-                "-spice",
-                &format!("unix=on,addr={},password-secret=own", at("screen")),
-            ])
+            .args(["-spice", &format!("{place},password-secret=own")])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", at("control"))])
             .args(["-trace", "input_event_key_*", "-D", &at("log")])
             .stdin(Stdio::null())
             .spawn()
             .unwrap();
         let screen = Screen { child, folder };
-        let end = Instant::now() + PATIENCE;
-        while !(screen.path().exists() && screen.folder.path().join("control").exists()) {
-            assert!(Instant::now() < end, "QEMU did not start");
-            std::thread::sleep(Duration::from_millis(20));
-        }
+        awaits("QEMU's control connection", || {
+            screen.folder.path().join("control").exists()
+        });
         screen
     }
 
@@ -105,6 +117,17 @@ impl Screen {
         })
     }
 
+    /// The way to one at a port.
+    pub fn backend_at(port: u16) -> Arc<dyn Backend> {
+        Arc::new(Tcp {
+            host: "127.0.0.1".to_owned(),
+            port: Some(port),
+            tls: None,
+            ticket: Some(Secret::new(MACHINES_OWN)),
+            likeness: "qemu".to_owned(),
+        })
+    }
+
     /// What the machine itself says it can do on a channel.
     pub fn caps(&self, kind: Kind) -> Caps {
         let mut viewer = Viewer::at(UnixStream::connect(self.path()).unwrap());
@@ -129,6 +152,16 @@ impl Screen {
 impl Drop for Screen {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// Waits until this is there.
+#[track_caller]
+fn awaits(what: &str, mut is_there: impl FnMut() -> bool) {
+    let end = Instant::now() + PATIENCE;
+    while !is_there() {
+        assert!(Instant::now() < end, "waited for {what}");
+        std::thread::sleep(Duration::from_millis(20));
     }
 }
 

@@ -139,32 +139,31 @@ async fn view(settings: &Settings, machine: &Machine, mode: Mode, local: &Local)
 /// Prints the serial log as it grows, until the job is removed.
 async fn follow(job: &JobDir) -> Result<(), Failure> {
     let log = job.file("serial.log");
-    let length = || std::fs::metadata(&log).map_or(0, |about| about.len());
     let failed = |e: std::io::Error| Failure::system(format!("cannot read {}: {e}", log.display()));
-    let mut seen = length();
-    let mut bytes = serial::last_bytes(&log, SERIAL).map_err(failed)?;
+    let (mut follower, mut bytes) = serial::Follower::begin(&log, SERIAL).map_err(failed)?;
     loop {
-        if !bytes.is_empty() {
-            // As it is for a terminal, but nothing in it commands the terminal.
-            print(&shown(&bytes));
+        // As it is for a terminal, but nothing in it commands the terminal.
+        let text = shown(&mut bytes);
+        if !text.is_empty() {
+            print(&text);
         }
         if !job.path().exists() {
             return Ok(());
         }
         tokio::time::sleep(LOOK).await;
-        let now = length();
-        let new = if now < seen { now } else { now - seen };
-        seen = now;
-        bytes = match usize::try_from(new) {
-            Ok(new @ 1..) => serial::last_bytes(&log, new).map_err(failed)?,
-            _ => Vec::new(),
-        };
+        bytes.append(&mut follower.more(SERIAL).map_err(failed)?);
     }
 }
 
-/// What a machine wrote, safe for a terminal: a guest's sequences must not command the admin's.
-fn shown(bytes: &[u8]) -> String {
-    let text = String::from_utf8_lossy(bytes);
+/// What a machine wrote, safe for a terminal: a guest's sequences must not command the admin's. What a character at the end lacks may
+/// still come, so that its beginning stays.
+fn shown(bytes: &mut Vec<u8>) -> String {
+    let cut = bytes.utf8_chunks().last().map_or(0, |chunk| {
+        let unfinished = std::str::from_utf8(chunk.invalid()).is_err_and(|e| e.error_len().is_none());
+        if unfinished { chunk.invalid().len() } else { 0 }
+    });
+    let rest = bytes.split_off(bytes.len() - cut);
+    let text = String::from_utf8_lossy(&std::mem::replace(bytes, rest)).into_owned();
     text.chars()
         .filter(|c| matches!(c, '\n' | '\t') || !c.is_control())
         .collect()
@@ -176,6 +175,20 @@ mod tests {
 
     #[test]
     fn a_guest_does_not_command_the_admins_terminal() {
-        assert_eq!(shown(b"a\x1b[2Jb\r\n\x07\xffc\td"), "a[2Jb\n\u{fffd}c\td");
+        let mut bytes = b"a\x1b[2Jb\r\n\x07\xffc\td".to_vec();
+        assert_eq!(shown(&mut bytes), "a[2Jb\n\u{fffd}c\td");
+        assert_eq!(bytes, b"");
+    }
+
+    #[test]
+    fn a_character_that_comes_in_two_pieces_is_shown_when_it_is_whole() {
+        let whole = "ab\u{20ac}".as_bytes();
+        for at in 0..=whole.len() {
+            let mut bytes = whole[..at].to_vec();
+            let first = shown(&mut bytes);
+            bytes.extend(&whole[at..]);
+            assert_eq!(first + &shown(&mut bytes), "ab\u{20ac}", "{at}");
+            assert_eq!(bytes, b"");
+        }
     }
 }
