@@ -88,29 +88,33 @@ fn a_guest_that_dies_at_boot_fails_at_once_with_its_last_words() {
 #[ignore = "needs libvirt and a guest"]
 fn a_guest_that_lets_us_in_neither_by_key_nor_by_password_says_what_was_offered() {
     let host = Host::new(&[], &format!("{EMULATION}[guest]\nboot_timeout = \"90 s\"")).with_network();
-    let image = host
-        .images()
-        .add_tiny("locked", "tiny.credentials=off tiny.password=sesame");
-    // What it cannot know is not what it shows.
-    let job = Stages::new(&host, &image);
-    let call = job.prepare().failed(
-        SYSTEM_FAILURE,
-        &["shows host key", "guest.key_file or guest.password"],
-    );
-    println!("key only: {}", call.last_line());
-    job.cleans_up();
-    add_settings(&host, "password = \"not-it\"");
-    let job = Stages::new(&host, &image);
-    let call = job
-        .prepare()
-        .failed(SYSTEM_FAILURE, &["refuses user root", "password"]);
-    assert!(!call.log.contains("not-it"), "{}", call.log);
-    println!("wrong password: {}", call.last_line());
-    job.cleans_up();
+    let locked = "tiny.credentials=off tiny.password=sesame";
+    let [keyless, wrong, right] =
+        ["keyless", "wrong", "right"].map(|tag| host.images().add_tiny(tag, locked));
+    for (image, password) in [(&wrong, "not-it"), (&right, "sesame")] {
+        add_settings(
+            &host,
+            &format!("[image.\"{image}\"]\nguest.password = \"{password}\""),
+        );
+    }
+    std::thread::scope(|scope| {
+        for (image, parts) in [
+            // What it cannot know is not what it shows.
+            (&keyless, ["shows host key", "guest.key_file or guest.password"]),
+            (&wrong, ["refuses user root", "password"]),
+        ] {
+            let host = &host;
+            scope.spawn(move || {
+                let job = Stages::new(host, image);
+                let call = job.prepare().failed(SYSTEM_FAILURE, &parts);
+                assert!(!call.log.contains("not-it"), "{}", call.log);
+                println!("{image}: {}", call.last_line());
+                job.cleanup().ok();
+            });
+        }
+    });
     // The right one is all that was missing.
-    let text = host.settings_text().replace("not-it", "sesame");
-    host.write_settings(&text);
-    let job = Stages::new(&host, &image);
+    let job = Stages::new(&host, &right);
     job.prepare().ok();
     assert_eq!(job.script("echo in").ok().text(), "in\n");
     job.cleans_up();
