@@ -50,6 +50,8 @@ points! {
     SavedFetching "saved-fetching" "the record says fetching"
     BlobBegun "blob-begun" "a manifest is written and has not got its name"
     BlobKept "blob-kept" "a manifest is in the store"
+    UnsyncedNoted "unsynced-noted" "it is noted that an image's bytes may not be on the disk"
+    ImageSettled "image-settled" "an image is on the disk, and the note that it may not be is still there"
     WorkBegun "work-begun" "an image's folder is made, where nobody looks for images"
     LayerBegun "layer-begun" "a layer's first file is begun"
     CheckpointBegun "checkpoint-begun" "how far a layer is stands in a file that has not got its name"

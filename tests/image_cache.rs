@@ -13,6 +13,7 @@ mod image_fixture;
 
 use std::fs;
 use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
@@ -123,6 +124,18 @@ impl Host {
             .join("disk.raw")
     }
 
+    fn noted_unsynced(&self, digest: &str) -> PathBuf {
+        let noted = self.state().join("store/unsynced");
+        noted.join(digest.trim_start_matches("sha256:"))
+    }
+
+    /// Calls it to be killed; whether it came that far.
+    fn killed_at(&self, point: &str, arguments: &[&str]) -> bool {
+        let mut command = self.command(arguments);
+        let output = command.env("CANNERY_KILL_AT", format!("{point}:1")).output();
+        output.unwrap().status.signal() == Some(9)
+    }
+
     fn partial(&self) -> usize {
         fs::read_dir(self.state().join("store/partial")).unwrap().count()
     }
@@ -181,6 +194,18 @@ fn damage(path: &Path) {
     file.read_exact_at(&mut byte, 1000).unwrap();
     file.write_all_at(&[byte[0] ^ 1], 1000).unwrap();
     fs::set_permissions(path, fs::Permissions::from_mode(0o444)).unwrap();
+}
+
+/// Cuts a file to nothing, as a crash may leave one that was never synced.
+fn empty(path: &Path) {
+    fs::set_permissions(path, fs::Permissions::from_mode(0o644)).unwrap();
+    fs::File::create(path).unwrap();
+}
+
+/// The host has stopped without warning and started again: what is noted was noted in an earlier run.
+fn crash(note: &Path) {
+    drop(fs::remove_file(note));
+    fs::write(note, "an earlier run\n").unwrap();
 }
 
 #[test]
@@ -375,6 +400,82 @@ fn a_damaged_image_is_given_to_nobody_and_mended_unless_it_is_in_use() {
 }
 
 #[test]
+fn an_image_that_came_just_before_the_host_crashed_is_compared_with_what_came() {
+    let host = Host::new("");
+    let reference = host.add("vm", 1);
+    let digest = host.pull(&reference);
+    let whole = fs::read(host.disk(&digest)).unwrap();
+    let record = host.disk(&digest).with_file_name("image.json");
+    let note = host.noted_unsynced(&digest);
+    assert!(note.exists());
+    assert!(provide(&host.store(), &reference).unwrap().from_cache);
+
+    // Nothing was lost: it is read, and given.
+    crash(&note);
+    assert!(host.store().find(&digest.parse().unwrap()).unwrap().is_none());
+    assert!(provide(&host.store(), &reference).unwrap().from_cache);
+    assert!(!note.exists(), "it was synced");
+
+    // Some of it was.
+    let disk: PathBuf = host.disk(&digest);
+    for (lose, file) in [(damage as fn(&Path), &disk), (empty, &disk), (empty, &record)] {
+        crash(&note);
+        lose(file);
+        assert!(!provide(&host.store(), &reference).unwrap().from_cache);
+        assert_eq!(fs::read(&disk).unwrap(), whole);
+    }
+    assert_eq!(host.says(&["image", "verify"]), format!("{digest} whole\n"));
+    assert_eq!(host.partial(), 0);
+}
+
+#[test]
+fn what_was_only_begun_when_the_host_crashed_is_begun_anew() {
+    let host = Host::new("");
+    let reference = host.add("vm", 2);
+    let killed = host.killed_at("layer-kept", &["image", "pull", &reference]);
+    assert!(killed, "there is one layer");
+    let digest = fs::read_dir(host.state().join("store/unsynced")).unwrap();
+    let digest = digest.last().unwrap().unwrap().file_name().into_string().unwrap();
+    let begun = host.state().join("store/partial").join(&digest);
+    let mut lost = 0;
+    for entry in fs::read_dir(&begun).unwrap() {
+        let path = entry.unwrap().path();
+        if path.metadata().unwrap().len() == 4 << 20 {
+            damage(&path);
+            lost += 1;
+        }
+    }
+    assert_eq!(lost, 1, "the disk is unpacked");
+    crash(&host.noted_unsynced(&digest));
+    host.pull(&reference);
+    assert_eq!(fs::read(host.disk(&digest)).unwrap(), disk(2));
+}
+
+#[test]
+fn minutes_later_an_image_is_synced_by_whoever_comes() {
+    let host = Host::new("");
+    let reference = host.add("vm", 1);
+    let digest = host.pull(&reference);
+    let note = host.noted_unsynced(&digest);
+    host.list();
+    assert!(note.exists(), "the system may still be writing it");
+    let folder = fs::File::open(host.disk(&digest).parent().unwrap()).unwrap();
+    folder
+        .set_modified(std::time::SystemTime::now() - std::time::Duration::from_secs(600))
+        .unwrap();
+    assert!(host.killed_at("image-settled", &["image", "list"]));
+    assert!(note.exists());
+    host.list();
+    assert!(!note.exists());
+    // Of one that goes before that, nothing is left either.
+    let other = host.add("other", 3);
+    let digest = host.pull(&other);
+    host.says(&["image", "rm", &digest]);
+    host.list();
+    assert!(!host.noted_unsynced(&digest).exists());
+}
+
+#[test]
 fn prewarm_fetches_what_lists_settings_and_pipelines_name_and_tries_all() {
     let host = Host::new("");
     let [a, b, c] = [("a", 1), ("b", 3), ("c", 5)].map(|(tag, seed)| host.add(tag, seed));
@@ -455,8 +556,6 @@ fn nobody_loses_an_image_that_was_given_while_others_prune() {
 #[cfg(debug_assertions)]
 #[test]
 fn a_kill_in_any_command_leaves_each_image_whole_or_gone() {
-    use std::os::unix::process::ExitStatusExt as _;
-
     let host = Host::new("");
     let reference = host.add("vm", 1);
     let again = "r.example.com/vm:again";

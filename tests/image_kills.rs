@@ -35,7 +35,8 @@ const TRIES: usize = 4;
 /// Which time a call is killed at a point, where it passes it several times: for each small file of the store, each layer.
 fn nths(point: Point) -> std::ops::RangeInclusive<u32> {
     match point {
-        Point::BlobBegun | Point::BlobKept => 1..=5,
+        Point::BlobBegun => 1..=6,
+        Point::BlobKept => 1..=5,
         Point::LayerBegun | Point::LayerUnpacked | Point::LayerKept => 1..=2,
         _ => 1..=1,
     }
@@ -45,9 +46,10 @@ fn nths(point: Point) -> std::ops::RangeInclusive<u32> {
 const CALL_MAX: Duration = Duration::from_secs(60);
 
 /// What images of some size meet, and small ones.
-const POINTS: [Point; 12] = [
+const POINTS: [Point; 13] = [
     Point::BlobBegun,
     Point::BlobKept,
+    Point::UnsyncedNoted,
     Point::WorkBegun,
     Point::LayerBegun,
     Point::LayerUnpacked,

@@ -113,12 +113,18 @@ fn plan(point: Point) -> (Scene, [u32; 3]) {
         | P::SlotReleased
         | P::FolderHidden
         | P::FolderRemoved => (Scene::Removal, FIRST),
-        P::ReferenceForgotten | P::ImageHidden | P::ImageRemoved | P::PinKept | P::PinRemoved => {
-            (Scene::Elsewhere("tests/image_cache.rs"), FIRST)
-        }
-        P::CheckpointBegun | P::CheckpointKept | P::PiecesBegun | P::PiecesKept | P::FileNamed => {
-            (Scene::Elsewhere("tests/image_kills.rs"), FIRST)
-        }
+        P::ReferenceForgotten
+        | P::ImageHidden
+        | P::ImageRemoved
+        | P::ImageSettled
+        | P::PinKept
+        | P::PinRemoved => (Scene::Elsewhere("tests/image_cache.rs"), FIRST),
+        P::CheckpointBegun
+        | P::CheckpointKept
+        | P::PiecesBegun
+        | P::PiecesKept
+        | P::FileNamed
+        | P::UnsyncedNoted => (Scene::Elsewhere("tests/image_kills.rs"), FIRST),
         P::ScreenKept | P::SavedHeld => (Scene::Elsewhere("tests/hold.rs"), FIRST),
         P::OriginKept | P::GrantKept => (Scene::Elsewhere("tests/image_grants.rs"), FIRST),
         P::TicketKept | P::TicketRevoked => (Scene::Elsewhere("tests/serve.rs"), FIRST),

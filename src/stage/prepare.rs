@@ -419,6 +419,10 @@ impl Progress for PullLog<'_> {
             Event::Fetching { done, total } if self.throttle.due() => {
                 format!("Fetching {}: {} of {}.", self.image, bytes(done), bytes(total))
             }
+            Event::Doubted { .. } => format!(
+                "{} came shortly before this host stopped without warning: comparing it with what came.",
+                self.image
+            ),
             Event::Offline { error, ago } => format!(
                 "{error}. {} is taken from the cache: its registry allowed this project to have it {} ago.",
                 self.image,

@@ -74,6 +74,8 @@ impl Tool {
             .stdout(Stdio::null())
             .stderr(Stdio::piped())
             .kill_on_drop(true);
+        // What an earlier call has left in memory is not to be written at this one's expense.
+        rustix::fs::sync();
         let begin = Instant::now();
         let child = command
             .spawn()

@@ -118,6 +118,9 @@ impl Progress for Lines<'_> {
                     None => {}
                 }
             }
+            Event::Doubted { .. } => {
+                self.line("it came shortly before this host stopped without warning, and is compared with what came");
+            }
             Event::Resumed { kept } => {
                 self.line(&format!("{} are here from an earlier pull", bytes(kept)));
             }

@@ -6,8 +6,8 @@
 //! 40  bits      piece by piece, in the plan's order, lowest bit first
 //! ```
 //!
-//! A bit is written only after the piece was verified and its bytes were synced, and bits never go back. So whatever part of
-//! a write a crash leaves is true.
+//! A bit is written only after the piece was verified and written, and bits never go back. So whatever a process leaves that is
+//! killed is true. What a host leaves that crashes is never looked at: the store knows which images that concerns.
 
 use std::fs::{File, OpenOptions};
 use std::io::Read as _;
@@ -110,14 +110,13 @@ impl Done {
         self.lock().unwritten
     }
 
-    /// Writes down what is done, after `sync` has brought the pieces' own bytes to the disk.
-    pub(super) fn write(&self, sync: impl FnOnce() -> Result<(), Error>) -> Result<(), Error> {
+    /// Writes down what is done.
+    pub(super) fn write(&self) -> Result<(), Error> {
         let bits = {
             let mut bits = self.lock();
             bits.unwritten = 0;
             bits.now.clone()
         };
-        sync()?;
         self.file
             .write_all_at(&bits, HEADER)
             .map_err(Error::storage(&self.path))?;

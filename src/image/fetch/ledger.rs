@@ -5,7 +5,6 @@
 //! Another process reads the same again, up to where it was; its files know how much of them is there, and let that much go by.
 
 use std::collections::BTreeMap;
-use std::fs::File;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -33,8 +32,8 @@ pub(super) enum Segment {
 
 /// A file that can say how far it is.
 pub(super) trait Making: Send {
-    /// Hands all bytes that it has to the system; its length now, and what to sync.
-    fn pause(&mut self) -> Result<(u64, Arc<File>), Error>;
+    /// Hands all bytes that it has to the system; its length now.
+    fn pause(&mut self) -> Result<u64, Error>;
 }
 
 /// What has been read of one layer, and the files that came of it.
@@ -57,11 +56,10 @@ struct Inner {
     sums: BTreeMap<String, Digest>,
 }
 
-/// A ledger at one moment, and what has to be synced before it is true.
+/// A ledger at one moment.
 pub(super) struct Page {
     pub(super) segments: Vec<Segment>,
     pub(super) files: BTreeMap<String, u64>,
-    pub(super) unsynced: Vec<Arc<File>>,
 }
 
 impl Ledger {
@@ -146,12 +144,10 @@ impl Ledger {
         let mut page = Page {
             segments: inner.segments.clone(),
             files: BTreeMap::new(),
-            unsynced: Vec::new(),
         };
         for (name, making) in &inner.making {
-            let (length, file) = making.lock().unwrap_or_else(PoisonError::into_inner).pause()?;
+            let length = making.lock().unwrap_or_else(PoisonError::into_inner).pause()?;
             page.files.insert(name.clone(), length);
-            page.unsynced.push(file);
         }
         Ok(Some(page))
     }

@@ -183,7 +183,7 @@ impl Pull<'_> {
         let work = Work::lock(&self.store.partial(), digest, &self.image, self.progress).await?;
         // Shared with the threads that write there: a cancelled one must be gone before others take the lock.
         let work = Arc::new(work);
-        if let Some(disk) = self.here(digest)? {
+        if let Some(disk) = self.here(digest).await? {
             self.vouch(source, digest, &manifest).await?;
             self.progress.event(Event::Cached { digest });
             return Ok(disk);
@@ -205,6 +205,10 @@ impl Pull<'_> {
         guess: Format,
     ) -> Result<Disk, Error> {
         let recipe = self.recipe(source, &manifest, guess).await?;
+        if self.store.is_doubtful(digest)? {
+            work.begin_anew()?;
+        }
+        self.store.note_unsynced(digest)?;
         let meter = Arc::new(Meter::default());
         let place = Workplace {
             image: self.image.clone(),
@@ -284,7 +288,7 @@ impl Pull<'_> {
             }),
         })?;
         self.progress.event(Event::Verified { digest });
-        let mut disk = self.here(digest)?.ok_or_else(|| Error::Storage {
+        let mut disk = self.here(digest).await?.ok_or_else(|| Error::Storage {
             path: self.store.disk_dir(digest),
             source: std::io::ErrorKind::NotFound.into(),
         })?;

@@ -140,6 +140,11 @@ impl Work {
         Ok(&self.dir)
     }
 
+    /// Throws away what an earlier process has left here.
+    pub(in crate::image) fn begin_anew(&self) -> Result<(), Error> {
+        remove(&self.dir)
+    }
+
     /// Removes the folder at the end, whatever it holds.
     pub(in crate::image) fn discard(&self) {
         self.discarded.store(true, Ordering::Relaxed);
@@ -158,7 +163,7 @@ impl Work {
         read(&self.dir.join(LAYERS))
     }
 
-    /// Writes down what is to be known about layers that are done. Their files are on the disk already.
+    /// Writes down what is to be known about layers that are done. Their files are written already.
     pub(in crate::image) fn keep_layers(&self, layers: &impl Serialize) -> Result<(), Error> {
         let path = self.dir.join(LAYERS);
         write(&path, layers).map_err(Error::storage(&path))?;
@@ -230,7 +235,6 @@ pub(super) fn read<T: DeserializeOwned>(path: &Path) -> Option<T> {
 fn write(path: &Path, value: &impl Serialize) -> io::Result<()> {
     let begun = path.with_extension("begun");
     fs::write(&begun, serde_json::to_vec(value)?)?;
-    File::open(&begun)?.sync_all()?;
     fs::rename(&begun, path)
 }
 

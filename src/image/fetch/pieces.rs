@@ -48,7 +48,7 @@ pub(in crate::image) trait Known: Send + Sync {
 }
 
 /// Fetches what a plan names into the files of a work place, and goes on where an earlier call for the same plan in the same
-/// folder was cut off. When it returns well, all bytes are verified and on the disk.
+/// folder was cut off. When it returns well, all bytes are verified and written.
 ///
 /// `held` lives until no thread works here any more. `total` is the image's packed size in bytes, for progress.
 pub(in crate::image) async fn fetch(

@@ -112,11 +112,6 @@ impl PlacedFile {
         }
     }
 
-    /// Brings what was written to the disk.
-    pub(super) fn sync(&self) -> Result<(), Error> {
-        self.file.sync_data().map_err(|error| self.failed(error, 0))
-    }
-
     fn failed(&self, error: io::Error, missing: u64) -> Error {
         self.room.write_failed(&self.path, error, missing)
     }
@@ -144,7 +139,7 @@ mod tests {
         let mut bytes = vec![0; 8 << 20];
         bytes[1 << 20] = 1;
         file.write(&bytes, 3).unwrap();
-        file.sync().unwrap();
+        file.file.sync_all().unwrap();
         let data = file.path.metadata().unwrap();
         assert_eq!(data.len(), 64 << 20);
         assert!(

@@ -37,6 +37,11 @@ pub enum Event<'a> {
         /// Its digest.
         digest: &'a Digest,
     },
+    /// The disk is in the store, and came shortly before the host stopped without warning: it is compared with what came.
+    Doubted {
+        /// Its digest.
+        digest: &'a Digest,
+    },
     /// Another process fetches the same image; we wait for it.
     Waiting {
         /// What it fetches.

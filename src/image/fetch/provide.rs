@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
+use super::part::blocking;
 use super::progress::{Event, Progress};
 use super::room::Limits;
 use super::source::Source;
@@ -141,7 +142,7 @@ impl Pull<'_> {
     pub(super) async fn by(&self, policy: PullPolicy) -> Result<Disk, Error> {
         let pinned = self.request.reference.digest().is_some();
         if (policy != PullPolicy::Always || pinned)
-            && let Some(disk) = self.known()?
+            && let Some(disk) = self.known().await?
             && self.may_have(&disk.digest, policy).await?
         {
             if self.rules.are_met(self.store, &disk.digest)? {
@@ -161,9 +162,9 @@ impl Pull<'_> {
     }
 
     /// What the store knows under this name; a digest in it is known by itself.
-    pub(super) fn known(&self) -> Result<Option<Disk>, Error> {
+    pub(super) async fn known(&self) -> Result<Option<Disk>, Error> {
         if let Some(digest) = self.request.reference.digest()
-            && let Some(disk) = self.here(digest)?
+            && let Some(disk) = self.here(digest).await?
         {
             return Ok(Some(disk));
         }
@@ -171,13 +172,18 @@ impl Pull<'_> {
             .store
             .reference(&self.request.reference, &self.request.architecture)?
         {
-            Some(digest) => self.here(&digest),
+            Some(digest) => self.here(&digest).await,
             None => Ok(None),
         }
     }
 
-    /// A disk of the store, if it is allowed by this request.
-    pub(super) fn here(&self, digest: &Digest) -> Result<Option<Disk>, Error> {
+    /// A disk of the store, if it is allowed by this request. One that may have suffered from a crash of the host is read first.
+    pub(super) async fn here(&self, digest: &Digest) -> Result<Option<Disk>, Error> {
+        if self.store.is_doubtful(digest)? {
+            self.progress.event(Event::Doubted { digest });
+            let (store, digest) = (self.store.clone(), *digest);
+            blocking(move || store.verify(&digest)).await?;
+        }
         let Some(mut disk) = self.store.take(digest)? else {
             return Ok(None);
         };
@@ -200,7 +206,7 @@ impl Pull<'_> {
         let (root, digest, manifest) = self.resolve(&source).await?;
         self.progress.event(Event::Resolved { digest: &digest });
         let verdict = self.rules.check(self.store, &source, &root, &digest).await?;
-        let disk = match self.here(&digest)? {
+        let disk = match self.here(&digest).await? {
             Some(disk) => {
                 self.vouch(&source, &digest, &manifest).await?;
                 self.progress.event(Event::Cached { digest: &digest });

@@ -127,10 +127,9 @@ impl Site {
             .sum()
     }
 
-    /// Brings everything to the disk, and writes down what is done.
+    /// Writes down what is done.
     pub(super) fn note(&self) -> Result<(), Error> {
-        self.done
-            .write(|| self.files.iter().try_for_each(PlacedFile::sync))
+        self.done.write()
     }
 
     /// Takes from this host's other images what they have.

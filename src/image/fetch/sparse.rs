@@ -19,10 +19,6 @@ const BLOCK: usize = 64 * 1024;
 /// Bytes written between two looks at the free space, each of which asks for as many: what must stay free is not touched.
 const LOOK_EVERY: u64 = 4 << 20;
 
-/// Bytes after which the system is told to begin with writing them. Left alone, it would wait until it has a tenth of the memory
-/// full of them, and all of that would be left for the sync at the end.
-const BEGIN_EVERY: u64 = 8 << 20;
-
 static ZEROS: [u8; BLOCK] = [0; BLOCK];
 
 /// A file in the making.
@@ -33,7 +29,7 @@ pub(in crate::image) struct SparseFile {
 }
 
 struct State {
-    file: Arc<File>,
+    file: File,
     path: PathBuf,
     room: Room,
     /// Length so far, the block in hand included.
@@ -48,8 +44,6 @@ struct State {
     expected: Option<u64>,
     /// The sum of what was written; none for a file whose beginning another process has written.
     sum: Option<Running>,
-    /// Up to where the system was told to begin with writing.
-    begun: u64,
 }
 
 impl SparseFile {
@@ -77,7 +71,7 @@ impl SparseFile {
         let file = open().map_err(|error| room.write_failed(path, error, expected.unwrap_or_default()))?;
         kill::point(Point::LayerBegun);
         let state = Arc::new(Mutex::new(State {
-            file: Arc::new(file),
+            file,
             path: path.to_owned(),
             room,
             length: 0,
@@ -86,7 +80,6 @@ impl SparseFile {
             since_look: LOOK_EVERY,
             expected,
             sum: (there == 0).then(Running::default),
-            begun: there,
         }));
         let making: Arc<Mutex<dyn Making>> = Arc::clone(&state) as _;
         ledger.made(path, making);
@@ -101,7 +94,7 @@ impl SparseFile {
         state.write(bytes)
     }
 
-    /// Ends the file with its last hole and brings it to the disk; its length in bytes.
+    /// Ends the file with its last hole; its length in bytes.
     pub(in crate::image) fn finish(self) -> Result<u64, Error> {
         let mut state = lock(&self.state);
         state.flush()?;
@@ -109,17 +102,9 @@ impl SparseFile {
             self.ledger.summed(&state.path, sum.finish());
         }
         let end = state.file.set_len(state.length);
-        let end = end.and_then(|()| state.file.sync_all());
         end.map_err(|error| state.failed(error, 0))?;
         Ok(state.length)
     }
-}
-
-/// Has the system begin to bring these bytes to the disk, and does not wait. Linux does so on this advice; what is on its way
-/// then stays in memory all the same. It is an advice: whether it is heard makes no difference but to the time of the sync.
-fn begin_writing(file: &File, from: u64, to: u64) {
-    let length = std::num::NonZeroU64::new(to - from);
-    let _: Result<(), _> = rustix::fs::fadvise(file, from, length, rustix::fs::Advice::DontNeed);
 }
 
 fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
@@ -127,9 +112,9 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 impl Making for State {
-    fn pause(&mut self) -> Result<(u64, Arc<File>), Error> {
+    fn pause(&mut self) -> Result<u64, Error> {
         self.flush()?;
-        Ok((self.length, Arc::clone(&self.file)))
+        Ok(self.length)
     }
 }
 
@@ -191,11 +176,6 @@ impl State {
             .write_all_at(block, at)
             .map_err(|error| self.failed(error, missing))?;
         self.since_look += block.len() as u64;
-        let end = at + block.len() as u64;
-        if end - self.begun >= BEGIN_EVERY {
-            begin_writing(&self.file, self.begun, end);
-            self.begun = end;
-        }
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 //! ```text
 //! parts (tasks) ─▶ count, hash, unpack (a thread) ─▶ hash, format, files (a thread)
 //!                             │ now and then: a mark       │
-//!                             └────────────────────────────┴─▶ checkpoint (sync, then one small file)
+//!                             └────────────────────────────┴─▶ checkpoint (one small file)
 //! ```
 //!
 //! A mark travels with the bytes: whoever meets it knows that all bytes in front of it are used and none behind. Gzip and
@@ -16,7 +16,6 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
-use std::thread::JoinHandle;
 
 use serde::{Deserialize, Serialize};
 
@@ -57,7 +56,7 @@ struct Checkpoint {
     /// State of the hash over the unpacked bytes, where there is one to compare with.
     unpacked: Option<String>,
     segments: Vec<Segment>,
-    /// Bytes of each file that are on the disk.
+    /// Bytes of each file that are written.
     files: BTreeMap<String, u64>,
 }
 
@@ -144,8 +143,7 @@ impl Stream<'_> {
             replay: segments.into_iter().map(Again::from).collect(),
             hasher,
             place: self.place.clone(),
-            saving: None,
-            held: Arc::clone(&self.held),
+            _held: Arc::clone(&self.held),
             ended: false,
         };
         let (number, diff_id) = (self.number, self.diff_id);
@@ -186,7 +184,6 @@ impl Checkpoint {
         let begun: PathBuf = dir.join(format!("{CHECKPOINT}.begun"));
         let write = || -> io::Result<()> {
             fs::write(&begun, serde_json::to_vec(self)?)?;
-            File::open(&begun)?.sync_all()?;
             kill::point(Point::CheckpointBegun);
             fs::rename(&begun, &path)
         };
@@ -405,8 +402,7 @@ struct Unpacked {
     replay: VecDeque<Again>,
     hasher: Option<Hasher>,
     place: Workplace,
-    saving: Option<JoinHandle<Result<(), Error>>>,
-    held: Arc<dyn Any + Send + Sync>,
+    _held: Arc<dyn Any + Send + Sync>,
     ended: bool,
 }
 
@@ -438,7 +434,6 @@ impl Unpacked {
 
     /// Compares, after everything was read.
     fn finish(&mut self, number: usize, diff_id: Option<Digest>) -> Result<(), Error> {
-        self.saved()?;
         let found = std::mem::take(&mut self.hasher).map(Hasher::finish);
         match (diff_id, found) {
             (Some(expected), Some(found)) if found != expected => Err(Error::Malformed {
@@ -476,12 +471,11 @@ impl Unpacked {
         }
     }
 
-    /// Writes down what is reached. The next bytes do not wait for the disk.
+    /// Writes down what is reached.
     fn save(&mut self, mark: Mark) -> Result<(), Error> {
         let Some(page) = self.place.ledger.page()? else {
             return Ok(());
         };
-        self.saved()?;
         let checkpoint = Checkpoint {
             layer: self.layer,
             mark,
@@ -489,35 +483,7 @@ impl Unpacked {
             segments: page.segments,
             files: page.files,
         };
-        let (dir, held) = (self.place.dir.clone(), Arc::clone(&self.held));
-        let save = move || {
-            let _held_until_done = held;
-            for file in page.unsynced {
-                file.sync_data().map_err(Error::storage(&dir))?;
-            }
-            checkpoint.write(&dir)
-        };
-        let thread = std::thread::Builder::new().name("checkpoint".to_owned());
-        self.saving = Some(thread.spawn(save).map_err(Error::storage(&self.place.dir))?);
-        Ok(())
-    }
-
-    /// Waits until what is being written down is.
-    fn saved(&mut self) -> Result<(), Error> {
-        match self.saving.take().map(JoinHandle::join) {
-            None => Ok(()),
-            Some(Ok(result)) => result,
-            Some(Err(panic)) => std::panic::resume_unwind(panic),
-        }
-    }
-}
-
-impl Drop for Unpacked {
-    fn drop(&mut self) {
-        if let Some(saving) = self.saving.take() {
-            // Its error is not the one that ended this.
-            drop(saving.join());
-        }
+        checkpoint.write(&self.place.dir)
     }
 }
 

@@ -133,9 +133,7 @@ impl Maker {
                 length += LINE as u64;
             }
         }
-        out.into_inner()
-            .map_err(io::IntoInnerError::into_error)?
-            .sync_all()?;
+        out.flush()?;
         fs::remove_file(runs_path)?;
         Ok(length)
     }

@@ -20,17 +20,18 @@ const RECORD_MAX: u64 = 64 * 1024;
 const READABLE: u32 = 0o444;
 
 impl Store {
-    /// Writes a small file whole or not at all.
+    /// Writes a small file whole or not at all. Where the host crashes within the next seconds, an empty one may be left: to each of
+    /// its readers that says nothing.
     pub(super) fn write_small(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
-        let parent = path.parent().unwrap_or(&self.dir);
-        // There are too many of them to look through for what a killed process began.
-        make_dirs(parent, &|_| {
-            self.partial().join(format!("folder-{}", uuid::Uuid::new_v4()))
-        })?;
-        self.write_small_in(parent, path, bytes, READABLE)
+        self.replace(self.made_parent(path)?, path, bytes, READABLE, false)
     }
 
-    /// The same in a folder that is there, with a mode of its own.
+    /// The same, and it is on the disk afterwards.
+    pub(super) fn write_durably(&self, path: &Path, bytes: &[u8]) -> Result<(), Error> {
+        self.replace(self.made_parent(path)?, path, bytes, READABLE, true)
+    }
+
+    /// [`Store::write_small`] in a folder that is there, with a mode of its own.
     pub(super) fn write_small_in(
         &self,
         parent: &Path,
@@ -38,12 +39,38 @@ impl Store {
         bytes: &[u8],
         mode: u32,
     ) -> Result<(), Error> {
+        self.replace(parent, path, bytes, mode, false)
+    }
+
+    fn made_parent<'a>(&'a self, path: &'a Path) -> Result<&'a Path, Error> {
+        let parent = path.parent().unwrap_or(&self.dir);
+        // There are too many of them to look through for what a killed process began.
+        make_dirs(parent, &|_| {
+            self.partial().join(format!("folder-{}", uuid::Uuid::new_v4()))
+        })?;
+        Ok(parent)
+    }
+
+    fn replace(
+        &self,
+        parent: &Path,
+        path: &Path,
+        bytes: &[u8],
+        mode: u32,
+        durably: bool,
+    ) -> Result<(), Error> {
         let (mut file, temporary) = self.begin_small().map_err(Error::storage(path))?;
         let mut write = || {
             fill(&mut file, bytes, mode)?;
+            if durably {
+                file.sync_all()?;
+            }
             kill::point(Point::BlobBegun);
             fs::rename(&temporary, path)?;
-            File::open(parent)?.sync_all()
+            if durably {
+                File::open(parent)?.sync_all()?;
+            }
+            Ok(())
         };
         write().map_err(|error| {
             // The rename may not have happened; a leftover would wait for the sweep.
@@ -100,15 +127,14 @@ pub(super) fn serialised(value: &impl Serialize, path: &Path) -> Result<Vec<u8>,
     Ok(bytes)
 }
 
-pub(super) fn write_synced(path: &Path, bytes: &[u8]) -> io::Result<()> {
+pub(super) fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
     fill(&mut File::create_new(path)?, bytes, READABLE)
 }
 
 /// Writes a file's content, which is not to change any more.
 fn fill(file: &mut File, bytes: &[u8], mode: u32) -> io::Result<()> {
     file.set_permissions(Permissions::from_mode(mode))?;
-    file.write_all(bytes)?;
-    file.sync_all()
+    file.write_all(bytes)
 }
 
 pub(super) fn sync_dir(dir: &Path) -> Result<(), Error> {

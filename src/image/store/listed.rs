@@ -52,10 +52,9 @@ impl Sums {
         self.0.write_all(&line)
     }
 
-    /// Brings it to the disk.
-    pub(in crate::image) fn finish(self) -> io::Result<()> {
-        let file = self.0.into_inner().map_err(io::IntoInnerError::into_error)?;
-        file.sync_all()
+    /// Writes what is still to be written.
+    pub(in crate::image) fn finish(mut self) -> io::Result<()> {
+        self.0.flush()
     }
 }
 

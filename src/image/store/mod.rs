@@ -14,12 +14,14 @@
 //!   origins/HEX/…         which repositories an image came from, and whether everybody may have it there
 //!   grants/UID/…          which project was allowed which image, for a while
 //!   damaged/HEX           images whose bytes have changed since they were put here
+//!   unsynced/HEX          images whose bytes may still be in memory, and in which run of the host they came
 //!   verdicts/HEX.json     whose signature an image has, where the settings ask for one
 //!   partial/              what is being made: HEX/ and HEX.lock; what is being removed: trash-…
 //! ```
 //!
-//! An image becomes visible by one `rename` of its finished, synced folder, and a process that dies leaves
-//! nothing but a folder in `partial/` whose lock the kernel has let go; whoever comes next sweeps it.
+//! An image becomes visible by one `rename` of its finished folder, and a process that dies leaves nothing but a folder in
+//! `partial/` whose lock the kernel has let go; whoever comes next sweeps it. What a crash of the whole host leaves is read once
+//! more before anybody gets it ([`unsynced`]).
 
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::PermissionsExt as _;
@@ -49,6 +51,7 @@ mod names;
 mod pins;
 pub(super) mod sum;
 mod twins;
+mod unsynced;
 mod verdicts;
 mod verify;
 
@@ -56,7 +59,7 @@ pub use access::Asker;
 pub(super) use access::{Plea, Standing};
 pub use collect::{Candidate, Going, MakeRoom, Policy, Reason, plan};
 pub(super) use files::{inherited_mode, remove};
-use files::{make_dirs, read_record, serialised, sync_dir, write_synced};
+use files::{make_dirs, read_record, serialised, write_new};
 pub use inventory::Held;
 pub use leases::Lease;
 pub use names::Name;
@@ -184,6 +187,10 @@ impl Store {
             make_dirs(&dir.join(part), &hidden)?;
         }
         store.sweep(partial_ttl)?;
+        if let Err(error) = store.settle_old() {
+            // Who may only read the store leaves it to those who may write there.
+            tracing::debug!(%error, "no image was brought to the disk");
+        }
         Ok(store)
     }
 
@@ -197,6 +204,7 @@ impl Store {
             return Ok(None);
         };
         let whole = !self.is_damaged(digest)
+            && !self.is_doubtful(digest)?
             && record.files.iter().all(|file| {
                 fs::metadata(dir.join(&file.name))
                     .is_ok_and(|data| data.is_file() && data.len() == file.length)
@@ -271,10 +279,10 @@ impl Store {
         self.dir.join("partial")
     }
 
-    /// Keeps a manifest or config.
+    /// Keeps a manifest or config. One of another length is what a crash of the host has left of it.
     pub(super) fn keep_blob(&self, bytes: &[u8]) -> Result<(), Error> {
         let path = self.dir.join("blobs/sha256").join(Digest::of(bytes).hex());
-        if path.exists() {
+        if fs::metadata(&path).is_ok_and(|there| there.len() == bytes.len() as u64) {
             Ok(())
         } else {
             self.write_small(&path, bytes)?;
@@ -293,7 +301,7 @@ impl Store {
     pub(super) fn commit(&self, work: &Path, record: Record) -> Result<(), Error> {
         let record = &summed(work, record)?;
         let json = work.join(RECORD);
-        write_synced(&json, &serialised(record, &json)?).map_err(Error::storage(&json))?;
+        write_new(&json, &serialised(record, &json)?).map_err(Error::storage(&json))?;
         for name in record.files.iter().map(|file| file.name.as_str()).chain([RECORD]) {
             let path = work.join(name);
             fs::set_permissions(&path, Permissions::from_mode(0o444)).map_err(Error::storage(&path))?;
@@ -302,7 +310,6 @@ impl Store {
         let partial = self.partial();
         fs::set_permissions(work, Permissions::from_mode(inherited_mode(&partial)))
             .map_err(Error::storage(work))?;
-        sync_dir(work)?;
         kill::point(Point::DiskFinished);
         // Only a damaged disk can be here: its digest was looked up under the lock that we hold.
         if target.exists() {
@@ -311,9 +318,7 @@ impl Store {
         }
         fs::rename(work, &target).map_err(Error::storage(&target))?;
         kill::point(Point::DiskStored);
-        self.is_whole(&record.digest)?;
-        sync_dir(&self.dir.join("disks"))?;
-        sync_dir(&partial)
+        self.is_whole(&record.digest)
     }
 
     /// Removes what dead processes left in `partial/`; what a living one holds stays.

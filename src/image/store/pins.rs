@@ -68,7 +68,7 @@ impl Store {
             name: name.0.clone(),
             since: Timestamp::now(),
         };
-        self.write_small(&path, &serialised(&pin, &path)?)?;
+        self.write_durably(&path, &serialised(&pin, &path)?)?;
         kill::point(Point::PinKept);
         Ok(())
     }

@@ -34,9 +34,11 @@ impl Store {
             return Ok(None);
         };
         let verdict = self.judge(digest)?;
-        if matches!(verdict, Verdict::Damaged { .. }) {
-            let path = self.damaged_path(digest);
-            self.write_small(&path, b"")?;
+        match verdict {
+            Verdict::Damaged { .. } => self.is_no_more_whole(digest)?,
+            // Now that all of it was seen to be here, it is good for use again.
+            Verdict::Whole if self.is_doubtful(digest)? => self.settle(digest)?,
+            Verdict::Whole | Verdict::Unknown => {}
         }
         Ok(Some(verdict))
     }
@@ -118,6 +120,11 @@ impl Store {
     /// Was it found damaged, and not mended since?
     pub(super) fn is_damaged(&self, digest: &Digest) -> bool {
         self.damaged_path(digest).exists()
+    }
+
+    /// It is given to nobody until it was fetched again.
+    pub(super) fn is_no_more_whole(&self, digest: &Digest) -> Result<(), Error> {
+        self.write_durably(&self.damaged_path(digest), b"")
     }
 
     /// It has just been put here, whole.
