@@ -192,6 +192,8 @@ impl Pull<'_> {
         // What a registry or a full disk cut off, the next pull goes on with. Whatever else is wrong stays wrong.
         if made.as_ref().is_err_and(|error| !error.lets_a_later_pull_go_on()) {
             work.discard();
+            // Whoever opens the store finds a note that is left.
+            drop(self.store.forget_unsynced(digest));
         }
         made
     }

@@ -183,7 +183,7 @@ impl Store {
             maker: None,
         };
         make_dirs(dir, &hidden)?;
-        for part in ["blobs/sha256", "disks", "refs", "partial"] {
+        for part in ["blobs/sha256", "disks", "refs", "partial", "unsynced"] {
             make_dirs(&dir.join(part), &hidden)?;
         }
         store.sweep(partial_ttl)?;

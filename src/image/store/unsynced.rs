@@ -57,6 +57,11 @@ impl Store {
         }
     }
 
+    /// Nothing of the image is kept. The caller holds the digest's lock.
+    pub(in crate::image) fn forget_unsynced(&self, digest: &Digest) -> Result<(), Error> {
+        remove(&self.unsynced(digest))
+    }
+
     /// Brings an image to the disk, and removes the note. What cannot be brought there is damaged.
     pub(super) fn settle(&self, digest: &Digest) -> Result<(), Error> {
         let dir = self.disk_dir(digest);
