@@ -7,11 +7,11 @@
 mod https_fixture;
 #[path = "support/spice.rs"]
 mod spice;
+mod support;
 
 use std::net::TcpStream;
-use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use cannery::console::backend::Tcp;
@@ -21,6 +21,7 @@ use cannery::secret::Secret;
 use https_fixture::Authority;
 use openssl::ssl::{SslConnector, SslMethod};
 use spice::{Running, Screen, hello, limits};
+use support::desktop::Desktop;
 
 fn certificate(authority: &Authority) -> Arc<Certificate> {
     Arc::new(Certificate::load(&authority.file("server.pem"), &authority.file("server.key")).unwrap())
@@ -44,7 +45,9 @@ fn a_viewer_that_comes_plain_is_sent_to_tls_where_it_checks_whom_it_has() {
     let ca = std::fs::read_to_string(authority.file("ca.pem"))
         .unwrap()
         .replace('\n', "\\n");
+    let desktop = Desktop::start();
     let viewer = RemoteViewer::open(
+        &desktop,
         &file,
         &format!(
             "[virt-viewer]\ntype=spice\nhost={}\nport={}\ntls-port={}\npassword=a-ticket\nca={ca}\nhost-subject=CN=another\n",
@@ -61,7 +64,7 @@ fn a_viewer_that_comes_plain_is_sent_to_tls_where_it_checks_whom_it_has() {
     let right = std::fs::read_to_string(&file)
         .unwrap()
         .replace("CN=another", "CN=server");
-    let viewer = RemoteViewer::open(&file, &right);
+    let viewer = RemoteViewer::open(&desktop, &file, &right);
     for channel in ["main", "display", "inputs", "cursor"] {
         tls.notes.await_line(&format!("session 1: {channel} 0 opened"));
     }
@@ -74,37 +77,21 @@ fn a_viewer_that_comes_plain_is_sent_to_tls_where_it_checks_whom_it_has() {
     );
 }
 
-/// The viewer that most people have, on a screen that nobody sees.
-struct RemoteViewer(std::process::Child);
+/// The viewer that most people have.
+struct RemoteViewer(Child);
 
 impl RemoteViewer {
-    fn open(file: &Path, content: &str) -> Self {
+    fn open(desktop: &Desktop, file: &Path, content: &str) -> Self {
         std::fs::write(file, content).unwrap();
-        let child = Command::new("xvfb-run")
-            .args([
-                "--auto-servernum",
-                "timeout",
-                "--foreground",
-                "40",
-                "remote-viewer",
-            ])
-            .arg(file)
-            // A session bus of its own would outlive it.
-            .env("NO_AT_BRIDGE", "1")
-            .env("GSETTINGS_BACKEND", "memory")
-            .stderr(Stdio::null())
-            .process_group(0)
-            .spawn()
-            .unwrap();
-        RemoteViewer(child)
+        let mut viewer = Command::new("remote-viewer");
+        viewer.arg(file).stderr(Stdio::null());
+        Self(desktop.shows(&mut viewer).spawn().unwrap())
     }
 }
 
 impl Drop for RemoteViewer {
     fn drop(&mut self) {
-        // xvfb-run, its X server and the viewer: all that was started here.
-        let group = format!("-{}", self.0.id());
-        drop(Command::new("kill").args(["--", &group]).status());
+        drop(self.0.kill());
         drop(self.0.wait());
     }
 }
