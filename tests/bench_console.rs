@@ -4,6 +4,7 @@
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
 use std::io::{BufRead, BufReader};
+use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::thread;
@@ -83,6 +84,53 @@ fn the_proxy_is_measured_and_nothing_that_must_not_happen_did() {
     }
     assert_eq!(wanted.next(), None, "{rows:#?}");
     assert!(is_empty(folder.path()));
+}
+
+/// Another proxy, as far as a bench sees: whatever is sent goes to the machine.
+const PEER: &str = r#"#!/bin/sh
+exec socat "OPENSSL-LISTEN:${1##*:},bind=127.0.0.1,reuseaddr,fork,cert=$4,key=$5,verify=0" "TCP:$2"
+"#;
+
+#[test]
+#[ignore = "needs socat"]
+fn another_proxy_is_measured_in_the_same_ways() {
+    let folder = tempfile::tempdir().unwrap();
+    let program = folder.path().join("peer");
+    std::fs::write(&program, PEER).unwrap();
+    std::fs::set_permissions(&program, PermissionsExt::from_mode(0o755)).unwrap();
+    let scratch = folder.path().join("scratch");
+    std::fs::create_dir(&scratch).unwrap();
+    let output = bench(&scratch)
+        .arg("--peer")
+        .arg(format!("other={}", program.display()))
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stderr).unwrap();
+    let rows: Vec<Value> = serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}: {said}"));
+    let of_peer = |beginning: &str| {
+        let found = rows.iter().find(|row| {
+            let name = row["figure"].as_str().unwrap();
+            name.starts_with(beginning) && name.ends_with(", against other")
+        });
+        found.unwrap_or_else(|| panic!("{beginning}: {rows:#?}"))
+    };
+    for beginning in [
+        "pictures over TLS",
+        "a session's four channels over TLS",
+        "from a key to its picture over TLS",
+        "a burst of 3 sessions over TLS",
+        "a session of ten a second that follow over TLS",
+        "a session over TLS beside 200 half-open connections",
+        "a session over TLS beside 12 wrong tickets",
+        "a session over TLS beside 9 slow handshakes",
+    ] {
+        let row = of_peer(beginning);
+        assert!(row["ratio"].as_f64().unwrap() > 0.0, "{row}");
+    }
+    // The machine that is played has one key for all.
+    assert_eq!(of_peer("keys that were used twice over TLS")["peer"], 23.0);
+    assert!(of_peer("memory of one of 6 idle sessions")["peer"].is_number());
+    assert!(is_empty(&scratch));
 }
 
 #[test]

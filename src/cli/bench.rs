@@ -89,6 +89,9 @@ pub(super) struct Console {
     /// How many connections that say nothing are made
     #[arg(long, value_name = "N", default_value_t = 10_000, value_parser = clap::value_parser!(u16).range(1..=20_000))]
     connections: u16,
+    /// Another SPICE proxy to be measured in turns with this one, called as PROGRAM LISTEN MACHINE SCREEN CERTIFICATE KEY
+    #[arg(long, value_name = "NAME=PROGRAM", value_parser = peer)]
+    peer: Option<(String, PathBuf)>,
     /// How to print the figures
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
@@ -180,6 +183,7 @@ async fn console(context: &Context, arguments: &Console) -> Result<Vec<Figure>, 
         size: arguments.size.bytes(),
         sessions: arguments.sessions.into(),
         connections: arguments.connections.into(),
+        peer: arguments.peer.clone(),
         scratch: scratch(context, None),
     };
     console::measure(&plan, &context.log, interruption()?).await

@@ -8,6 +8,7 @@ use std::time::Duration;
 use futures_util::future::BoxFuture;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
+use tokio::sync::Mutex;
 use tokio::time::timeout;
 
 use super::keys;
@@ -216,9 +217,20 @@ pub(super) struct Dialled {
 
 /// Opens a channel at the machine. `first` goes out in one piece with the ticket, so that there is no moment at which the
 /// machine has the channel and not those bytes.
-pub(super) async fn dial(backend: &dyn Backend, hello: &Hello, first: &[u8]) -> Result<Dialled, DialError> {
+///
+/// Whoever has the same `turn` does not ask the machine at the same time: QEMU makes a key for whoever asks, in the thread
+/// of its control connection, and where several ask at once it makes them all before it looks at that connection again.
+pub(super) async fn dial(
+    backend: &dyn Backend,
+    hello: &Hello,
+    first: &[u8],
+    turn: &Mutex<()>,
+) -> Result<Dialled, DialError> {
     timeout(DIAL_TIME, async {
-        let (mut wire, reply) = ask(backend, hello).await?;
+        let (mut wire, reply) = {
+            let _turn = turn.lock().await;
+            ask(backend, hello).await?
+        };
         let nothing = Secret::default();
         let sealed =
             keys::seal(backend.ticket().unwrap_or(&nothing), &reply.key).map_err(|_| DialError::Key)?;

@@ -1,8 +1,11 @@
 //! The keys under which viewers send their tickets, made ahead.
 //!
-//! The protocol wants RSA with 1024 bits and OAEP. Such a key takes some ten milliseconds to make, which a thread does, so
+//! The protocol wants RSA with 1024 bits and OAEP. Such a key takes some ten milliseconds to make, which threads do, so
 //! that a burst of viewers does not wait and the runtime never does; and it is used for one ticket only, by its type:
 //! [`Key::open`] consumes it. So nobody who watches how long decryptions take learns about a key that is ever used again.
+//!
+//! There are two such threads. One makes keys ahead, and gives way to everything else on the host: that a viewer was given
+//! four keys must not slow down the viewer. The other works only while few are ready, as urgently as those that wait.
 
 use std::io;
 use std::thread::JoinHandle;
@@ -17,6 +20,16 @@ use crate::secret::Secret;
 
 /// Bits of a key, which the protocol fixes.
 const BITS: u32 = 1024;
+
+/// By how much the thread that makes keys ahead gives way (nice(2), which on Linux is about one thread): on a busy
+/// processor it gets about a tenth of what others get.
+const GIVES_WAY: i32 = 10;
+
+/// Few are ready below this part of those that should be.
+const FEW: usize = 4;
+
+/// The name of the thread that gives way.
+const PATIENT: &str = "console keys";
 
 /// A key for one ticket.
 pub struct Key {
@@ -90,12 +103,16 @@ pub fn seal(ticket: &Secret, public: &[u8; KEY]) -> Result<[u8; SEALED], ErrorSt
 #[derive(Debug)]
 pub struct Keys {
     ready: Mutex<mpsc::Receiver<Key>>,
-    maker: Option<JoinHandle<()>>,
+    few: usize,
+    /// Who makes keys ahead.
+    patient: Option<JoinHandle<()>>,
+    /// Who makes keys when there are few. It sleeps until it is woken.
+    urgent: Option<JoinHandle<()>>,
 }
 
 impl Keys {
-    /// Starts the thread that keeps `ahead` keys ready, at least one. It ends when this is dropped,
-    /// which waits for the key that it is just making.
+    /// Starts the threads that keep `ahead` keys ready, at least one. They end when this is dropped,
+    /// which waits for the keys that they are just making.
     ///
     /// # Errors
     /// Where there is no thread to be had, or OpenSSL makes no key of this kind.
@@ -104,23 +121,47 @@ impl Keys {
         // The first is made here: whoever cannot make one is told so at once, and not by viewers that wait.
         let first = Key::generate().map_err(io::Error::other)?;
         drop(give.try_send(first));
-        let maker = std::thread::Builder::new().name("console keys".to_owned());
-        let maker = maker.spawn(move || {
-            while let Ok(key) = Key::generate() {
-                if give.blocking_send(key).is_err() {
+        let few = (ahead / FEW).max(1);
+        // Dropped on an error, this ends whichever thread there is.
+        let mut keys = Keys {
+            ready: Mutex::new(ready),
+            few,
+            patient: None,
+            urgent: None,
+        };
+        let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
+        let sender = give.clone();
+        keys.patient = Some(thread(PATIENT).spawn(move || {
+            // Where that is refused, it takes its full share.
+            let _ = rustix::process::nice(GIVES_WAY);
+            while make(&sender) {}
+        })?);
+        keys.urgent = Some(thread("urgent keys").spawn(move || {
+            while !give.is_closed() {
+                if give.max_capacity() - give.capacity() >= few {
+                    std::thread::park();
+                } else if !make(&give) {
                     return;
                 }
             }
-        })?;
-        Ok(Keys {
-            ready: Mutex::new(ready),
-            maker: Some(maker),
-        })
+        })?);
+        Ok(keys)
     }
 
     /// The next key, as soon as there is one; never the same twice. `None` when no more are made.
     pub async fn take(&self) -> Option<Key> {
-        self.ready.lock().await.recv().await
+        let mut ready = self.ready.lock().await;
+        if ready.len() <= self.few {
+            self.wake();
+        }
+        ready.recv().await
+    }
+
+    /// Has the urgent thread look at how many are ready. It does so once more if it is just going to sleep.
+    fn wake(&self) {
+        if let Some(urgent) = &self.urgent {
+            urgent.thread().unpark();
+        }
     }
 
     /// How many are ready now.
@@ -132,11 +173,17 @@ impl Keys {
 impl Drop for Keys {
     fn drop(&mut self) {
         self.ready.get_mut().close();
-        if let Some(maker) = self.maker.take() {
+        self.wake();
+        for maker in [self.patient.take(), self.urgent.take()].into_iter().flatten() {
             // A process that ends while it is at work takes OpenSSL's memory from under it.
             let _: std::thread::Result<()> = maker.join();
         }
     }
+}
+
+/// Makes one more; false when nobody wants any more, or none can be made.
+fn make(give: &mpsc::Sender<Key>) -> bool {
+    Key::generate().is_ok_and(|key| give.blocking_send(key).is_ok())
 }
 
 #[cfg(test)]
@@ -182,5 +229,34 @@ mod tests {
             let key = runtime.block_on(keys.take()).unwrap();
             assert!(seen.insert(*key.public()));
         }
+    }
+
+    /// The threads of this process with their niceness (proc(5), field 19 of stat).
+    fn threads() -> Vec<(String, i32)> {
+        let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+        tasks
+            // One may end meanwhile.
+            .filter_map(|task| std::fs::read_to_string(task.unwrap().path().join("stat")).ok())
+            .map(|stat| {
+                let (name, rest) = stat.split_once('(').unwrap().1.rsplit_once(") ").unwrap();
+                (name.to_owned(), rest.split(' ').nth(16).unwrap().parse().unwrap())
+            })
+            .collect()
+    }
+
+    #[test]
+    fn whoever_makes_keys_ahead_gives_way_and_nobody_is_left_at_the_end() {
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let ours = rustix::process::getpriority_process(None).unwrap();
+        let keys = Keys::start(2).unwrap();
+        // It gives way before it makes its first, and this many come from it as well.
+        while !threads()
+            .iter()
+            .any(|(name, nice)| name == PATIENT && *nice == (ours + GIVES_WAY).min(19))
+        {
+            runtime.block_on(keys.take()).unwrap();
+        }
+        // One that is waited for in vain would wait here for ever.
+        drop(keys);
     }
 }

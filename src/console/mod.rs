@@ -23,7 +23,7 @@
 //!
 //! `examples/spice_proxy.rs` is a whole proxy. The owner's part is a [`Door`] and an [`Observer`]; connections come from
 //! [`Proxy::listen`], or from the caller by [`Proxy::serve`]: WebSockets, for example, that were made into streams.
-//! Everything runs on the caller's tokio runtime, besides one thread that makes keys.
+//! Everything runs on the caller's tokio runtime, besides two threads that make keys.
 
 pub mod backend;
 mod caps;

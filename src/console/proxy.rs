@@ -40,7 +40,8 @@ const TURN_TIME: Duration = Duration::from_secs(20);
 /// Who says what a ticket is good for.
 pub trait Door: Send + Sync + 'static {
     /// A machine like the one that a viewer may want. What it can do is shown to viewers before they have sent their
-    /// ticket. `None` when there is none, or when it is not worth asking.
+    /// ticket. `None` when there is none, or when it is not worth asking. Not called for ten seconds after one was named, for
+    /// channels whose machines have said what they can do.
     fn model(&self) -> Option<Arc<dyn Backend>>;
 
     /// Redeems a ticket: called once for each session, for its main channel. Later channels belong to the session, and do
@@ -69,7 +70,7 @@ impl fmt::Debug for Proxy {
 }
 
 impl Proxy {
-    /// Starts the thread that makes keys. Listens nowhere yet.
+    /// Starts the threads that make keys. Listens nowhere yet.
     ///
     /// # Errors
     /// As [`Keys::start`].
@@ -165,8 +166,7 @@ impl Proxy {
             handshake::refuse(wire, Code::InvalidData).await;
             return Err(HandshakeError::Refused(Code::InvalidData).into());
         };
-        let model = self.door.model();
-        let shown = self.mirror.shown(model.as_deref(), kind).await;
+        let shown = self.mirror.shown(|| self.door.model(), kind).await;
         let ticket = handshake::ticket(wire, &hello, &shown, &self.keys).await?;
         let ticket = ticket.ok_or(Refusal::NoTicket)?;
         Ok((Visit { hello, kind, shown }, ticket))
@@ -291,7 +291,7 @@ impl Proxy {
     async fn dial(&self, session: &Session, visit: &Visit, first: &[u8]) -> Result<Dialled, Refusal> {
         let dialled = tokio::select! {
             end = session.finished() => return Err(Refusal::Ended(end)),
-            dialled = backend::dial(session.backend.as_ref(), &visit.hello, first) => dialled?,
+            dialled = backend::dial(session.backend.as_ref(), &visit.hello, first, &session.turn) => dialled?,
         };
         self.mirror
             .learn(session.backend.likeness(), visit.kind, dialled.caps.clone());

@@ -99,6 +99,8 @@ pub struct Session {
     /// Since when.
     pub opened: SystemTime,
     pub(super) backend: Arc<dyn Backend>,
+    /// For channels to be opened at the machine one after the other.
+    pub(super) turn: Turn<()>,
     secret: [u8; 32],
     pub(super) id: OnceLock<u32>,
     end: watch::Sender<Option<End>>,
@@ -300,6 +302,7 @@ impl Registry {
             from,
             opened: SystemTime::now(),
             backend: admission.backend,
+            turn: Turn::default(),
             secret: digest(ticket),
             id: OnceLock::new(),
             end: watch::Sender::new(None),

@@ -7,7 +7,7 @@
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use axum::body::Bytes;
@@ -126,10 +126,17 @@ pub(super) fn proxy(
 /// The screen of a job's machine, if it has one yet.
 pub(super) fn screen(job: &JobDir) -> Option<Arc<dyn Backend>> {
     let machine = job.read().ok().flatten()?.machine?;
-    let libvirt = Libvirt::open(&machine.uri).ok()?;
+    // A thread of its own, so that a machine that hangs holds up no other's viewers. Only with the first channel: whoever knocks
+    // without a ticket asks for a screen, too.
+    let line: OnceLock<Libvirt> = OnceLock::new();
     let open = move || -> BoxFuture<'static, io::Result<Wire>> {
-        let (libvirt, name) = (libvirt.clone(), machine.name.clone());
+        let opened = match line.get() {
+            Some(libvirt) => Ok(libvirt.clone()),
+            None => Libvirt::open(&machine.uri).map(|new| line.get_or_init(|| new).clone()),
+        };
+        let name = machine.name.clone();
         Box::pin(async move {
+            let libvirt = opened.map_err(io::Error::other)?;
             let descriptor = libvirt.open_graphics(&name).await.map_err(io::Error::other)?;
             from_descriptor(descriptor)
         })

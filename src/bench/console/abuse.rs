@@ -1,6 +1,7 @@
 //! Those who mean harm, in a thread of their own.
 
 use std::collections::VecDeque;
+use std::fmt;
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -32,6 +33,16 @@ pub(super) enum Abuse {
     SlowTls(usize),
 }
 
+impl fmt::Display for Abuse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Abuse::HalfOpen(count) => write!(f, "{count} half-open connections"),
+            Abuse::BadTickets(count) => write!(f, "{count} wrong tickets"),
+            Abuse::SlowTls(count) => write!(f, "{count} slow handshakes"),
+        }
+    }
+}
+
 /// Connections from one address: below the proxy's limit for one.
 const PER_ADDRESS: usize = 40;
 
@@ -43,15 +54,17 @@ fn address(number: usize) -> Ipv4Addr {
 }
 
 /// Begins. What is opened stays open until this is dropped.
-pub(super) fn begin(what: Abuse, at: SocketAddr) -> Result<Aside<io::Result<Held>>, Failure> {
-    Aside::start("console bench abuse", move || act(what, at))
+pub(super) fn begin(what: Abuse, way: &Way) -> Result<Aside<io::Result<Held>>, Failure> {
+    let way = way.clone();
+    Aside::start("console bench abuse", move || act(what, way))
 }
 
 /// Connections that are still there.
 #[derive(Debug)]
 pub(super) struct Held(#[expect(dead_code, reason = "they are only held")] VecDeque<TcpStream>);
 
-async fn act(what: Abuse, at: SocketAddr) -> io::Result<Held> {
+async fn act(what: Abuse, way: Way) -> io::Result<Held> {
+    let at = way.to;
     let mut held = VecDeque::new();
     match what {
         Abuse::HalfOpen(count) => {
@@ -69,7 +82,7 @@ async fn act(what: Abuse, at: SocketAddr) -> io::Result<Held> {
         Abuse::BadTickets(count) => {
             let wrong = Secret::new("nobody-made-this");
             for number in 0..count {
-                let mut wire = Way::plain(at).connect(address(number / PER_ADDRESS)).await?;
+                let mut wire = way.connect(address(number / PER_ADDRESS)).await?;
                 // Refused in one way or the other.
                 if let Ok(Ok(reply)) = greet(&mut wire, &hello(0, Kind::Main)).await {
                     drop(knock(&mut wire, &reply, &wrong).await);

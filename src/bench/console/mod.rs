@@ -7,12 +7,16 @@
 //! abuse ──▶ proxy ──▶ qemu (a real one, which never runs its guest)
 //! ```
 //!
+//! With another proxy named, viewers and abuse go through that one, too.
+//!
 //! All of it happens on loopback and in one folder, with viewers, machines and harm of the bench's own.
 
 mod abuse;
 mod aside;
+mod harm;
 mod proxy;
 mod qemu;
+mod rival;
 mod stub;
 mod tunnel;
 mod viewer;
@@ -38,15 +42,14 @@ pub use proxy::serve;
 use super::figure::{Figure, Goal, Peer};
 use super::scratch::{cannot, in_folder};
 use crate::console::Kind;
-use crate::console::link::Code;
+use crate::console::link::{self, Code};
 use crate::outcome::Failure;
 use crate::report::{JobLog, bytes};
-use abuse::Abuse;
-use proxy::{Process, real_ticket, ticket};
-use qemu::Qemu;
+use proxy::{Process, ticket};
+use rival::Rival;
 use stub::{PICTURE, Stub};
 use tunnel::Tunnels;
-use viewer::{Mute, Session, Way, greet, hello};
+use viewer::{Session, Way, greet, hello};
 
 /// Of socat's throughput, and of its throughput with OpenSSL.
 const PLAIN_GOAL: Goal = Goal::Share(0.9);
@@ -57,8 +60,8 @@ const CONNECT_GOAL: Goal = Goal::Beyond(Duration::from_millis(10));
 const KEY_GOAL: Goal = Goal::Beyond(Duration::from_millis(1));
 /// For a burst of sessions that begin at once.
 const BURST_GOAL: Goal = Goal::Under(Duration::from_secs(1));
-/// For an answer of QEMU's control connection, whatever viewers do.
-const CONTROL_GOAL: Goal = Goal::Under(Duration::from_millis(100));
+/// For those that follow, one by one: as many as come must be served.
+const STEADY_GOAL: Goal = Goal::Under(STEADY_EVERY);
 /// Why nothing is known about the tunnels.
 const NOT_INSTALLED: &str = "socat is not installed";
 
@@ -78,15 +81,10 @@ const PRESSES: usize = 100;
 /// After the burst, sessions come at this distance, for three seconds.
 const STEADY_EVERY: Duration = Duration::from_millis(100);
 const STEADY: usize = 30;
-/// Sessions that a viewer opens while others abuse the proxy: some, and no more than keys allow.
-const BESIDE_LEAST: usize = 5;
-const BESIDE_MOST: usize = 30;
 /// Connections without a ticket that the proxy takes (`Limits::waiting`), and some more.
 const PLACES: usize = 540;
 /// Who tries to come in when all places are taken.
 const LATE: usize = 20;
-/// How often a real machine is taken over: below what the proxy allows in a minute (`Limits::takeovers`).
-const TAKEOVERS: usize = 3;
 /// Descriptors of this process beside those of sessions: attackers, sockets of the runtime.
 const DESCRIPTORS: u64 = 2000;
 
@@ -103,6 +101,8 @@ pub struct Plan {
     pub sessions: usize,
     /// Connections that say nothing.
     pub connections: usize,
+    /// Another proxy: its name, and the program that starts it.
+    pub peer: Option<(String, PathBuf)>,
     /// A folder for all that is made; it must not be there yet.
     pub scratch: PathBuf,
 }
@@ -128,6 +128,10 @@ async fn run(plan: &Plan, log: &JobLog) -> Result<Vec<Figure>, Failure> {
     log.line(format!("Waiting for the proxy to make {keys} keys."));
     let mut proxy = Process::start(&plan.cannery, &plan.scratch, keys).await?;
     proxy.quiet().await?;
+    let rival = match &plan.peer {
+        Some((name, program)) => Some(Rival::start(name, program, &plan.scratch, stub.address).await?),
+        None => None,
+    };
     let mut bench = Bench {
         plan,
         log,
@@ -144,8 +148,10 @@ async fn run(plan: &Plan, log: &JobLog) -> Result<Vec<Figure>, Failure> {
     figures.extend(bench.burst().await?);
     figures.push(memory);
     figures.extend(bench.past_the_limit().await?);
-    figures.extend(bench.abuse().await?);
-    figures.extend(bench.mute().await?);
+    figures.extend(bench.harm().await?);
+    if let Some(rival) = &rival {
+        figures.extend(bench.rival(rival).await?);
+    }
     Ok(figures)
 }
 
@@ -175,10 +181,7 @@ impl Bench<'_> {
         let count = self.plan.sessions * 2;
         self.log.line(format!("Opening {count} sessions."));
         let before = self.proxy.memory();
-        let mut sessions = Vec::with_capacity(count);
-        for _ in 0..count {
-            sessions.push(self.session(&self.plain.clone()).await?);
-        }
+        let sessions = self.many(&self.plain.clone(), count).await?;
         self.proxy.full().await?;
         let state = self.proxy.state().await?;
         if state.sessions != count {
@@ -192,12 +195,21 @@ impl Bench<'_> {
             Peer::None,
             Goal::None,
         );
-        if let (Some(before), Some(after), Ok(count)) = (before, self.proxy.memory(), u64::try_from(count)) {
-            figure.counted(after.saturating_sub(before) / count.max(1));
+        if let Some(each) = share(before, self.proxy.memory(), count) {
+            figure.counted(each);
         }
         drop(sessions);
         self.proxy.quiet().await?;
         Ok(figure)
+    }
+
+    /// Sessions that are opened one after the other.
+    async fn many(&mut self, way: &Way, count: usize) -> Result<Vec<Session>, Failure> {
+        let mut sessions = Vec::with_capacity(count);
+        for _ in 0..count {
+            sessions.push(self.session(way).await?);
+        }
+        Ok(sessions)
     }
 
     /// What is compared, in turns.
@@ -309,41 +321,63 @@ impl Bench<'_> {
         self.log
             .line(format!("A burst of {count} sessions, and then ten a second."));
         let mut all = Figure::new(format!("a burst of {count} sessions"), Peer::None, BURST_GOAL);
-        let mut steady = Figure::new("a session of ten a second that follow", Peer::None, Goal::None);
-        let mut keys: Vec<[u8; 162]> = Vec::new();
+        let mut steady = Figure::new("a session of ten a second that follow", Peer::None, STEADY_GOAL);
+        let burst = self.burst_over(&self.plain.clone()).await?;
+        let refused = Figure::of_count(
+            format!("sessions of the burst that were refused, of {count}"),
+            burst.refused,
+            Goal::Zero,
+        );
+        all.took(burst.all);
+        burst.steady.iter().for_each(|took| steady.took(*took));
+        let twice = Figure::of_count(
+            format!("keys that were used twice, of {}", burst.keys.len()),
+            burst.twice(),
+            Goal::Zero,
+        );
+        Ok(vec![all, refused, steady, twice])
+    }
+
+    async fn burst_over(&mut self, way: &Way) -> Result<Burst, Failure> {
+        let count = self.plan.sessions;
+        let mut keys = Vec::new();
         let mut open = Vec::new();
+        let mut refused = 0;
         let mut coming = JoinSet::new();
         let begin = Instant::now();
         for _ in 0..count {
             self.tickets += 1;
-            let (way, number) = (self.plain.clone(), self.tickets);
+            let (way, number) = (way.clone(), self.tickets);
             // Many viewers, each with an address of its own.
             let from = Ipv4Addr::new(127, 0, 1, u8::try_from(number % 250).unwrap_or_default() + 1);
             coming.spawn(async move { Session::open(&way, from, &ticket(number)).await });
         }
         while let Some(opened) = coming.join_next().await {
-            let session = opened.map_err(|e| lost(io::Error::other(e)))?.map_err(lost)?;
-            keys.extend(&session.keys);
-            open.push(session);
+            match opened.map_err(|e| lost(io::Error::other(e)))? {
+                Ok(session) => {
+                    keys.extend(&session.keys);
+                    open.push(session);
+                }
+                Err(_) => refused += 1,
+            }
         }
-        all.took(begin.elapsed());
+        let all = begin.elapsed();
+        let mut steady = Vec::new();
         let mut clock = tokio::time::interval(STEADY_EVERY);
         for _ in 0..STEADY.min(count) {
             clock.tick().await;
             let begin = Instant::now();
-            let session = self.session(&self.plain.clone()).await?;
-            steady.took(begin.elapsed());
+            let session = self.session(way).await?;
+            steady.push(begin.elapsed());
             keys.extend(&session.keys);
             open.push(session);
         }
-        let different: HashSet<_> = keys.iter().collect();
-        let twice = Figure::of_count(
-            format!("keys that were used twice, of {}", keys.len()),
-            keys.len() - different.len(),
-            Goal::Zero,
-        );
-        drop(open);
-        Ok(vec![all, steady, twice])
+        Ok(Burst {
+            all,
+            refused,
+            steady,
+            keys,
+        })
     }
 
     /// All places are taken: who comes then, and who is there already.
@@ -379,74 +413,32 @@ impl Bench<'_> {
             ),
         ])
     }
+}
 
-    /// How long a usual viewer waits beside others that mean harm, against the same viewer alone.
-    async fn abuse(&mut self) -> Result<Vec<Figure>, Failure> {
-        let mut figures = Vec::new();
-        for (name, what, way) in [
-            (
-                format!("a session beside {} half-open connections", self.plan.connections),
-                Abuse::HalfOpen(self.plan.connections),
-                self.plain.clone(),
-            ),
-            (
-                format!("a session beside {} wrong tickets", self.plan.sessions * 4),
-                Abuse::BadTickets(self.plan.sessions * 4),
-                self.plain.clone(),
-            ),
-            (
-                format!(
-                    "a session over TLS beside {} slow handshakes",
-                    self.plan.sessions * 3
-                ),
-                Abuse::SlowTls(self.plan.sessions * 3),
-                self.tls.clone(),
-            ),
-        ] {
-            self.log.line(format!("Measuring {name}."));
-            self.proxy.quiet().await?;
-            let mut figure = Figure::new(format!("{name}, against a quiet proxy"), Peer::None, Goal::None);
-            for _ in 0..BESIDE_LEAST {
-                figure.peer_took(self.timed(&way).await?);
-            }
-            let begun = abuse::begin(what, way.to)?;
-            while figure.ours.len() < BESIDE_LEAST || !(begun.is_done() || figure.ours.len() >= BESIDE_MOST) {
-                figure.took(self.timed(&way).await?);
-            }
-            drop(begun.done().await?.map_err(lost)?);
-            figures.push(figure);
-        }
-        Ok(figures)
-    }
+/// What came of a burst.
+struct Burst {
+    /// From the first session's beginning until all were open.
+    all: Duration,
+    /// How many were not opened.
+    refused: usize,
+    /// How long each took that followed.
+    steady: Vec<Duration>,
+    /// The keys that all of them were shown.
+    keys: Vec<[u8; link::KEY]>,
+}
 
-    /// What a viewer that never begins its screen does to a real machine, when the next viewer takes it over.
-    async fn mute(&mut self) -> Result<Option<Figure>, Failure> {
-        let Some(qemu) = Qemu::start(&self.plan.scratch).await? else {
-            self.log
-                .line("There is no qemu-system-x86_64 with SPICE: its control connection is not measured.");
-            return Ok(None);
-        };
-        self.log.line("Measuring QEMU's control connection.");
-        let mut figure = Figure::new(
-            "QEMU's slowest answer while a mute viewer is taken over, against any viewer's coming",
-            Peer::None,
-            CONTROL_GOAL,
-        );
-        let way = self.plain.clone();
-        for number in 0..TAKEOVERS {
-            self.proxy.quiet().await?;
-            let [alone, mute, next] = [0, 1, 2].map(|one| real_ticket(number * 3 + one));
-            let (theirs, session) = qemu.slowest(Session::open(&way, VIEWER, &alone)).await?;
-            drop(session.map_err(lost)?);
-            figure.peer_took(theirs);
-            self.proxy.quiet().await?;
-            let _mute = Mute::open(&way, VIEWER, &mute).await.map_err(lost)?;
-            let (ours, session) = qemu.slowest(Session::open(&way, VIEWER, &next)).await?;
-            drop(session.map_err(lost)?);
-            figure.took(ours);
-        }
-        Ok(Some(figure))
+impl Burst {
+    /// How many keys were shown before.
+    fn twice(&self) -> usize {
+        let different: HashSet<_> = self.keys.iter().collect();
+        self.keys.len() - different.len()
     }
+}
+
+/// What each of `count` added to a process's memory.
+fn share(before: Option<u64>, after: Option<u64>, count: usize) -> Option<u64> {
+    let count = u64::try_from(count).ok()?;
+    after?.saturating_sub(before?).checked_div(count)
 }
 
 /// As many descriptors as idle sessions need: four sockets on either side of the proxy. Programs that are started inherit it.

@@ -31,8 +31,8 @@ const REAL: &str = "real-";
 const CONTROL: &str = "control";
 /// For the process to start: its first key takes some ten milliseconds.
 const START: Duration = Duration::from_secs(20);
-/// For the keys to be made: hundreds, on a processor that has more to do.
-const KEYS: Duration = Duration::from_secs(90);
+/// For the keys to be made: hundreds, by a thread that gives way to whatever else the host has to do.
+const KEYS: Duration = Duration::from_secs(300);
 /// How often it is asked how it is.
 const ASK_EVERY: Duration = Duration::from_millis(50);
 
@@ -42,8 +42,8 @@ pub(super) fn ticket(number: usize) -> Secret {
 }
 
 /// One of the tickets of the real machine.
-pub(super) fn real_ticket(number: usize) -> Secret {
-    Secret::new(format!("{REAL}{number}"))
+pub(super) fn real_ticket(name: &str) -> Secret {
+    Secret::new(format!("{REAL}{name}"))
 }
 
 /// The proxy's ports.
@@ -239,13 +239,18 @@ impl Process {
             .unwrap_or_else(|_| Err(Failure::system("the proxy does not come to rest")))
     }
 
-    /// Bytes of its memory that are in use (`VmRSS`, proc(5)).
+    /// Bytes of its memory that are in use.
     pub(super) fn memory(&self) -> Option<u64> {
-        let text = std::fs::read_to_string(format!("/proc/{}/status", self.child.id()?)).ok()?;
-        let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
-        let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
-        Some(kib << 10)
+        memory(&self.child)
     }
+}
+
+/// Bytes of a process's memory that are in use (`VmRSS`, proc(5)).
+pub(super) fn memory(process: &Child) -> Option<u64> {
+    let text = std::fs::read_to_string(format!("/proc/{}/status", process.id()?)).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kib << 10)
 }
 
 async fn read<T: serde::de::DeserializeOwned>(control: &mut BufStream<UnixStream>) -> io::Result<T> {

@@ -1,6 +1,7 @@
 //! A real machine's screen, with its control connection, by which it is seen whether viewers hold the machine up.
 
 use std::io;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
@@ -16,6 +17,8 @@ const PROGRAM: &str = "qemu-system-x86_64";
 /// Its screen and its control connection, in the bench's folder.
 pub(super) const SCREEN: &str = "screen";
 const CONTROL: &str = "qmp";
+/// The control connection of one whose screen is at a port.
+const OTHER_CONTROL: &str = "qmp-port";
 /// How long it may take to start, on a host without KVM that is busy, and how often it is looked.
 const START: Duration = Duration::from_secs(20);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -32,13 +35,23 @@ pub(super) struct Qemu {
 }
 
 impl Qemu {
-    /// Starts one. `None` where there is none, or none that has SPICE.
+    /// Starts one whose screen is a socket in the folder. `None` where there is none, or none that has SPICE.
     pub(super) async fn start(folder: &Path) -> Result<Option<Self>, Failure> {
-        let (screen, control) = (folder.join(SCREEN), folder.join(CONTROL));
+        let screen = format!("unix=on,addr={}", folder.join(SCREEN).display());
+        Self::start_with(&screen, folder.join(CONTROL)).await
+    }
+
+    /// The same with its screen at a port of loopback.
+    pub(super) async fn start_at(folder: &Path, screen: SocketAddr) -> Result<Option<Self>, Failure> {
+        let screen = format!("addr={},port={}", screen.ip(), screen.port());
+        Self::start_with(&screen, folder.join(OTHER_CONTROL)).await
+    }
+
+    async fn start_with(screen: &str, control: PathBuf) -> Result<Option<Self>, Failure> {
         let started = Command::new(PROGRAM)
             .args(["-M", "q35", "-accel", "tcg", "-m", "64", "-S", "-nodefaults"])
             .args(["-display", "none", "-vga", "virtio", "-spice"])
-            .arg(format!("unix=on,addr={},disable-ticketing=on", screen.display()))
+            .arg(format!("{screen},disable-ticketing=on"))
             .arg("-qmp")
             .arg(format!("unix:{},server=on,wait=off", control.display()))
             .stdin(Stdio::null())
@@ -52,7 +65,8 @@ impl Qemu {
             Err(e) => return Err(Failure::system(format!("cannot start {PROGRAM}: {e}"))),
         };
         let ready = async {
-            while !(screen.exists() && control.exists()) {
+            // It answers only once all else is there.
+            while Control::open(&control).await.is_err() {
                 tokio::time::sleep(LOOK_EVERY).await;
             }
         };

@@ -16,9 +16,8 @@ use tokio::sync::mpsc;
 
 use super::aside::Aside;
 use crate::console::Kind;
-use crate::console::handshake;
 use crate::console::keys::Key;
-use crate::console::link::{self, Caps, Reply};
+use crate::console::link::{self, Caps, Hello, Reply};
 use crate::console::wire::{self, Wire};
 use crate::outcome::Failure;
 
@@ -103,7 +102,7 @@ impl Machine {
     }
 
     async fn serve(&self, mut wire: Wire) -> io::Result<()> {
-        let hello = handshake::hello(&mut wire).await.map_err(io::Error::other)?;
+        let hello = asked(&mut wire).await?;
         let caps = Caps {
             common: vec![0b1011],
             channel: Vec::new(),
@@ -186,6 +185,16 @@ async fn display(wire: Wire, mut pressed: mpsc::UnboundedReceiver<()>) -> io::Re
         ended = hearing => ended,
         ended = drawing => ended,
     }
+}
+
+/// Reads what is asked for, however long that takes to come: machines have no deadlines.
+async fn asked(wire: &mut Wire) -> io::Result<Hello> {
+    let mut head = [0; link::HEADER];
+    wire.read_exact(&mut head).await?;
+    let rest = head.last_chunk().copied().unwrap_or_default();
+    let mut body = vec![0; link::hello_size(rest).map_err(io::Error::other)?];
+    wire.read_exact(&mut body).await?;
+    Hello::decode(&body).map_err(io::Error::other)
 }
 
 /// Reads until the viewer is gone.

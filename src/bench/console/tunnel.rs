@@ -61,7 +61,7 @@ impl Tunnels {
 }
 
 /// A port that nobody listens at.
-async fn free() -> Result<SocketAddr, Failure> {
+pub(super) async fn free() -> Result<SocketAddr, Failure> {
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.map_err(lost)?;
     listener.local_addr().map_err(lost)
 }

@@ -19,7 +19,7 @@ use crate::outcome::Failure;
 use crate::secret::Secret;
 
 /// Longest wait of a viewer: an emulated host that is busy with hundreds of others.
-const PATIENCE: Duration = Duration::from_secs(30);
+const PATIENCE: Duration = Duration::from_secs(60);
 /// The one cipher of all that is compared.
 const CIPHER: &str = "TLS_AES_256_GCM_SHA384";
 /// What begins a display channel, and a key that goes down: message types of a viewer.
