@@ -2,9 +2,6 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used)]
 
-#[allow(dead_code)]
-#[path = "support/https_fixture.rs"]
-mod https_fixture;
 #[path = "support/spice.rs"]
 mod spice;
 mod support;
@@ -18,10 +15,10 @@ use cannery::console::backend::Tcp;
 use cannery::console::tls::MachineTls;
 use cannery::console::{Backend, Certificate, Kind, Mode, Security};
 use cannery::secret::Secret;
-use https_fixture::Authority;
 use openssl::ssl::{SslConnector, SslMethod};
 use spice::{Running, Screen, hello, limits};
 use support::desktop::Desktop;
+use support::https::Authority;
 
 fn certificate(authority: &Authority) -> Arc<Certificate> {
     Arc::new(Certificate::load(&authority.file("server.pem"), &authority.file("server.key")).unwrap())
