@@ -269,16 +269,19 @@ impl<'a> Bench<'a> {
 
     /// One round: each image into an empty store, ours and the others' in turns.
     async fn pull(&self, figures: &mut Figures) -> Result<(), Failure> {
+        self.registry.warm().await?;
         let gzip = self.fetch(&self.image(CONTAINER_DISK)).await?;
         figures.pull_skopeo.took(gzip.time);
         figures.pull_native.peer_took(gzip.time);
         figures.gzip_memory.counted(gzip.memory);
         self.log.line(format!("  containerDisk {}", seconds(gzip.time)));
         if self.skopeo.is_there() {
+            self.registry.warm().await?;
             let other = self.skopeo_and_tar().await?;
             figures.pull_skopeo.peer_took(other);
             self.log.line(format!("  by skopeo and tar {}", seconds(other)));
         }
+        self.registry.warm().await?;
         let native = self.fetch(&self.image(NATIVE)).await?;
         figures.pull_native.took(native.time);
         figures.pull_floor.took(native.time);
@@ -287,9 +290,11 @@ impl<'a> Bench<'a> {
         for _ in 0..CACHED_CALLS {
             figures.cached.took(self.ask(&self.image(NATIVE)).await?.time);
         }
-        if let Some((sarde, _)) = &self.second {
+        if let Some((sarde, registry)) = &self.second {
+            registry.warm().await?;
             let ours = self.fetch(SARDE_IMAGE).await?;
             figures.pull_sarde.took(ours.time);
+            registry.warm().await?;
             let other = self.sarde_pull(sarde).await?;
             figures.pull_sarde.peer_took(other);
             self.log.line(format!(

@@ -1,5 +1,7 @@
 //! A registry on loopback that a bench has for itself.
 
+use std::fs::File;
+use std::io;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
@@ -74,6 +76,22 @@ impl Registry {
     pub(super) fn holds(&self) -> u64 {
         size(&self.data)
     }
+
+    /// Has the system read all of it into memory: a pull is measured, and not the disk of this registry.
+    pub(super) async fn warm(&self) -> Result<(), Failure> {
+        let data = self.data.clone();
+        let read = tokio::task::spawn_blocking(move || read(&data).map_err(|e| cannot("read", &data, &e)));
+        read.await
+            .map_err(|e| Failure::system(format!("the registry's files were not read: {e}")))?
+    }
+}
+
+/// Reads all files below a folder, or one file, to their ends.
+pub(super) fn read(path: &Path) -> io::Result<()> {
+    if !path.is_dir() {
+        return io::copy(&mut File::open(path)?, &mut io::sink()).map(drop);
+    }
+    std::fs::read_dir(path)?.try_for_each(|entry| read(&entry?.path()))
 }
 
 /// Bytes of all files below a folder.
