@@ -282,7 +282,7 @@ impl Endpoint {
                 return Err(self.unreachable("it redirects to an address without TLS").into());
             }
             self.check(url)?;
-            &self.clients.abroad
+            self.clients.abroad()?
         };
         let mut request = client
             .request(ask.method.clone(), url.clone())

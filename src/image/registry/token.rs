@@ -212,7 +212,7 @@ impl Tokens {
             &endpoint.clients.home
         } else {
             endpoint.check(&url)?;
-            &endpoint.clients.abroad
+            endpoint.clients.abroad()?
         };
         let more: Vec<String> = state
             .sources

@@ -3,7 +3,7 @@
 use std::convert::Infallible;
 use std::error::Error as _;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -176,8 +176,24 @@ pub(super) fn cause(error: &reqwest::Error) -> String {
 pub(super) struct Clients {
     /// For the registry itself, at whatever address the operator's network has it.
     pub(super) home: Client,
+    /// For what the registry names: made when it is needed first, since a client reads all the host's authorities, which takes
+    /// a tenth of a second of a processor.
+    abroad: OnceLock<Client>,
+    registry: String,
+    authorities: Vec<reqwest::Certificate>,
+    reach: Reach,
+}
+
+impl Clients {
     /// For what the registry names.
-    pub(super) abroad: Client,
+    pub(super) fn abroad(&self) -> Result<&Client, Error> {
+        if let Some(client) = self.abroad.get() {
+            return Ok(client);
+        }
+        let builder = basic(&self.authorities).dns_resolver(guarded(&self.reach));
+        let client = built(builder, &self.registry)?;
+        Ok(self.abroad.get_or_init(|| client))
+    }
 }
 
 /// Clients with our time limits and manners. Neither follows a redirect by itself: who is sent where, and with which
@@ -192,26 +208,28 @@ pub(super) fn clients(registries: &Registries, registry: &str, reach: &Reach) ->
         (Some(certificate), Some(key)) => Some(identity(certificate, key)?),
         _ => None,
     };
-    let basic = || {
-        let mut builder = Client::builder()
-            .user_agent(concat!("cannery/", env!("CARGO_PKG_VERSION")))
-            .connect_timeout(CONNECT_TIMEOUT)
-            // An address with a signature must not be told to the next host.
-            .referer(false)
-            .redirect(redirect::Policy::none());
-        for certificate in &authorities {
-            builder = builder.add_root_certificate(certificate.clone());
-        }
-        builder
-    };
-    let mut home = basic();
+    let mut home = basic(&authorities);
     if let Some(identity) = identity {
         home = home.identity(identity);
     }
     Ok(Clients {
         home: built(home, registry)?,
-        abroad: built(basic().dns_resolver(guarded(reach)), registry)?,
+        abroad: OnceLock::new(),
+        registry: registry.to_owned(),
+        authorities,
+        reach: reach.clone(),
     })
+}
+
+fn basic(authorities: &[reqwest::Certificate]) -> ClientBuilder {
+    let builder = Client::builder()
+        .user_agent(concat!("cannery/", env!("CARGO_PKG_VERSION")))
+        .connect_timeout(CONNECT_TIMEOUT)
+        // An address with a signature must not be told to the next host.
+        .referer(false)
+        .redirect(redirect::Policy::none());
+    let trusted = authorities.iter().cloned();
+    trusted.fold(builder, ClientBuilder::add_root_certificate)
 }
 
 fn built(builder: ClientBuilder, registry: &str) -> Result<Client, Error> {
