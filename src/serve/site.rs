@@ -388,10 +388,7 @@ async fn open_screen(
     upgrade: WebSocketUpgrade,
 ) -> Result<Response, Refused> {
     session_of(&house, &uri, &headers)?;
-    let upgrade = upgrade
-        .protocols(["binary"])
-        .max_message_size(LONGEST_MESSAGE)
-        .max_frame_size(LONGEST_MESSAGE);
+    let upgrade = bounded(upgrade.protocols(["binary"]), LONGEST_MESSAGE);
     Ok(upgrade.on_upgrade(async move |socket| {
         // The port is of no interest to anybody.
         screen::serve(Arc::clone(&house.proxy), socket, SocketAddr::new(from, 0)).await;
