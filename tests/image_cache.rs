@@ -413,7 +413,10 @@ fn an_image_that_came_just_before_the_host_crashed_is_compared_with_what_came() 
     // Nothing was lost: it is read, and given.
     crash(&note);
     assert!(host.store().find(&digest.parse().unwrap()).unwrap().is_none());
+    assert_eq!(host.list()[0]["unverified"], true);
+    assert!(host.says(&["image", "list"]).contains(" unverified "));
     assert!(provide(&host.store(), &reference).unwrap().from_cache);
+    assert_eq!(host.list()[0]["unverified"], false);
     assert!(!note.exists(), "it was synced");
 
     // Some of it was.
@@ -473,6 +476,10 @@ fn minutes_later_an_image_is_synced_by_whoever_comes() {
     host.says(&["image", "rm", &digest]);
     host.list();
     assert!(!host.noted_unsynced(&digest).exists());
+    crash(&host.noted_unsynced(&digest));
+    host.list();
+    assert!(!host.noted_unsynced(&digest).exists());
+    assert_eq!(host.partial(), 0);
 }
 
 #[test]

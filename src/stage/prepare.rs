@@ -420,7 +420,7 @@ impl Progress for PullLog<'_> {
                 format!("Fetching {}: {} of {}.", self.image, bytes(done), bytes(total))
             }
             Event::Doubted { .. } => format!(
-                "{} came shortly before this host stopped without warning: comparing it with what came.",
+                "The host was started again before {} was known to be on its disk: comparing it with what came.",
                 self.image
             ),
             Event::Offline { error, ago } => format!(

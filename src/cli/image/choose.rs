@@ -73,6 +73,7 @@ mod tests {
         Held {
             digest,
             disk: None,
+            unverified: false,
             names: names.iter().map(name).collect(),
             size: 0,
             frees: 0,

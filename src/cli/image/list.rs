@@ -26,8 +26,10 @@ pub(in crate::cli) struct Arguments {
 struct Row {
     references: Vec<String>,
     digest: String,
-    /// None where the image is damaged.
+    /// None where the image is damaged, or not verified.
     format: Option<DiskFormat>,
+    /// It is compared with what came before it is used, or by `cannery image verify`.
+    unverified: bool,
     virtual_size: Option<u64>,
     size: u64,
     created: Timestamp,
@@ -44,6 +46,7 @@ impl Row {
             references: held.names.iter().map(|name| name.reference.clone()).collect(),
             digest: held.digest.to_string(),
             format: held.disk.as_ref().map(|disk| disk.format),
+            unverified: held.unverified,
             virtual_size: held.disk.as_ref().map(|disk| disk.virtual_size),
             size: held.size,
             created: held.created,
@@ -71,6 +74,7 @@ impl Row {
         let format = match self.format {
             Some(DiskFormat::Raw) => "raw",
             Some(DiskFormat::Qcow2) => "qcow2",
+            None if self.unverified => "unverified",
             None => "damaged",
         };
         let mut kept = Vec::new();

@@ -119,7 +119,7 @@ impl Progress for Lines<'_> {
                 }
             }
             Event::Doubted { .. } => {
-                self.line("it came shortly before this host stopped without warning, and is compared with what came");
+                self.line("this host was started again before it was known to be on the disk: comparing it with what came");
             }
             Event::Resumed { kept } => {
                 self.line(&format!("{} are here from an earlier pull", bytes(kept)));

@@ -37,7 +37,7 @@ pub enum Event<'a> {
         /// Its digest.
         digest: &'a Digest,
     },
-    /// The disk is in the store, and came shortly before the host stopped without warning: it is compared with what came.
+    /// The disk is in the store, but the host was started again before it was known to be on the disk: it is compared with what came.
     Doubted {
         /// Its digest.
         digest: &'a Digest,

@@ -13,7 +13,7 @@ use std::time::{Duration, SystemTime};
 use jiff::{SignedDuration, Timestamp};
 
 use super::Store;
-use super::files::{entries, remove, sync_dir};
+use super::files::{digest_of, entries, remove, sync_dir};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::manifest::{self, Document};
@@ -235,11 +235,7 @@ impl Store {
         self.forget_names(|digest| here.contains(digest))?;
         for part in ["used", "damaged", "origins"] {
             for entry in entries(&self.dir.join(part))? {
-                let digest = entry
-                    .file_name()
-                    .to_str()
-                    .and_then(|hex| Digest::from_hex(hex).ok());
-                if digest.is_some_and(|digest| !here.contains(&digest)) {
+                if digest_of(&entry).is_some_and(|digest| !here.contains(&digest)) {
                     remove(&entry.path())?;
                 }
             }
@@ -261,13 +257,7 @@ impl Store {
         let mut documents = Vec::new();
         let mut wanted = here.clone();
         for entry in entries(&dir)? {
-            let Some(digest) = entry
-                .file_name()
-                .to_str()
-                .and_then(|hex| Digest::from_hex(hex).ok())
-            else {
-                continue;
-            };
+            let Some(digest) = digest_of(&entry) else { continue };
             let bytes = fs::read(entry.path()).unwrap_or_default();
             match manifest::parse(&bytes) {
                 Ok(Document::Image(manifest)) if here.contains(&digest) => {

@@ -9,6 +9,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use super::Store;
+use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::kill::{self, Point};
 use crate::record::make_finished;
@@ -116,6 +117,11 @@ pub(super) fn entries(dir: &Path) -> Result<Vec<fs::DirEntry>, Error> {
         entries => entries.map_err(Error::storage(dir))?,
     };
     entries.collect::<Result<_, _>>().map_err(Error::storage(dir))
+}
+
+/// The digest that something in the store is called by.
+pub(super) fn digest_of(entry: &fs::DirEntry) -> Option<Digest> {
+    Digest::from_hex(entry.file_name().to_str()?).ok()
 }
 
 pub(super) fn serialised(value: &impl Serialize, path: &Path) -> Result<Vec<u8>, Error> {

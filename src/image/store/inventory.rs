@@ -7,7 +7,7 @@ use std::path::Path;
 
 use jiff::Timestamp;
 
-use super::files::entries;
+use super::files::{digest_of, entries};
 use super::names::Name;
 use super::pins::PinName;
 use super::{Disk, Store};
@@ -24,6 +24,8 @@ pub struct Held {
     pub digest: Digest,
     /// The disk, if it is whole.
     pub disk: Option<Disk>,
+    /// Whether it is whole will be seen when it is used next: the host was started again before it was known to be on the disk.
+    pub unverified: bool,
     /// The names that lead to it.
     pub names: Vec<Name>,
     /// What it takes on the file system, in bytes. What it shares with other images counts for each.
@@ -62,7 +64,7 @@ impl Store {
     pub(super) fn digests(&self) -> Result<Vec<Digest>, Error> {
         let mut digests: Vec<Digest> = entries(&self.dir.join("disks"))?
             .iter()
-            .filter_map(|entry| Digest::from_hex(entry.file_name().to_str()?).ok())
+            .filter_map(digest_of)
             .collect();
         digests.sort_unstable();
         Ok(digests)
@@ -85,6 +87,7 @@ impl Store {
         };
         Ok(Some(Held {
             disk: self.find(&digest)?,
+            unverified: self.is_doubtful(&digest)?,
             names,
             size,
             frees,

@@ -58,8 +58,8 @@ mod verify;
 pub use access::Asker;
 pub(super) use access::{Plea, Standing};
 pub use collect::{Candidate, Going, MakeRoom, Policy, Reason, plan};
+use files::{digest_of, make_dirs, read_record, serialised, write_new};
 pub(super) use files::{inherited_mode, remove};
-use files::{make_dirs, read_record, serialised, write_new};
 pub use inventory::Held;
 pub use leases::Lease;
 pub use names::Name;
@@ -241,8 +241,7 @@ impl Store {
         let dir = self.dir.join("disks");
         let mut disks = Vec::new();
         for entry in fs::read_dir(&dir).map_err(Error::storage(&dir))? {
-            let name = entry.map_err(Error::storage(&dir))?.file_name();
-            if let Some(digest) = name.to_str().and_then(|name| Digest::from_hex(name).ok())
+            if let Some(digest) = digest_of(&entry.map_err(Error::storage(&dir))?)
                 && let Some(disk) = self.find(&digest)?
             {
                 disks.push(disk);

@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::Store;
-use super::files::{entries, remove};
+use super::files::{digest_of, entries, remove};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::fetch::partial::Work;
@@ -80,33 +80,25 @@ impl Store {
         remove(&self.unsynced(digest))
     }
 
-    /// Settles what has lain here for a while, and forgets what came to nothing.
+    /// Settles what has lain here for a while and nobody is just removing, and forgets what came to nothing.
     pub(super) fn settle_old(&self) -> Result<(), Error> {
         for entry in entries(&self.dir.join("unsynced"))? {
-            let Some(digest) = entry
-                .file_name()
-                .to_str()
-                .and_then(|hex| Digest::from_hex(hex).ok())
-            else {
+            let Some(digest) = digest_of(&entry) else { continue };
+            let dir = self.disk_dir(&digest);
+            // Looked at first: a lock would be in others' way.
+            if let Ok(came) = fs::metadata(&dir).and_then(|data| data.modified())
+                && (came.elapsed().is_ok_and(|age| age < SETTLED_AFTER) || self.is_doubtful(&digest)?)
+            {
+                continue;
+            }
+            // Under the lock nobody makes it anew, and under the lease nobody removes it.
+            let Some(_work) = Work::try_lock(&self.partial(), &digest)? else {
                 continue;
             };
-            match fs::metadata(self.disk_dir(&digest)).and_then(|data| data.modified()) {
-                Ok(since) => {
-                    let old = since.elapsed().is_ok_and(|age| age > SETTLED_AFTER);
-                    if old && !self.is_doubtful(&digest)? {
-                        self.settle(&digest)?;
-                    }
-                }
-                Err(error) if error.kind() == io::ErrorKind::NotFound => {
-                    // Under the lock nobody begins it.
-                    if let Some(_work) = Work::try_lock(&self.partial(), &digest)?
-                        && !self.partial().join(digest.hex()).exists()
-                        && !self.disk_dir(&digest).exists()
-                    {
-                        remove(&entry.path())?;
-                    }
-                }
-                Err(error) => return Err(Error::storage(self.disk_dir(&digest))(error)),
+            if let Some(_lease) = self.lease(&digest)? {
+                self.settle(&digest)?;
+            } else if !dir.exists() && !self.partial().join(digest.hex()).exists() {
+                remove(&entry.path())?;
             }
         }
         Ok(())
