@@ -18,7 +18,7 @@ use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, Tar, qcow2_disk, raw_d
 use registry_fixture::{PASSWORD, Registry, USER};
 use serde_json::json;
 use support::host::Host;
-use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages};
+use support::stages::{BUILD_FAILURE, SYSTEM_FAILURE, Stages, finished};
 
 /// A machine that cannot be described, which is said after the image was fetched and before a machine starts.
 const NO_FURTHER: &str = "[machine]\naccelerator = \"emulation\"\nmachine_type = \"pc-i440fx-7.2\"";
@@ -345,6 +345,23 @@ fn what_is_no_image_of_a_machine_is_refused() {
     assert!(!host.folder().join("outside.img").exists());
     let job = Stages::new(&host, &layout.reference("absent"));
     job.prepare().failed(BUILD_FAILURE, &["absent", "does not exist"]);
+    job.cleans_up();
+}
+
+/// As where a runner is in a container, and what started its call is not.
+#[test]
+#[ignore = "needs libvirt and root"]
+fn a_call_whose_process_group_was_made_outside_of_its_container_is_its_parents() {
+    let host = Host::new(&[], "");
+    let layout = Layout::new(host.images().folder());
+    layout.add("vm", &container_disk("disk/disk.qcow2", b"this is no qcow2 file"));
+    let job = Stages::new(&host, &layout.reference("vm"));
+    let prepare = job.command(&["prepare"]);
+    let mut inside = Command::new("unshare");
+    inside.args(["--pid", "--fork", "--mount-proc", "--"]);
+    inside.arg(prepare.get_program()).args(prepare.get_args());
+    job.surround(&mut inside);
+    finished(&mut inside).failed(BUILD_FAILURE, &["text"]);
     job.cleans_up();
 }
 

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use rustix::process::{Pid, getpgrp, getpid, getppid, test_kill_process};
+use rustix::process::{Pid, getppid, test_kill_process};
 use serde::{Deserialize, Serialize};
 
 /// A process: its number alone is used again sooner or later.
@@ -20,18 +20,17 @@ impl Caller {
     /// The process that started this one's process group: gitlab-runner gives each call a group of its
     /// own, so that wrappers between the two (a shell, sudo) do not count.
     pub fn of_this_call() -> Self {
-        let leader = getpgrp();
-        let runner = if leader == getpid() {
-            getppid()
-        } else {
-            parent_of(leader).or_else(getppid)
-        };
-        Caller::of(runner.map_or(1, |p| p.as_raw_nonzero().get().unsigned_abs()))
+        let own = std::process::id();
+        // 0 where the group's leader is outside of this container, and nobody here knows it.
+        let leader = stat(own).map_or(0, |stat| stat.group);
+        let above = if leader == own { None } else { stat(leader) };
+        let runner = above.map(|leader| leader.parent).filter(|parent| *parent != 0);
+        Caller::of(runner.or_else(parent).unwrap_or(1))
     }
 
     /// This process.
     pub fn this() -> Self {
-        Caller::of(getpid().as_raw_nonzero().get().unsigned_abs())
+        Caller::of(std::process::id())
     }
 
     fn of(pid: u32) -> Self {
@@ -61,8 +60,9 @@ pub(super) fn exists(pid: u32) -> bool {
     pid.is_some_and(|pid| test_kill_process(pid) != Err(rustix::io::Errno::SRCH))
 }
 
-fn parent_of(pid: Pid) -> Option<Pid> {
-    Pid::from_raw(i32::try_from(stat(pid.as_raw_nonzero().get().unsigned_abs())?.parent).ok()?)
+/// The parent of this process; none where it is outside of this container.
+fn parent() -> Option<u32> {
+    Some(getppid()?.as_raw_nonzero().get().unsigned_abs())
 }
 
 fn boot_id() -> String {
@@ -74,6 +74,7 @@ fn boot_id() -> String {
 struct Stat {
     zombie: bool,
     parent: u32,
+    group: u32,
     started: u64,
 }
 
@@ -86,11 +87,13 @@ fn parse_stat(line: &str) -> Option<Stat> {
     let mut fields = line[line.rfind(')')? + 1..].split_ascii_whitespace();
     let zombie = matches!(fields.next()?, "Z" | "X");
     let parent = fields.next()?.parse().ok()?;
-    // The start time is field 22; state was field 3, parent 4.
-    let started = fields.nth(17)?.parse().ok()?;
+    let group = fields.next()?.parse().ok()?;
+    // The start time is field 22; state was field 3, parent 4, group 5.
+    let started = fields.nth(16)?.parse().ok()?;
     Some(Stat {
         zombie,
         parent,
+        group,
         started,
     })
 }
@@ -101,10 +104,11 @@ mod tests {
 
     #[test]
     fn a_process_name_cannot_confuse_the_parser() {
-        let line = "42 (a) b) R 7 (x) S 17 42 42 0 -1 4194304 1 0 0 0 0 0 0 0 20 0 1 0 987654 0 0";
+        let line = "42 (a) b) R 7 (x) S 17 43 42 0 -1 4194304 1 0 0 0 0 0 0 0 20 0 1 0 987654 0 0";
         // The name is `a) b) R 7 (x`: everything up to the last parenthesis.
         let stat = parse_stat(line).unwrap();
-        assert_eq!((stat.parent, stat.started, stat.zombie), (17, 987_654, false));
+        let read = (stat.parent, stat.group, stat.started, stat.zombie);
+        assert_eq!(read, (17, 43, 987_654, false));
         assert!(parse_stat("").is_none());
         assert!(parse_stat("1 (x) R").is_none());
     }

@@ -297,7 +297,8 @@ fn response_to(host: &Host, job: &Job, id: u64) -> Value {
     payload
 }
 
-fn finished(command: &mut Command) -> Call {
+/// Makes any call and waits for its end.
+pub fn finished(command: &mut Command) -> Call {
     let begin = Instant::now();
     ended(command.spawn().unwrap(), begin)
 }
