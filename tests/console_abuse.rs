@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use cannery::console::{End, Kind, Limits, Mode, Security, Whose, keys};
+use cannery::console::{End, Kind, Kinds, Limits, Mode, Security, Whose, keys};
 use cannery::secret::Secret;
 use spice::{Running, Screen, Viewer, hello, limits};
 
@@ -73,6 +73,48 @@ fn a_viewer_who_only_looks_cannot_type_and_one_who_may_can() {
     assert_eq!(screen.keys().len(), 2, "{:?}", screen.keys());
     println!("keys at QEMU after both typed one: {:?}", screen.keys());
 }
+
+#[test]
+#[ignore = "needs qemu-system-x86_64 with SPICE"]
+fn a_port_is_reached_where_the_policy_has_it_and_never_by_who_only_looks() {
+    const NOT_AVAILABLE: u32 = 9;
+    let more = [
+        Kind::Port,
+        Kind::Webdav,
+        Kind::Usbredir,
+        Kind::Smartcard,
+        Kind::Record,
+    ];
+    let screen = Screen::start();
+    let running = Running::before(&screen);
+    let all = more.into_iter().fold(Kinds::default(), Kinds::with);
+    running.admit("usual", "machine", Mode::Full, screen.backend());
+    running.admit_to("look", "machine", Mode::ViewOnly, screen.backend(), all);
+    running.admit_to("all", "machine", Mode::Full, screen.backend(), all);
+    for ticket in ["usual", "look"] {
+        let (main, id) = running.session(ticket);
+        for kind in more {
+            let code = running.viewer().handshake(&hello(id, kind), ticket).unwrap();
+            assert_eq!(code, NOT_AVAILABLE, "{ticket}: {kind}");
+        }
+        main.part();
+    }
+    let (main, id) = running.session("all");
+    let mut port = running.channel("all", id, Kind::Port);
+    let name = port.until(PORT_INIT);
+    assert!(name.windows(6).any(|part| part == b"a.port"), "{name:?}");
+    port.say(PORT_DATA, b"into the machine");
+    port.part();
+    running.notes.await_line("port 0 closed");
+    let lines = running.notes.all();
+    let line = lines.iter().find(|line| line.contains("port 0 closed")).unwrap();
+    assert!(line.ends_with(", 22 to the machine"), "{line}");
+    main.part();
+}
+
+/// The port's name, and bytes for it.
+const PORT_INIT: u16 = 201;
+const PORT_DATA: u16 = 101;
 
 #[test]
 #[ignore = "needs qemu-system-x86_64 with SPICE"]
@@ -202,6 +244,7 @@ fn takeovers_are_limited_and_who_may_only_look_takes_nothing_from_who_may_type()
         .notes
         .await_line("session 1: another viewer has taken over");
     assert_eq!(code("look"), 7);
+    running.notes.await_line("#look was redeemed and opened nothing");
     running
         .notes
         .await_line("refused: the machine is used by someone who may do more than look");

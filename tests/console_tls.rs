@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use cannery::console::backend::Tcp;
 use cannery::console::tls::MachineTls;
-use cannery::console::{Backend, Certificate, Kind, Mode, Security};
+use cannery::console::{Backend, Certificate, Kind, Limits, Mode, Security};
 use cannery::secret::Secret;
 use openssl::ssl::{SslConnector, SslMethod};
 use spice::{Running, Screen, hello, limits};
@@ -163,6 +163,31 @@ fn a_machine_behind_tls_is_known_by_its_subject_and_its_plain_port_is_left_where
 }
 
 #[test]
+fn who_finds_no_place_is_told_over_tls_too() {
+    let authority = Authority::new();
+    let one = Limits {
+        waiting: 1,
+        ..limits()
+    };
+    let running = Running::start(None, one, Security::Tls(certificate(&authority)));
+    let half_open = TcpStream::connect(running.address).unwrap();
+    while running.proxy.waiting() == 0 {
+        std::thread::yield_now();
+    }
+    let mut builder = SslConnector::builder(SslMethod::tls_client()).unwrap();
+    builder.set_ca_file(authority.file("ca.pem")).unwrap();
+    let mut configuration = builder.build().configure().unwrap();
+    configuration.set_verify_hostname(false);
+    let stream = TcpStream::connect(running.address).unwrap();
+    let mut stream = configuration.connect("server", stream).unwrap();
+    let mut answer = [0; 20];
+    std::io::Read::read_exact(&mut stream, &mut answer).unwrap();
+    assert_eq!(answer[..4], *b"REDQ");
+    assert_eq!(answer[16], 1, "the protocol's word for an error");
+    drop(half_open);
+}
+
+#[test]
 fn a_certificate_is_changed_and_sessions_that_began_before_go_on() {
     let (old, new) = (Authority::new(), Authority::new());
     let shown = certificate(&old);
@@ -176,16 +201,16 @@ fn a_certificate_is_changed_and_sessions_that_began_before_go_on() {
     };
     let mut before = connect(&old).unwrap();
     assert!(connect(&new).is_err());
+    let put = |name: &str| std::fs::copy(new.file(name), old.file(name)).unwrap();
+    put("server.pem");
+    let error = shown.reload().unwrap_err().to_string();
     assert!(
-        shown
-            .reload(&new.file("server.pem"), &old.file("server.key"))
-            .is_err(),
-        "not a pair"
+        error.contains("server.pem with the key") && error.contains("mismatch"),
+        "{error}"
     );
     assert!(connect(&old).is_ok(), "a change that fails changes nothing");
-    shown
-        .reload(&new.file("server.pem"), &new.file("server.key"))
-        .unwrap();
+    put("server.key");
+    shown.reload().unwrap();
     assert!(connect(&new).is_ok() && connect(&old).is_err());
     // The first is still in the middle of its handshake.
     std::io::Write::write_all(&mut before, &hello(0, Kind::Main).encode()).unwrap();

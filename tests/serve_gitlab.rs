@@ -150,6 +150,29 @@ async fn who_makes_codes_up_is_not_passed_on_to_gitlab_without_end() {
 }
 
 #[tokio::test]
+async fn who_denies_is_told_so_and_gitlabs_own_troubles_are_nobodys_guesses() {
+    let scene = Scene::new(&[(1, DEVELOPER)]);
+    let key = scene.job(&scene.gitlab.url(), PROJECT).key().to_string();
+    let mut browser = scene.place.browser();
+    // GitLab sends them back without a code, and is not asked about it.
+    let address = set_out(&mut browser, &key).await;
+    let back = scene.gitlab.sign_in(&address, 1);
+    let state = back.split('&').nth(1).unwrap();
+    let denied = format!("/oauth/callback?error=access_denied&{state}");
+    let answer = come_back(&browser, &denied).await;
+    assert_eq!(header(&answer, "location"), format!("/jobs/{key}#refused=denied"));
+    assert_eq!(scene.gitlab.asked(), 0);
+    assert_eq!(come_back(&browser, &denied).await.status(), 403);
+
+    scene.gitlab.gets_into_trouble();
+    for _ in 0..21 {
+        let address = set_out(&mut browser, &key).await;
+        let answer = come_back(&browser, &scene.gitlab.sign_in(&address, 1)).await;
+        assert_eq!(header(&answer, "location"), format!("/jobs/{key}#refused=gitlab"));
+    }
+}
+
+#[tokio::test]
 async fn a_sign_in_that_another_browser_began_or_that_was_tampered_with_opens_nothing() {
     let scene = Scene::new(&[(1, DEVELOPER)]);
     let job = scene.job(&scene.gitlab.url(), "another/project");
@@ -168,13 +191,7 @@ async fn a_sign_in_that_another_browser_began_or_that_was_tampered_with_opens_no
     let state = scene.gitlab.sign_in(&other, 1);
     let state = state.split('&').nth(1).unwrap().to_owned();
     let answer = come_back(&theirs, &format!("{path}?{code}&{state}")).await;
-    assert_eq!(header(&answer, "location"), format!("/jobs/{key}#refused=gitlab"));
-    // Somebody who presses "deny" comes back without a code.
-    let address = set_out(&mut mine, &key).await;
-    let back = scene.gitlab.sign_in(&address, 1);
-    let state = back.split('&').nth(1).unwrap();
-    let answer = come_back(&mine, &format!("{path}?error=access_denied&{state}")).await;
-    assert_eq!(header(&answer, "location"), format!("/jobs/{key}#refused=gitlab"));
+    assert_eq!(header(&answer, "location"), format!("/jobs/{key}#refused=code"));
     // And the role is asked in the job's own project.
     let address = set_out(&mut mine, &key).await;
     let answer = come_back(&mine, &scene.gitlab.sign_in(&address, 1)).await;

@@ -43,6 +43,12 @@ fn pictured(address: &str, password: &str, authority: &Path, into: &Path) -> boo
     picture.starts_with(b"P6\n") && picture.len() > 100_000
 }
 
+/// The screen's channel that carried most.
+fn display<'a>(channels: &[&'a Value]) -> &'a Value {
+    let displays = channels.iter().filter(|line| line["channel"] == "display");
+    displays.max_by_key(|line| line["bytes_sent"].as_u64()).unwrap()
+}
+
 #[tokio::test]
 #[ignore = "needs libvirt, a guest, chromium and spice-client-gtk"]
 async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_there() {
@@ -131,6 +137,10 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
     host.expect(&["console", &key, "--screenshot", png.to_str().unwrap()]);
     assert!(std::fs::read(&png).unwrap().starts_with(b"\x89PNG"));
     host.expect(&["console", &key, "--send-key", "shift-a"]);
+    let tickets = || -> Vec<Value> {
+        serde_json::from_str(&host.expect(&["console", "list", "--format", "json"])).unwrap()
+    };
+    let before = tickets().len();
     let mut local = host
         .command(&["console", &key, "--print"])
         .stdout(Stdio::piped())
@@ -142,8 +152,10 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
     let keys = self::keys(&file);
     let address = format!("spice://{}?port={}", keys["host"], keys["port"]);
     assert!(pictured(&address, keys["password"], &ca, &picture), "{file}");
+    assert_eq!(tickets().len(), before + 1);
     kill_process(Pid::from_child(&local), Signal::INT).unwrap();
     assert!(local.wait().unwrap().success());
+    assert_eq!(tickets().len(), before, "its ticket goes with it");
 
     // A browser: the ticket goes into the page by its address and is gone from there.
     let mut chromium = Chromium::start().await;
@@ -182,11 +194,19 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
         println!("{path}");
     }
 
-    // All of it ends with the job.
-    stages.cleanup().ok();
+    // All of it ends with the ticket, while the machine lives on.
+    host.expect(&["console", "end", &key]);
     chromium
         .until("document.getElementById('message').innerText.includes('The screen was closed')")
         .await;
+    assert_eq!(host.machines().len(), 1);
+    assert_eq!(browser.enter(&key, &mint(&["--quiet"])).await, 204);
+    let mut socket = browser.open(&format!("/jobs/{key}/terminal")).await.unwrap();
+    read_until(&mut socket, "#").await;
+    // And with the job.
+    stages.cleanup().ok();
+    let (text, ended) = read_until(&mut socket, "").await;
+    assert!(ended && text.contains("the machine is gone"), "{text}");
     until(
         "each channel that was opened is closed",
         Duration::from_secs(10),
@@ -208,6 +228,15 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
             "{name}: {channels:?}"
         );
     }
+    // What a screen carried is in the line of its session, too.
+    let of_screen = |line: &Value| line["session"] == display(&channels)["session"];
+    let session = audit
+        .iter()
+        .find(|line| line["event"] == "session-closed" && of_screen(line))
+        .unwrap();
+    let carried = display(&channels)["bytes_sent"].as_u64().unwrap();
+    assert!(carried > 10_000, "{channels:?}");
+    assert!(session["bytes_sent"].as_u64().unwrap() >= carried, "{session}");
     stages.nothing_is_left();
     drop(served);
 }

@@ -15,10 +15,17 @@ pub enum Event<'a> {
     SessionOpened(&'a Session),
     /// All of its channels are closed.
     SessionClosed(&'a Session, &'a End),
+    /// A ticket was redeemed, and its viewer got no session after all; why not is told as [`Event::Refused`].
+    Unused {
+        /// See [`Admission::ticket`](super::Admission::ticket).
+        ticket: &'a str,
+    },
     /// A channel is open on both sides.
     ChannelOpened {
         /// Whose.
         session: &'a Session,
+        /// A number that no other channel of this session has. Kind and id are the viewer's word, and may come twice.
+        channel: u64,
         /// Its kind.
         kind: Kind,
         /// Which of several.
@@ -28,6 +35,8 @@ pub enum Event<'a> {
     ChannelClosed {
         /// Whose.
         session: &'a Session,
+        /// Which it was.
+        channel: u64,
         /// Its kind.
         kind: Kind,
         /// Which of several.
@@ -62,7 +71,10 @@ impl fmt::Display for Event<'_> {
                 session.to_viewer(),
                 session.to_machine()
             ),
-            Event::ChannelOpened { session, kind, id } => {
+            Event::Unused { ticket } => write!(f, "{ticket} was redeemed and opened nothing"),
+            Event::ChannelOpened {
+                session, kind, id, ..
+            } => {
                 write!(f, "session {}: {kind} {id} opened", session.number)
             }
             Event::ChannelClosed {
@@ -71,6 +83,7 @@ impl fmt::Display for Event<'_> {
                 id,
                 carried,
                 end,
+                ..
             } => write!(
                 f,
                 "session {}: {kind} {id} closed: {end}; {} bytes to the viewer, {} to the machine",

@@ -45,18 +45,63 @@ pub(super) const COUNTED: Duration = Duration::from_secs(60);
 const ADDRESSES_MAX: usize = 10_000;
 
 /// The addresses that one owner has: one of IPv4, a /64 of IPv6.
-fn owner(address: IpAddr) -> IpAddr {
+pub(crate) fn owner(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(six) => IpAddr::V6(Ipv6Addr::from_bits(six.to_bits() & (!0 << 64))),
         four @ IpAddr::V4(_) => four,
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Counts {
+    wrong: Wrong,
     waiting: usize,
     by_owner: HashMap<IpAddr, usize>,
-    wrong: HashMap<IpAddr, (u32, Option<Instant>)>,
+}
+
+/// Who has shown wrong tickets lately.
+#[derive(Debug)]
+pub(crate) struct Wrong {
+    most: u32,
+    by_owner: HashMap<IpAddr, (u32, Instant)>,
+}
+
+impl Wrong {
+    /// So many from one owner in a minute, and it is not listened to for the rest of that minute.
+    pub(crate) fn new(most: u32) -> Self {
+        Self {
+            most,
+            by_owner: HashMap::new(),
+        }
+    }
+
+    /// May this address try one?
+    pub(crate) fn may_try(&self, address: IpAddr, now: Instant) -> bool {
+        let noted = self.by_owner.get(&owner(address));
+        noted.is_none_or(|(count, since)| *count < self.most || !counts(*since, now))
+    }
+
+    /// It has shown a wrong one. Where too many addresses have, those who are new are not noted: nobody who shows a good one is kept
+    /// out by others, and tickets are too long to be guessed by however many.
+    pub(crate) fn note(&mut self, address: IpAddr, now: Instant) {
+        if self.by_owner.len() >= ADDRESSES_MAX {
+            self.by_owner.retain(|_, (_, since)| counts(*since, now));
+        }
+        let owner = owner(address);
+        if self.by_owner.len() >= ADDRESSES_MAX && !self.by_owner.contains_key(&owner) {
+            return;
+        }
+        let (count, since) = self.by_owner.entry(owner).or_insert((0, now));
+        if !counts(*since, now) {
+            (*count, *since) = (0, now);
+        }
+        *count = count.saturating_add(1);
+    }
+}
+
+/// Whether a minute that began then is not over.
+fn counts(since: Instant, now: Instant) -> bool {
+    now.saturating_duration_since(since) < COUNTED
 }
 
 /// Who waits at the door.
@@ -65,7 +110,6 @@ pub(super) struct Door {
     counts: Arc<Mutex<Counts>>,
     total: usize,
     per_owner: usize,
-    wrong: u32,
 }
 
 /// One place at the door, given back when dropped.
@@ -78,10 +122,13 @@ pub(super) struct Pass {
 impl Door {
     pub(super) fn new(limits: &Limits) -> Self {
         Door {
-            counts: Arc::default(),
+            counts: Arc::new(Mutex::new(Counts {
+                wrong: Wrong::new(limits.wrong_tickets),
+                waiting: 0,
+                by_owner: HashMap::new(),
+            })),
             total: limits.waiting,
             per_owner: limits.waiting_per_address,
-            wrong: limits.wrong_tickets,
         }
     }
 
@@ -90,9 +137,7 @@ impl Door {
         let owner = owner(address);
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         let same = counts.by_owner.get(&owner).copied().unwrap_or(0);
-        let guessing = counts.wrong.get(&owner).is_some_and(|(wrong, since)| {
-            *wrong >= self.wrong && since.is_some_and(|since| since.elapsed() < COUNTED)
-        });
+        let guessing = !counts.wrong.may_try(address, Instant::now());
         if counts.waiting >= self.total || same >= self.per_owner || guessing {
             return None;
         }
@@ -107,19 +152,7 @@ impl Door {
     /// Notes a wrong ticket.
     pub(super) fn wrong(&self, address: IpAddr) {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
-        if counts.wrong.len() >= ADDRESSES_MAX {
-            counts
-                .wrong
-                .retain(|_, (_, since)| since.is_some_and(|since| since.elapsed() < COUNTED));
-        }
-        if counts.wrong.len() >= ADDRESSES_MAX {
-            return;
-        }
-        let (wrong, since) = counts.wrong.entry(owner(address)).or_default();
-        if since.is_none_or(|since| since.elapsed() >= COUNTED) {
-            (*wrong, *since) = (0, Some(Instant::now()));
-        }
-        *wrong += 1;
+        counts.wrong.note(address, Instant::now());
     }
 
     /// How many wait.
@@ -170,6 +203,35 @@ mod tests {
         let _fourth = door.enter(at("2001:db8::2")).unwrap();
         assert!(door.enter(at("2001:db8::3")).is_none(), "one owner has a /64");
         assert_eq!(door.waiting(), 3);
+    }
+
+    #[test]
+    fn a_minute_after_the_first_wrong_ticket_one_may_try_again_and_nobody_keeps_others_out() {
+        let now = Instant::now();
+        let mut wrong = Wrong::new(2);
+        let (guesser, same) = (at("2001:db8::1"), at("2001:db8::2"));
+        for second in [0, 59] {
+            assert!(wrong.may_try(same, now + Duration::from_secs(second)));
+            wrong.note(guesser, now + Duration::from_secs(second));
+        }
+        assert!(
+            !wrong.may_try(same, now + Duration::from_secs(59)),
+            "the same network"
+        );
+        assert!(wrong.may_try(at("192.0.2.1"), now));
+        assert!(wrong.may_try(same, now + COUNTED));
+        wrong.note(guesser, now + COUNTED);
+        assert!(wrong.may_try(same, now + COUNTED), "counted anew");
+
+        for n in 0..ADDRESSES_MAX {
+            let n = u32::try_from(n).unwrap();
+            wrong.note(std::net::Ipv4Addr::from_bits(n).into(), now + COUNTED);
+        }
+        for _ in 0..5 {
+            wrong.note(at("192.0.2.9"), now + COUNTED);
+        }
+        assert!(wrong.may_try(at("192.0.2.9"), now + COUNTED));
+        assert!(wrong.by_owner.len() <= ADDRESSES_MAX);
     }
 
     #[test]

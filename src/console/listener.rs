@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio::time::timeout;
 
 use super::handshake;
 use super::link::Code;
@@ -21,6 +22,9 @@ const ACCEPT_AGAIN: Duration = Duration::from_millis(100);
 
 /// How many that find no place are told so at one time; more are only closed.
 const TOLD_MAX: usize = 64;
+
+/// For those to get as far as hearing it.
+const TOLD_TIME: Duration = Duration::from_secs(2);
 
 /// What a port speaks.
 #[derive(Clone, Debug)]
@@ -54,12 +58,13 @@ impl Proxy {
         told: &Arc<Semaphore>,
     ) {
         let Some(pass) = self.enter(from) else {
-            if !matches!(security, Security::Tls(_))
-                && let Ok(permit) = Arc::clone(told).try_acquire_owned()
-            {
+            if let Ok(permit) = Arc::clone(told).try_acquire_owned() {
+                let security = security.clone();
                 tokio::spawn(async move {
-                    let mut stream = stream;
-                    handshake::refuse(&mut stream, Code::Error).await;
+                    // Whoever is slow about it is only closed.
+                    if let Ok(Ok(mut wire)) = timeout(TOLD_TIME, secured(stream, &security)).await {
+                        handshake::refuse(&mut wire, Code::Error).await;
+                    }
                     drop(permit);
                 });
             }
@@ -68,30 +73,30 @@ impl Proxy {
         let proxy = Arc::clone(self);
         let security = security.clone();
         tokio::spawn(async move {
-            match proxy.secured(stream, &security).await {
+            match secured(stream, &security).await {
                 Ok(wire) => proxy.attend(wire, from, pass).await,
                 Err(why) => proxy.refused(from, &why),
             }
         });
     }
+}
 
-    /// What is left to speak SPICE with.
-    async fn secured(&self, stream: TcpStream, security: &Security) -> Result<Wire, Refusal> {
-        wire::tune(&stream).map_err(Refusal::Tls)?;
-        match security {
-            Security::Plain => Ok(Box::new(stream)),
-            Security::Tls(certificate) => {
-                let stream = certificate.accept(stream).await.map_err(Refusal::Tls)?;
-                Ok(Box::new(stream))
-            }
-            Security::NeedTls => {
-                let mut stream = stream;
-                handshake::hello(&mut stream).await?;
-                handshake::refuse(&mut stream, Code::NeedSecured).await;
-                Err(Refusal::Tls(io::Error::other(
-                    "the viewer was sent to the port with TLS",
-                )))
-            }
+/// What is left to speak SPICE with.
+async fn secured(stream: TcpStream, security: &Security) -> Result<Wire, Refusal> {
+    wire::tune(&stream).map_err(Refusal::Tls)?;
+    match security {
+        Security::Plain => Ok(Box::new(stream)),
+        Security::Tls(certificate) => {
+            let stream = certificate.accept(stream).await.map_err(Refusal::Tls)?;
+            Ok(Box::new(stream))
+        }
+        Security::NeedTls => {
+            let mut stream = stream;
+            handshake::hello(&mut stream).await?;
+            handshake::refuse(&mut stream, Code::NeedSecured).await;
+            Err(Refusal::Tls(io::Error::other(
+                "the viewer was sent to the port with TLS",
+            )))
         }
     }
 }

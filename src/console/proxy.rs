@@ -183,6 +183,7 @@ impl Proxy {
             Ok(opened) => opened,
             Err(why) => {
                 drop(live);
+                self.unused(&session.ticket);
                 return self.turn_away(wire, from, why, pass).await;
             }
         };
@@ -215,15 +216,22 @@ impl Proxy {
             }
             Err(_) => return Err(Refusal::Denied(Denied::Unchecked("it took too long".to_owned()))),
         };
-        if !admission.kinds.has(Kind::Main) {
-            return Err(Refusal::NotAllowed(Kind::Main));
-        }
-        self.registry
-            .open(admission, ticket, from, since)
-            .map_err(|why| match why {
-                NotNow::Full => Refusal::Full,
-                NotNow::Over => Refusal::Denied(Denied::MachineGone),
-            })
+        let name = admission.ticket.clone();
+        let opened = if admission.kinds.has(Kind::Main) {
+            self.registry
+                .open(admission, ticket, from, since)
+                .map_err(|why| match why {
+                    NotNow::Full => Refusal::Full,
+                    NotNow::Over => Refusal::Denied(Denied::MachineGone),
+                })
+        } else {
+            Err(Refusal::NotAllowed(Kind::Main))
+        };
+        opened.inspect_err(|_| self.unused(&name))
+    }
+
+    fn unused(&self, ticket: &str) {
+        self.observer.saw(&Event::Unused { ticket });
     }
 
     /// Opens the main channel at the machine, once whoever was there has left.
@@ -231,6 +239,9 @@ impl Proxy {
         let Ok(mut past) = timeout(TURN_TIME, self.registry.turn(&session.machine)).await else {
             return Err(Refusal::TooManyTakeovers);
         };
+        if let Some(end) = session.ended() {
+            return Err(Refusal::Ended(end));
+        }
         let others = self.registry.others(session);
         // One that waits for its own turn is not at the machine yet.
         let there: Vec<_> = others.iter().filter(|other| other.channels() > 0).collect();
@@ -336,7 +347,13 @@ impl Proxy {
                 return Closed { end, viewer };
             }
         };
-        self.observer.saw(&Event::ChannelOpened { session, kind, id });
+        let channel = session.next_channel();
+        self.observer.saw(&Event::ChannelOpened {
+            session,
+            channel,
+            kind,
+            id,
+        });
         let relay = Relay {
             viewer,
             machine,
@@ -349,6 +366,7 @@ impl Proxy {
         drop(seat);
         self.observer.saw(&Event::ChannelClosed {
             session,
+            channel,
             kind,
             id,
             carried,

@@ -17,9 +17,12 @@ pub enum Denied {
     /// Its time is over.
     #[error("the ticket has expired")]
     Expired,
-    /// It was used as often as it may be.
-    #[error("the ticket was used before")]
+    /// It was used as often as it may be, or by as many as it may be at a time.
+    #[error("the ticket was used as often as it may be")]
     Used,
+    /// Its owner has no room for one more.
+    #[error("there are as many console sessions as this host allows")]
+    Full,
     /// Its machine is not there any more.
     #[error("the ticket's machine is gone")]
     MachineGone,
@@ -79,10 +82,10 @@ impl Refusal {
             Refusal::Crowded => "crowded",
             Refusal::Handshake(_) => "handshake",
             Refusal::Tls(_) => "tls",
+            Refusal::Denied(Denied::Full) | Refusal::Full => "full",
             Refusal::NoTicket | Refusal::Denied(_) => "ticket",
             Refusal::NoSession => "session",
             Refusal::NotAllowed(_) => "channel",
-            Refusal::Full => "full",
             Refusal::Taken | Refusal::TooManyTakeovers => "taken",
             Refusal::Ended(_) => "ended",
             Refusal::Machine(_) | Refusal::Less => "machine",
@@ -94,12 +97,12 @@ impl Refusal {
         Some(match self {
             Refusal::Handshake(HandshakeError::Mechanism(_)) => Code::InvalidData,
             Refusal::Handshake(_) | Refusal::Tls(_) | Refusal::Crowded => return None,
+            Refusal::Denied(Denied::Full) | Refusal::Full | Refusal::Ended(_) | Refusal::Less => Code::Error,
             Refusal::NoTicket | Refusal::Denied(_) | Refusal::Taken | Refusal::TooManyTakeovers => {
                 Code::PermissionDenied
             }
             Refusal::NoSession => Code::BadConnectionId,
             Refusal::NotAllowed(_) => Code::ChannelNotAvailable,
-            Refusal::Full | Refusal::Ended(_) | Refusal::Less => Code::Error,
             Refusal::Machine(error) => error.code(),
         })
     }

@@ -107,6 +107,7 @@ pub struct Session {
     channels: watch::Sender<usize>,
     to_viewer: AtomicU64,
     to_machine: AtomicU64,
+    next_channel: AtomicU64,
 }
 
 impl Session {
@@ -169,6 +170,11 @@ impl Session {
             free
         });
         taken.then(|| Seat(Arc::clone(self)))
+    }
+
+    /// A number for a channel that opens now.
+    pub(super) fn next_channel(&self) -> u64 {
+        self.next_channel.fetch_add(1, Ordering::Relaxed)
     }
 
     pub(super) fn count(&self, to_viewer: u64, to_machine: u64) {
@@ -309,6 +315,7 @@ impl Registry {
             channels: watch::Sender::new(0),
             to_viewer: AtomicU64::new(0),
             to_machine: AtomicU64::new(0),
+            next_channel: AtomicU64::new(1),
         });
         state.live.push(Arc::clone(&session));
         Ok(Live {

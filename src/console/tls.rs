@@ -1,6 +1,7 @@
 //! TLS on either side, with OpenSSL.
 
 use std::io;
+use std::path::{Path, PathBuf};
 use std::pin::Pin;
 use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
@@ -18,11 +19,27 @@ use super::wire::{Stream, Wire};
 pub const TLS_TIME: Duration = Duration::from_secs(10);
 
 /// What a listener shows to viewers. It can be changed while sessions run: they keep what they began with.
-pub struct Certificate(RwLock<SslAcceptor>);
+pub struct Certificate {
+    chain: PathBuf,
+    key: PathBuf,
+    acceptor: RwLock<SslAcceptor>,
+}
+
+/// Why a certificate cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[error("the certificate {} with the key {} cannot be used: {reason}", chain.display(), key.display())]
+pub struct CertificateError {
+    chain: PathBuf,
+    key: PathBuf,
+    reason: String,
+}
 
 impl std::fmt::Debug for Certificate {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("Certificate(…)")
+        f.debug_struct("Certificate")
+            .field("chain", &self.chain)
+            .field("key", &self.key)
+            .finish_non_exhaustive()
     }
 }
 
@@ -30,18 +47,22 @@ impl Certificate {
     /// Reads a chain and its key, both PEM files.
     ///
     /// # Errors
-    /// OpenSSL's: a file cannot be read, or the two do not belong together.
-    pub fn load(chain: &std::path::Path, key: &std::path::Path) -> Result<Self, ErrorStack> {
-        Ok(Certificate(RwLock::new(acceptor(chain, key)?)))
+    /// A file cannot be read, or the two do not belong together.
+    pub fn load(chain: &Path, key: &Path) -> Result<Self, CertificateError> {
+        Ok(Certificate {
+            acceptor: RwLock::new(acceptor(chain, key)?),
+            chain: chain.to_owned(),
+            key: key.to_owned(),
+        })
     }
 
-    /// Reads them again. When that fails, the old ones stay.
+    /// Reads the same files again. When that fails, what was read before stays in use.
     ///
     /// # Errors
     /// As for [`load`](Self::load).
-    pub fn reload(&self, chain: &std::path::Path, key: &std::path::Path) -> Result<(), ErrorStack> {
-        let new = acceptor(chain, key)?;
-        *self.0.write().unwrap_or_else(PoisonError::into_inner) = new;
+    pub fn reload(&self) -> Result<(), CertificateError> {
+        let new = acceptor(&self.chain, &self.key)?;
+        *self.acceptor.write().unwrap_or_else(PoisonError::into_inner) = new;
         Ok(())
     }
 
@@ -51,7 +72,7 @@ impl Certificate {
     /// What OpenSSL says about the viewer, or that it took longer than [`TLS_TIME`].
     pub async fn accept<S: Stream>(&self, stream: S) -> io::Result<SslStream<S>> {
         let ssl = {
-            let acceptor = self.0.read().unwrap_or_else(PoisonError::into_inner);
+            let acceptor = self.acceptor.read().unwrap_or_else(PoisonError::into_inner);
             Ssl::new(acceptor.context())?
         };
         let mut stream = SslStream::new(ssl, stream)?;
@@ -63,13 +84,25 @@ impl Certificate {
     }
 }
 
-fn acceptor(chain: &std::path::Path, key: &std::path::Path) -> Result<SslAcceptor, ErrorStack> {
-    // TLS 1.2 and newer: viewers of old distributions have nothing newer.
-    let mut builder = SslAcceptor::mozilla_intermediate_v5(SslMethod::tls_server())?;
-    builder.set_certificate_chain_file(chain)?;
-    builder.set_private_key_file(key, SslFiletype::PEM)?;
-    builder.check_private_key()?;
-    Ok(builder.build())
+fn acceptor(chain: &Path, key: &Path) -> Result<SslAcceptor, CertificateError> {
+    let build = || {
+        // TLS 1.2 and newer: viewers of old distributions have nothing newer.
+        let mut builder = SslAcceptor::mozilla_intermediate_v5(SslMethod::tls_server())?;
+        builder.set_certificate_chain_file(chain)?;
+        builder.set_private_key_file(key, SslFiletype::PEM)?;
+        builder.check_private_key()?;
+        Ok(builder.build())
+    };
+    build().map_err(|e: ErrorStack| CertificateError {
+        chain: chain.to_owned(),
+        key: key.to_owned(),
+        reason: e
+            .errors()
+            .first()
+            .and_then(|e| e.reason())
+            .unwrap_or("OpenSSL does not say why")
+            .to_owned(),
+    })
 }
 
 /// How a machine's server is known over TLS.

@@ -20,6 +20,8 @@ const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_EVERY: Duration = Duration::from_secs(15);
 /// Probes without an answer after which the other side is gone. A silent channel is none: only a dead peer ends so.
 const KEEPALIVE_PROBES: u32 = 3;
+/// For bytes of ours that are not taken: the system's own patience is a quarter of an hour. As long as the probes take together.
+const UNTAKEN: Duration = Duration::from_secs(75);
 /// How long a refused peer may take to read why. Closed at once, its unread bytes would reset the connection, and the
 /// reason would be lost with it.
 const LINGER: Duration = Duration::from_secs(1);
@@ -35,6 +37,8 @@ pub fn tune(stream: &TcpStream) -> io::Result<()> {
     sockopt::set_tcp_keepidle(stream, KEEPALIVE_IDLE)?;
     sockopt::set_tcp_keepintvl(stream, KEEPALIVE_EVERY)?;
     sockopt::set_tcp_keepcnt(stream, KEEPALIVE_PROBES)?;
+    let untaken = u32::try_from(UNTAKEN.as_millis()).unwrap_or(u32::MAX);
+    sockopt::set_tcp_user_timeout(stream, untaken)?;
     Ok(())
 }
 

@@ -128,6 +128,12 @@ async fn mint(
     let expires = now.saturating_add(ttl).unwrap_or(Timestamp::MAX);
     let mode = order.mode.unwrap_or(Mode::Full);
     let viewers = order.viewers.unwrap_or(house.console.viewers);
+    if viewers == 0 {
+        return Err(Refused::new(
+            StatusCode::BAD_REQUEST,
+            "a ticket is for one viewer or more",
+        ));
+    }
     let grant = Grant::new(mode, now, expires, viewers, "api".to_owned());
     let (ticket, id) = ticket::mint(&job, &grant).map_err(|e| match e {
         ticket::Error::Gone(_) => gone(),

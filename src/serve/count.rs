@@ -50,7 +50,7 @@ impl Counts {
         let count = match why {
             Refusal::Crowded => &self.refused_connections,
             Refusal::Handshake(_) | Refusal::Tls(_) => &self.refused_handshake,
-            Refusal::Denied(Denied::Used) | Refusal::Full => &self.refused_full,
+            Refusal::Denied(Denied::Used | Denied::Full) | Refusal::Full => &self.refused_full,
             Refusal::NoTicket | Refusal::Denied(_) | Refusal::NoSession => &self.refused_ticket,
             // These had a ticket.
             Refusal::NotAllowed(_)

@@ -1,7 +1,7 @@
 //! The port: who may connect, with what deadlines, and how it is closed.
 
 use std::net::SocketAddr;
-use std::pin::{Pin, pin};
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -12,18 +12,15 @@ use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinSet;
-use tokio_openssl::SslStream;
 
 use super::House;
 use super::count::Counts;
 use super::limit::Place;
 use super::site::{self, Peer};
-use super::tls::Certificate;
-use crate::console::{Certificate as ScreenCertificate, Security};
+use crate::console::wire;
+use crate::console::{Certificate, Security};
 use crate::outcome::Failure;
 
-/// TLS is agreed upon within this, or the connection ends.
-const HANDSHAKE: Duration = Duration::from_secs(10);
 /// A request's head arrives within this; so long a connection may also idle between two of them.
 const HEAD: Duration = Duration::from_secs(20);
 /// When there are no descriptors left, the next connection is taken after this.
@@ -65,10 +62,6 @@ impl Door {
         self.address
     }
 
-    pub(super) fn certificate(&self) -> &Certificate {
-        &self.certificate
-    }
-
     /// Takes connections, for ever.
     pub(super) async fn serve(&self) {
         let router = site::router(Arc::clone(&self.house));
@@ -106,8 +99,8 @@ impl Door {
         let mut connections = self.connections.lock().await;
         let all = async {
             while connections.join_next().await.is_some() {}
-            // A WebSocket outlives the request that it began as, and keeps its place.
-            while self.house.connections.len() > 0 {
+            // A WebSocket outlives the request that it began as, and keeps its place; viewers at the port for screens have none.
+            while self.house.connections.len() > 0 || !self.house.proxy.sessions().is_empty() {
                 tokio::time::sleep(LOOK).await;
             }
         };
@@ -125,20 +118,14 @@ async fn connection(
     place: Place,
     counts: Arc<Counts>,
 ) {
-    // Keys are small packets that somebody waits for.
-    let _ = stream.set_nodelay(true);
-    let Ok(mut stream) = certificate.begin().and_then(|ssl| SslStream::new(ssl, stream)) else {
-        tracing::error!("OpenSSL has no room for a connection");
-        return;
-    };
+    if let Err(e) = wire::tune(&stream) {
+        tracing::debug!("a connection cannot be tuned: {e}");
+    }
     // A stranger's mistake is no news.
-    if !matches!(
-        tokio::time::timeout(HANDSHAKE, Pin::new(&mut stream).accept()).await,
-        Ok(Ok(()))
-    ) {
+    let Ok(stream) = certificate.accept(stream).await else {
         counts.refused_handshake.add(1);
         return;
-    }
+    };
     let mut builder = Builder::new(TokioExecutor::new()).http1_only();
     builder.http1().timer(TokioTimer::new()).header_read_timeout(HEAD);
     let router = router.layer(Extension(Arc::new(place)));
@@ -159,10 +146,10 @@ async fn connection(
 }
 
 /// The port for SPICE viewers, where there is one.
-pub(super) struct Spice(Option<(Mutex<Option<TcpListener>>, Arc<ScreenCertificate>)>);
+pub(super) struct Spice(Option<(TcpListener, Arc<Certificate>)>);
 
 impl Spice {
-    pub(super) async fn open(house: &House) -> Result<Self, Failure> {
+    pub(super) async fn open(house: &House, certificate: Arc<Certificate>) -> Result<Self, Failure> {
         let console = &house.console;
         let Some(listen) = console.spice_listen else {
             return Ok(Self(None));
@@ -171,26 +158,15 @@ impl Spice {
             Failure::system(format!("cannot listen on {listen}: {e}"))
                 .hint("console.spice_listen in the settings names the address")
         })?;
-        let certificate = ScreenCertificate::load(&console.certificate, &console.key)
-            .map_err(|_| Failure::system("console.certificate cannot be used for screens"))?;
-        Ok(Self(Some((Mutex::new(Some(listener)), Arc::new(certificate)))))
-    }
-
-    /// Reads the certificate's files again.
-    pub(super) fn reload(&self, house: &House) -> Result<(), openssl::error::ErrorStack> {
-        match &self.0 {
-            Some((_, certificate)) => certificate.reload(&house.console.certificate, &house.console.key),
-            None => Ok(()),
-        }
+        Ok(Self(Some((listener, certificate))))
     }
 
     /// Takes viewers, for ever.
-    pub(super) async fn serve(&self, house: &House) {
-        if let Some((listener, certificate)) = &self.0
-            && let Some(listener) = listener.lock().await.take()
-        {
-            let security = Security::Tls(Arc::clone(certificate));
-            match Arc::clone(&house.proxy).listen(listener, security).await {}
+    pub(super) async fn serve(self, house: &House) {
+        if let Some((listener, certificate)) = self.0 {
+            match Arc::clone(&house.proxy)
+                .listen(listener, Security::Tls(certificate))
+                .await {}
         }
         std::future::pending().await
     }

@@ -10,6 +10,7 @@
 //! later.
 
 use std::collections::VecDeque;
+use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,6 +21,7 @@ use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use sha2::{Digest, Sha256};
 
+use crate::console::limits::owner;
 use crate::record::JobKey;
 use crate::secret::Secret;
 use crate::settings::GitLabSettings;
@@ -30,7 +32,9 @@ const DEVELOPER: u32 = 30;
 /// Who signs in takes less than this, with a second factor too.
 const SIGN_IN: Duration = Duration::from_secs(600);
 /// Sign-ins that are under way; more push the oldest out.
-const MOST: usize = 1000;
+const MOST: usize = 10_000;
+/// The same from one address: they push out that address's own first.
+const MOST_OF_ONE: usize = 100;
 /// GitLab answers a question within this.
 const ANSWER: Duration = Duration::from_secs(10);
 /// No answer is longer.
@@ -43,6 +47,10 @@ const SCOPE: &str = "openid read_api";
 pub(super) enum NotIn {
     #[error("this sign-in was not begun in this browser, or too long ago")]
     Stale,
+    #[error("the sign-in was denied at GitLab")]
+    Denied,
+    #[error("GitLab does not know the code that the browser brought")]
+    Code,
     #[error("only Developers of the job's project and above may open its console")]
     Role,
     #[error("GitLab did not answer as expected")]
@@ -54,8 +62,18 @@ impl NotIn {
     pub(super) fn word(&self) -> &'static str {
         match self {
             NotIn::Stale => "stale",
+            NotIn::Denied => "denied",
+            NotIn::Code => "code",
             NotIn::Role => "role",
             NotIn::GitLab(_) => "gitlab",
+        }
+    }
+
+    /// Whether whoever came back may have guessed or made something up: nobody answers for GitLab's own troubles.
+    pub(super) fn is_a_guess(&self) -> bool {
+        match self {
+            NotIn::Stale | NotIn::Code | NotIn::Role => true,
+            NotIn::Denied | NotIn::GitLab(_) => false,
         }
     }
 }
@@ -68,6 +86,7 @@ struct Begun {
     verifier: Secret,
     nonce: String,
     job: JobKey,
+    from: IpAddr,
     since: Instant,
 }
 
@@ -154,7 +173,12 @@ impl GitLab {
     }
 
     /// Where a browser goes to sign in, and the cookie by which it is known when it comes back.
-    pub(super) fn begin(&self, job: JobKey, now: Instant) -> Result<(String, Secret), ticket::Error> {
+    pub(super) fn begin(
+        &self,
+        job: JobKey,
+        from: IpAddr,
+        now: Instant,
+    ) -> Result<(String, Secret), ticket::Error> {
         let [state, browser, nonce] = [
             ticket::random_text()?,
             ticket::random_text()?,
@@ -178,7 +202,14 @@ impl GitLab {
         ]);
         let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
         begun.retain(|b| now.saturating_duration_since(b.since) < SIGN_IN);
-        if begun.len() >= MOST {
+        let from = owner(from);
+        let mut same = begun.iter().enumerate().filter(|(_, b)| b.from == from);
+        let oldest = same.next().map(|(at, _)| at);
+        if same.count() + 1 >= MOST_OF_ONE
+            && let Some(oldest) = oldest
+        {
+            begun.remove(oldest);
+        } else if begun.len() >= MOST {
             begun.pop_front();
         }
         begun.push_back(Begun {
@@ -187,6 +218,7 @@ impl GitLab {
             verifier: Secret::new(verifier),
             nonce: nonce.reveal().to_owned(),
             job,
+            from,
             since: now,
         });
         Ok((format!("{}/oauth/authorize?{query}", self.settings.url), browser))
@@ -210,9 +242,15 @@ impl GitLab {
         Some(begun.job.clone())
     }
 
-    /// Finds out who came back.
-    pub(super) async fn finish(&self, state: &str, browser: &str, code: &str) -> Result<SignedIn, NotIn> {
+    /// Finds out who came back. Without a code it is somebody who denied it.
+    pub(super) async fn finish(
+        &self,
+        state: &str,
+        browser: &str,
+        code: Option<&str>,
+    ) -> Result<SignedIn, NotIn> {
         let begun = self.take(state, browser, Instant::now()).ok_or(NotIn::Stale)?;
+        let code = code.ok_or(NotIn::Denied)?;
         let mut form = vec![
             ("client_id", self.settings.application.as_str()),
             ("grant_type", "authorization_code"),
@@ -223,9 +261,14 @@ impl GitLab {
         if let Some(secret) = &self.secret {
             form.push(("client_secret", secret.reveal()));
         }
-        let token: Token = self
-            .ask(Method::POST, "/oauth/token", None, Some(query(&form)))
-            .await?;
+        let token = self
+            .ask::<Token>(Method::POST, "/oauth/token", None, Some(query(&form)))
+            .await;
+        let token = match token {
+            // The answer to a wrong code or proof; a wrong secret of ours is another one (RFC 6749, 5.2).
+            Err(NotIn::GitLab(why)) if why == StatusCode::BAD_REQUEST.as_str() => return Err(NotIn::Code),
+            token => token?,
+        };
         let claims = claims(token.id_token.reveal())
             .ok_or_else(|| NotIn::GitLab("its ID token cannot be read".into()))?;
         // It came from GitLab itself, over TLS, so its signature says nothing more (OpenID Connect Core, 3.1.3.7).
@@ -373,6 +416,8 @@ fn claims(token: &str) -> Option<Claims> {
 mod tests {
     use super::*;
 
+    const HERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
+
     fn gitlab() -> GitLab {
         let settings = GitLabSettings {
             url: "https://gitlab.example.com".into(),
@@ -397,7 +442,7 @@ mod tests {
         let gitlab = gitlab();
         let job: JobKey = "aaaa1111-7-1".parse().unwrap();
         let now = Instant::now();
-        let (address, browser) = gitlab.begin(job.clone(), now).unwrap();
+        let (address, browser) = gitlab.begin(job.clone(), HERE, now).unwrap();
         let state = of(&address, "state");
         assert_eq!(gitlab.aim(&state, browser.reveal()), Some(job.clone()));
         assert!(gitlab.aim(&state, "another").is_none());
@@ -411,7 +456,7 @@ mod tests {
         assert!(begun.verifier.reveal().len() >= 43);
         assert!(gitlab.take(&state, browser.reveal(), now).is_none());
 
-        let (address, browser) = gitlab.begin(job.clone(), now).unwrap();
+        let (address, browser) = gitlab.begin(job.clone(), HERE, now).unwrap();
         assert!(gitlab.take(&of(&address, "state"), "another", now).is_none());
         assert!(
             gitlab
@@ -419,7 +464,7 @@ mod tests {
                 .is_none(),
             "used up"
         );
-        let (address, browser) = gitlab.begin(job, now).unwrap();
+        let (address, browser) = gitlab.begin(job, HERE, now).unwrap();
         assert!(
             gitlab
                 .take(&of(&address, "state"), browser.reveal(), now + SIGN_IN)
@@ -428,11 +473,24 @@ mod tests {
     }
 
     #[test]
-    fn there_are_only_so_many_sign_ins_under_way() {
+    fn one_address_pushes_out_its_own_sign_ins_and_all_together_are_so_many() {
         let gitlab = gitlab();
         let now = Instant::now();
-        for _ in 0..MOST + 5 {
-            gitlab.begin("aaaa1111-7-1".parse().unwrap(), now).unwrap();
+        let begin = |from: IpAddr| {
+            let (address, browser) = gitlab.begin("aaaa1111-7-1".parse().unwrap(), from, now).unwrap();
+            (of(&address, "state"), browser)
+        };
+        let (state, browser) = begin(HERE);
+        let first = begin([192, 0, 2, 9].into());
+        for _ in 0..MOST_OF_ONE + 5 {
+            begin([192, 0, 2, 9].into());
+        }
+        assert_eq!(gitlab.begun.lock().unwrap().len(), MOST_OF_ONE + 1);
+        assert!(gitlab.aim(&first.0, first.1.reveal()).is_none());
+        assert!(gitlab.aim(&state, browser.reveal()).is_some());
+        for n in 0..MOST {
+            let [_, _, high, low] = u32::try_from(n).unwrap().to_be_bytes();
+            begin([10, 0, high, low].into());
         }
         assert_eq!(gitlab.begun.lock().unwrap().len(), MOST);
     }

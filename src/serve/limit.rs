@@ -3,30 +3,16 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Instant;
+
+use crate::console::limits::{Wrong, owner};
 
 /// Connections in all: each is a descriptor and some buffers.
 const MOST: usize = 2000;
 /// Connections of one address, behind which may be an office.
 const MOST_OF_ONE: usize = 200;
-/// Wrong tickets of one address in a [`PERIOD`]: who pastes wrongly needs a few, and guessing is hopeless anyway.
+/// Wrong tickets of one address in a minute: who pastes wrongly needs a few, and guessing is hopeless anyway.
 const WRONG: u32 = 20;
-/// After this it may try again.
-const PERIOD: Duration = Duration::from_secs(60);
-/// Addresses that are remembered; with more, those who are new must wait.
-const REMEMBERED: usize = 10_000;
-
-/// Whom an address stands for: a network of IPv6 is one customer.
-fn one(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V4(four) => four.into(),
-        IpAddr::V6(six) => {
-            let mut parts = six.segments();
-            parts[4..].fill(0);
-            IpAddr::from(parts)
-        }
-    }
-}
 
 /// The connections that are open.
 #[derive(Debug, Default)]
@@ -42,7 +28,7 @@ pub(super) struct Place {
 impl Connections {
     /// A place for one more, if there is one.
     pub(super) fn place(self: &Arc<Self>, address: IpAddr) -> Option<Place> {
-        let of = one(address);
+        let of = owner(address);
         let mut open = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if open.values().sum::<usize>() >= MOST || open.get(&of).is_some_and(|n| *n >= MOST_OF_ONE) {
             return None;
@@ -73,24 +59,26 @@ impl Drop for Place {
 }
 
 /// Who has shown wrong tickets.
-#[derive(Debug, Default)]
-pub(super) struct Guesses(Mutex<HashMap<IpAddr, (u32, Instant)>>);
+#[derive(Debug)]
+pub(super) struct Guesses(Mutex<Wrong>);
+
+impl Default for Guesses {
+    fn default() -> Self {
+        Self(Mutex::new(Wrong::new(WRONG)))
+    }
+}
 
 impl Guesses {
     /// May this address try a ticket?
     pub(super) fn may_try(&self, address: IpAddr, now: Instant) -> bool {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.retain(|_, (_, since)| now.saturating_duration_since(*since) < PERIOD);
-        match all.get(&one(address)) {
-            Some((count, _)) => *count < WRONG,
-            None => all.len() < REMEMBERED,
-        }
+        let wrong = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        wrong.may_try(address, now)
     }
 
     /// It has shown a wrong one.
     pub(super) fn wrong(&self, address: IpAddr, now: Instant) {
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        all.entry(one(address)).or_insert((0, now)).0 += 1;
+        let mut wrong = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        wrong.note(address, now);
     }
 }
 
@@ -126,23 +114,5 @@ mod tests {
             .collect();
         assert!(connections.place([192, 0, 2, 1].into()).is_none());
         drop(places);
-    }
-
-    #[test]
-    fn who_guesses_waits_and_others_do_not() {
-        let guesses = Guesses::default();
-        let now = Instant::now();
-        let (guesser, other): (IpAddr, IpAddr) = ("2001:db8::1".parse().unwrap(), [192, 0, 2, 1].into());
-        for _ in 0..WRONG {
-            assert!(guesses.may_try(guesser, now));
-            guesses.wrong(guesser, now);
-        }
-        assert!(!guesses.may_try(guesser, now));
-        assert!(
-            !guesses.may_try("2001:db8::2".parse().unwrap(), now),
-            "the same network"
-        );
-        assert!(guesses.may_try(other, now));
-        assert!(guesses.may_try(guesser, now + PERIOD));
     }
 }

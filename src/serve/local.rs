@@ -26,7 +26,7 @@ const LAST_WORDS: Duration = Duration::from_millis(500);
 /// A screen that is waited for.
 #[derive(Debug)]
 pub struct Local {
-    /// The file that starts a viewer, in virt-viewer's format. It holds a ticket that is good once.
+    /// The file that starts a viewer, in virt-viewer's format. It holds a ticket for one viewer at a time.
     pub file: String,
 }
 
@@ -73,10 +73,18 @@ where
             tokio::time::sleep(LOOK).await;
             sessions.look(Instant::now());
         }
+        // A ticket that is over goes with the viewer who came by it.
+        if Timestamp::now() >= expires && ticket::is_live(job).unwrap_or(false) {
+            return Ok(());
+        }
+        Err(Failure::system(format!(
+            "job {} was removed, or its ticket taken away",
+            job.key()
+        )))
     };
     let result = tokio::select! {
         result = use_it(Local { file }) => result,
-        () = looking => Err(Failure::system(format!("job {} was removed, or its ticket taken away", job.key()))),
+        over = looking => over,
         never = Arc::clone(&proxy).listen(listener, Security::Plain) => match never {},
     };
     sessions.end_all(End::Stopping);

@@ -24,10 +24,14 @@ const COOKIE: &str = "__Host-cannery-login";
 const AT_ONCE: Duration = Duration::from_secs(10);
 
 /// `GET /jobs/KEY/login`
-pub(super) async fn set_out(State(house): State<Arc<House>>, uri: Uri) -> Result<Response, Refused> {
+pub(super) async fn set_out(
+    State(house): State<Arc<House>>,
+    Extension(Peer(from)): Extension<Peer>,
+    uri: Uri,
+) -> Result<Response, Refused> {
     let key = key_of(&uri)?;
     let gitlab = house.gitlab.as_ref().ok_or_else(no_gitlab)?;
-    let (address, browser) = gitlab.begin(key, Instant::now())?;
+    let (address, browser) = gitlab.begin(key, from, Instant::now())?;
     // Lax: it must come along when GitLab sends the browser back.
     let cookie = format!(
         "{COOKIE}={}; Path=/; Secure; HttpOnly; SameSite=Lax; Max-Age=600",
@@ -45,8 +49,7 @@ fn no_gitlab() -> Refused {
 #[derive(Deserialize)]
 pub(super) struct Back {
     state: String,
-    #[serde(default)]
-    code: String,
+    code: Option<String>,
 }
 
 /// `GET /oauth/callback`
@@ -87,13 +90,15 @@ async fn let_in(
 ) -> Result<Result<Secret, &'static str>, Refused> {
     let refused = |why: NotIn| {
         house.counts.refused_role.add(1);
-        house.guesses.wrong(from, Instant::now());
+        if why.is_a_guess() {
+            house.guesses.wrong(from, Instant::now());
+        }
         if let NotIn::GitLab(why) = &why {
             tracing::error!("GitLab did not answer as expected: {why}");
         }
         Ok(Err(why.word()))
     };
-    let who = match gitlab.finish(&back.state, browser, &back.code).await {
+    let who = match gitlab.finish(&back.state, browser, back.code.as_deref()).await {
         Ok(who) => who,
         Err(why) => return refused(why),
     };

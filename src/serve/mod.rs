@@ -27,7 +27,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use crate::console::Proxy;
+use crate::console::{Certificate, Proxy};
 use crate::outcome::Failure;
 use crate::record::Jobs;
 use crate::secret::Secret;
@@ -47,7 +47,6 @@ mod session;
 mod shell;
 mod site;
 mod terminal;
-mod tls;
 
 pub use local::{Local, local};
 
@@ -58,7 +57,6 @@ use limit::{Connections, Guesses};
 use screen::Passes;
 use session::{End, Sessions};
 use terminal::Screens;
-use tls::Certificate;
 
 /// How soon a session ends whose ticket or machine has gone.
 const LOOK: Duration = Duration::from_millis(250);
@@ -137,13 +135,15 @@ pub async fn serve(
             Failure::system("the settings have no console").hint("docs/consoles.md shows what it needs")
         );
     };
-    let certificate = Certificate::load(console.certificate.clone(), console.key.clone()).map_err(|e| {
+    let certificate = Certificate::load(&console.certificate, &console.key).map_err(|e| {
         Failure::system(e.to_string()).hint("console.certificate and console.key name PEM files")
     })?;
+    let certificate = Arc::new(certificate);
+    allow_descriptors();
     let house = Arc::new(House::new(settings, console)?);
-    let door = door::Door::open(Arc::clone(&house), Arc::new(certificate)).await?;
+    let door = door::Door::open(Arc::clone(&house), Arc::clone(&certificate)).await?;
+    let spice = door::Spice::open(&house, Arc::clone(&certificate)).await?;
     ready(door.address());
-    let spice = door::Spice::open(&house).await?;
     let looking = async {
         loop {
             tokio::time::sleep(LOOK).await;
@@ -152,10 +152,7 @@ pub async fn serve(
     };
     let reloading = async {
         while reload.recv().await.is_some() {
-            if let Err(e) = spice.reload(&house) {
-                tracing::error!("the old certificate stays in use for screens: {e}");
-            }
-            match door.certificate().reload() {
+            match certificate.reload() {
                 Ok(()) => tracing::info!("the certificate was read again"),
                 Err(e) => tracing::error!("the old certificate stays in use: {e}"),
             }
@@ -172,6 +169,19 @@ pub async fn serve(
     house.sessions.end_all(End::Stopping);
     door.close().await;
     Ok(())
+}
+
+/// Each connection is a descriptor, and shells give their programs fewer than the system lets them have.
+fn allow_descriptors() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let Rlimit { maximum, .. } = getrlimit(Resource::Nofile);
+    let all = Rlimit {
+        current: maximum,
+        maximum,
+    };
+    if let Err(e) = setrlimit(Resource::Nofile, all) {
+        tracing::warn!("the number of open files stays limited: {e}");
+    }
 }
 
 /// The GitLab that people sign in with, where there is one.

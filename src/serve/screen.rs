@@ -18,7 +18,7 @@ use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-use super::session::{Channel, End, Session, Sessions};
+use super::session::{Channel, End, Full, Session, Sessions};
 use crate::console::backend::{Opened, from_descriptor};
 use crate::console::wire::Wire;
 use crate::console::{self, Admission, Backend, Denied, Door, Event, Kinds, Limits, Observer, Proxy, Whose};
@@ -33,6 +33,8 @@ const GOOD_FOR: Duration = Duration::from_secs(300);
 const PASSES: usize = 1000;
 /// Bytes between the proxy and a WebSocket, each way: a full screen's worth is several of these.
 const UNDER_WAY: usize = 256 << 10;
+/// For what was said last to reach a browser.
+const LAST_WORDS: Duration = Duration::from_secs(5);
 /// Bytes of a message to a browser.
 const PIECE: usize = 64 << 10;
 
@@ -72,7 +74,9 @@ impl Passes {
         let name: [u8; 32] = Sha256::digest(text).into();
         let mut out = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let (session, until) = out.remove(&name)?;
-        session.upgrade().filter(|_| until > now)
+        session
+            .upgrade()
+            .filter(|session| until > now && session.is_live())
     }
 }
 
@@ -81,9 +85,9 @@ fn name_of(session: &Session) -> String {
     format!("session-{}", session.number)
 }
 
-/// Which of our sessions one of the proxy's is.
-fn number_of(session: &console::Session) -> Option<u64> {
-    session.ticket.strip_prefix("session-")?.parse().ok()
+/// Which of our sessions the proxy means.
+fn number_of(name: &str) -> Option<u64> {
+    name.strip_prefix("session-")?.parse().ok()
 }
 
 /// Ends a session's viewers.
@@ -173,7 +177,10 @@ impl Desk {
         }
         let key = redeemed.job.key().clone();
         let opened = self.sessions.open(redeemed, from.ip()).map_err(unchecked)?;
-        let cookie = opened.map_err(|_| Denied::Used)?;
+        let cookie = opened.map_err(|full| match full {
+            Full::Ticket => Denied::Used,
+            Full::Host => Denied::Full,
+        })?;
         let session = self.sessions.of(cookie.reveal(), &key);
         let session = session.ok_or(Denied::MachineGone)?;
         let mut alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
@@ -214,28 +221,47 @@ struct Notes {
     sessions: Arc<Sessions>,
     /// Sessions that are a viewer's and nothing else: nobody comes back to them.
     alone: Arc<Mutex<HashSet<u64>>>,
-    /// By the proxy's number of a session, kind and number of a channel.
-    open: Mutex<HashMap<(u64, &'static str, u8), Channel>>,
+    /// By the proxy's numbers of a session and a channel.
+    open: Mutex<HashMap<(u64, u64), Channel>>,
+}
+
+impl Notes {
+    /// A session of which the proxy has nothing any more is over where it was that viewer's alone: its ticket may be used again.
+    fn gone(&self, name: &str) {
+        let Some(number) = number_of(name) else { return };
+        let mut alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
+        let was_alone = alone.remove(&number);
+        drop(alone);
+        if was_alone {
+            self.sessions.end_number(number, End::Left);
+        }
+    }
 }
 
 impl Observer for Notes {
     fn saw(&self, event: &Event<'_>) {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
+        let open = || self.open.lock().unwrap_or_else(PoisonError::into_inner);
         match event {
-            Event::ChannelOpened { session, kind, id } => {
-                if let Some(ours) = number_of(session).and_then(|number| self.sessions.by_number(number)) {
-                    let channel = self.sessions.channel(&ours, kind.name());
-                    open.insert((session.number, kind.name(), *id), channel);
+            Event::ChannelOpened {
+                session,
+                channel,
+                kind,
+                ..
+            } => {
+                let ours = number_of(&session.ticket).and_then(|number| self.sessions.by_number(number));
+                if let Some(ours) = ours {
+                    let opened = self.sessions.channel(&ours, kind.name());
+                    open().insert((session.number, *channel), opened);
                 }
             }
             Event::ChannelClosed {
                 session,
-                kind,
-                id,
+                channel,
                 carried,
                 ..
             } => {
-                if let Some(mut channel) = open.remove(&(session.number, kind.name(), *id)) {
+                let closed = open().remove(&(session.number, *channel));
+                if let Some(mut channel) = closed {
                     let size = |bytes: u64| usize::try_from(bytes).unwrap_or(usize::MAX);
                     channel.sent(size(carried.to_viewer));
                     channel.received(size(carried.to_machine));
@@ -244,12 +270,9 @@ impl Observer for Notes {
             Event::SessionOpened(_) => tracing::info!("screen: {event}"),
             Event::SessionClosed(session, _) => {
                 tracing::info!("screen: {event}");
-                let mut alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
-                let number = number_of(session).filter(|number| alone.remove(number));
-                drop(alone);
-                // Its ticket may be used again.
-                number.map(|number| self.sessions.end_number(number, End::Left));
+                self.gone(&session.ticket);
             }
+            Event::Unused { ticket } => self.gone(ticket),
             // Whoever knocks at the port can make as many as they like.
             Event::Refused { why, .. } => {
                 self.sessions.counts().refused(why);
@@ -263,7 +286,12 @@ impl Observer for Notes {
 pub(super) async fn serve(proxy: Arc<Proxy>, socket: WebSocket, from: SocketAddr) {
     let (near, far) = tokio::io::duplex(UNDER_WAY);
     // Not cut off in the middle: it sees the end of its stream, and closes what it has at the machine.
-    tokio::spawn(async move { proxy.serve(near, from).await });
+    let serving = tokio::spawn(async move { proxy.serve(near, from).await });
+    let ended = async {
+        // However it ended.
+        let _ = serving.await;
+        tokio::time::sleep(LAST_WORDS).await;
+    };
     let (mut from_proxy, mut to_proxy) = tokio::io::split(far);
     let (mut to_browser, mut from_browser) = socket.split();
     let out = async {
@@ -293,6 +321,7 @@ pub(super) async fn serve(proxy: Arc<Proxy>, socket: WebSocket, from: SocketAddr
     tokio::select! {
         () = out => {}
         () = back => {}
+        () = ended => {}
     }
 }
 
@@ -330,7 +359,39 @@ pub(super) fn viewer_file(
 
 #[cfg(test)]
 mod tests {
+    use super::super::tests::Place;
     use super::*;
+
+    #[test]
+    fn a_pass_is_good_once_and_ends_with_its_session_however_long_somebody_holds_that() {
+        let place = Place::new();
+        let session = place.session();
+        let (passes, now) = (Passes::default(), Instant::now());
+        let [one, two, three] = [(); 3].map(|()| passes.hand_out(&session, now).unwrap());
+        assert!(passes.take(one.reveal(), now).is_some());
+        assert!(passes.take(one.reveal(), now).is_none(), "used up");
+        assert!(passes.take(two.reveal(), now + GOOD_FOR).is_none(), "too late");
+        place.house.sessions.end(&session, End::Revoked);
+        assert!(passes.take(three.reveal(), now).is_none());
+    }
+
+    #[test]
+    fn a_viewer_who_gets_no_screen_leaves_the_tickets_place_free() {
+        let place = Place::new();
+        let session = place.session();
+        let notes = Notes {
+            sessions: Arc::clone(&place.house.sessions),
+            alone: Arc::default(),
+            open: Mutex::default(),
+        };
+        let name = name_of(&session);
+        let unused = Event::Unused { ticket: &name };
+        notes.saw(&unused);
+        assert!(session.is_live(), "it is a page's, too");
+        notes.alone.lock().unwrap().insert(session.number);
+        notes.saw(&unused);
+        assert!(!session.is_live());
+    }
 
     #[test]
     fn a_viewers_file_has_one_line_a_key_whatever_its_title_says() {

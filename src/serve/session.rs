@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::net::IpAddr;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -81,6 +81,8 @@ pub(super) struct Session {
     sent: AtomicU64,
     received: AtomicU64,
     end: watch::Sender<Option<End>>,
+    /// Whether the audit log has its end.
+    noted: AtomicBool,
 }
 
 /// What a list shows of a session.
@@ -174,6 +176,7 @@ impl Sessions {
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             end: watch::Sender::new(None),
+            noted: AtomicBool::new(false),
         });
         self.counts.sessions.add(1);
         self.audit.note(&Event::SessionOpened {
@@ -207,14 +210,7 @@ impl Sessions {
         if let Some(proxy) = self.screens.get().and_then(Weak::upgrade) {
             screen::end(&proxy, session, why);
         }
-        self.audit.note(&Event::SessionClosed {
-            session: session.number,
-            job: session.job.key(),
-            reason: &why.to_string(),
-            seconds: session.begin.elapsed().as_secs_f64(),
-            bytes_sent: session.sent.load(Ordering::Relaxed),
-            bytes_received: session.received.load(Ordering::Relaxed),
-        });
+        session.note_if_over(&self.audit);
     }
 
     /// Takes a ticket away that opens nothing any more, once nobody is there by it: those of sign-ins would pile up.
@@ -293,6 +289,30 @@ impl Sessions {
 }
 
 impl Session {
+    /// Has nobody ended it?
+    pub(super) fn is_live(&self) -> bool {
+        self.end.borrow().is_none()
+    }
+
+    /// Notes its end, once: when all its channels are closed, so that nothing is missing in what they carried.
+    fn note_if_over(&self, audit: &Audit) {
+        let why = *self.end.borrow();
+        let Some(why) = why.filter(|_| self.channels.load(Ordering::SeqCst) == 0) else {
+            return;
+        };
+        if self.noted.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        audit.note(&Event::SessionClosed {
+            session: self.number,
+            job: self.job.key(),
+            reason: &why.to_string(),
+            seconds: self.begin.elapsed().as_secs_f64(),
+            bytes_sent: self.sent.load(Ordering::Relaxed),
+            bytes_received: self.received.load(Ordering::Relaxed),
+        });
+    }
+
     fn is_over(&self, now: Instant) -> bool {
         let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let idle = self.channels.load(Ordering::Relaxed) == 0 && now.saturating_duration_since(last) > IDLE;
@@ -357,7 +377,6 @@ impl Channel {
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        self.session.channels.fetch_sub(1, Ordering::Relaxed);
         *self.session.last.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         self.audit.note(&Event::ChannelClosed {
             session: self.session.number,
@@ -366,6 +385,8 @@ impl Drop for Channel {
             bytes_sent: self.sent,
             bytes_received: self.received,
         });
+        self.session.channels.fetch_sub(1, Ordering::SeqCst);
+        self.session.note_if_over(&self.audit);
     }
 }
 
@@ -472,6 +493,35 @@ mod tests {
         assert!(holds(), "somebody is there by it");
         end(&two);
         assert!(!holds());
+    }
+
+    #[test]
+    fn a_sessions_end_is_noted_once_and_with_all_that_its_channels_carried() {
+        let mut place = Place::new(10);
+        let log = place._folder.path().join("audit.log");
+        place.sessions.audit = Arc::new(Audit::open(Some(&log)).unwrap());
+        let closed = || {
+            let text = std::fs::read_to_string(&log).unwrap();
+            let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
+            let closed = lines.filter(|line: &serde_json::Value| line["event"] == "session-closed");
+            closed.collect::<Vec<_>>()
+        };
+        let cookie = place.open(&place.ticket(1)).unwrap();
+        let session = place.sessions.of(cookie.reveal(), place.job.key()).unwrap();
+        let [mut one, mut two] = ["main", "display"].map(|name| place.sessions.channel(&session, name));
+        place.sessions.end(&session, End::Admin);
+        place.sessions.end(&session, End::Left);
+        // What a screen carried is known when it closes.
+        one.sent(1000);
+        drop(one);
+        two.received(7);
+        assert_eq!(closed().len(), 0);
+        drop(two);
+        let closed = closed();
+        assert_eq!(closed.len(), 1);
+        assert_eq!(closed[0]["bytes_sent"], 1000);
+        assert_eq!(closed[0]["bytes_received"], 7);
+        assert_eq!(closed[0]["reason"], End::Admin.to_string());
     }
 
     #[tokio::test]

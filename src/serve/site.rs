@@ -20,10 +20,11 @@
 use std::net::{IpAddr, SocketAddr};
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
+use axum::body::{Body, to_bytes};
 use axum::extract::ws::WebSocketUpgrade;
-use axum::extract::{DefaultBodyLimit, Request, State};
+use axum::extract::{Request, State};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, Uri, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
@@ -44,6 +45,8 @@ use crate::ticket::{self, Mode};
 const COOKIE: &str = "__Secure-cannery";
 /// No request has more to say.
 const LONGEST_BODY: usize = 4 << 10;
+/// It is here within this.
+const BODY: Duration = Duration::from_secs(20);
 /// A message from a browser: what somebody types, or a page of text that is pasted.
 const LONGEST_MESSAGE: usize = 256 << 10;
 /// Characters of a name that a page shows.
@@ -119,7 +122,6 @@ pub(super) fn router(house: Arc<House>) -> Router {
         .route("/assets/{name}", get(asset))
         .route("/healthz", get(async || "ok\n"))
         .merge(api::router())
-        .layer(DefaultBodyLimit::max(LONGEST_BODY))
         .layer(middleware::from_fn_with_state(Arc::clone(&house), gate))
         .with_state(house)
 }
@@ -130,7 +132,10 @@ async fn gate(State(house): State<Arc<House>>, request: Request, next: Next) -> 
     // Programs ask by whatever name they know, without cookies.
     let for_programs = path.starts_with("/api/") || matches!(path, "/metrics" | "/healthz");
     let mut response = if for_programs || is_ours(&house, request.method(), request.headers()) {
-        next.run(request).await
+        match whole(request).await {
+            Ok(request) => next.run(request).await,
+            Err(refused) => refused.into_response(),
+        }
     } else {
         Refused::new(
             StatusCode::FORBIDDEN,
@@ -164,6 +169,21 @@ async fn gate(State(house): State<Arc<House>>, request: Request, next: Next) -> 
         HeaderValue::from_static("same-origin"),
     );
     response
+}
+
+/// The request with all of its body: nobody who holds it back holds up anything else.
+pub(super) async fn whole(request: Request) -> Result<Request, Refused> {
+    let (head, body) = request.into_parts();
+    let bytes = tokio::time::timeout(BODY, to_bytes(body, LONGEST_BODY)).await;
+    let bytes = bytes.map_err(|_| {
+        let why = format!("the request was not here within {} s", BODY.as_secs());
+        Refused::new(StatusCode::REQUEST_TIMEOUT, why)
+    })?;
+    let bytes = bytes.map_err(|_| {
+        let why = format!("the request is broken, or longer than {LONGEST_BODY} bytes");
+        Refused::new(StatusCode::PAYLOAD_TOO_LARGE, why)
+    })?;
+    Ok(Request::from_parts(head, Body::from(bytes)))
 }
 
 fn is_ours(house: &House, method: &Method, headers: &HeaderMap) -> bool {

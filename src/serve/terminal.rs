@@ -27,6 +27,8 @@ const BEHIND: usize = 256;
 const LOOK: Duration = Duration::from_millis(300);
 /// The first message says how large the window is; a browser sends it at once.
 const FIRST_WORD: Duration = Duration::from_secs(5);
+/// For the reason of an end to be said.
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// The WebSocket's own code for "goes away" (RFC 6455, 7.4.1).
 const GOING_AWAY: u16 = 1001;
 
@@ -97,16 +99,18 @@ fn note(kind: &str, text: &str) -> Message {
     Message::text(serde_json::json!({ kind: text }).to_string())
 }
 
-/// Says why there is no more, and closes.
+/// Says why there is no more, and closes. Whoever does not listen is cut off.
 pub(super) async fn end(mut socket: WebSocket, why: &str) {
-    // Whoever is gone already does not hear it.
-    let _ = socket.send(note("end", why)).await;
-    let _ = socket
-        .send(Message::Close(Some(CloseFrame {
-            code: GOING_AWAY,
-            reason: "".into(),
-        })))
-        .await;
+    let close = Message::Close(Some(CloseFrame {
+        code: GOING_AWAY,
+        reason: "".into(),
+    }));
+    let words = async {
+        socket.send(note("end", why)).await?;
+        socket.send(close).await
+    };
+    // Whether anybody hears it makes no difference.
+    let _ = tokio::time::timeout(LAST_WORDS, words).await;
 }
 
 /// Serves a viewer who may type, until the shell, the session or the viewer ends.

@@ -13,14 +13,14 @@ const HERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
 const ELSEWHERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 2));
 
 /// A console that listens nowhere, and a job.
-struct Place {
+pub(super) struct Place {
     folder: tempfile::TempDir,
-    house: House,
+    pub(super) house: House,
     job: JobDir,
 }
 
 impl Place {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let folder = tempfile::tempdir().unwrap();
         let path = |name: &str| folder.path().join(name).display().to_string();
         let text = format!(
@@ -54,6 +54,14 @@ impl Place {
             Ok(_) => 204,
             Err(refused) => refused.0.as_u16(),
         }
+    }
+
+    /// The session that a ticket opens.
+    pub(super) fn session(&self) -> Arc<session::Session> {
+        let ticket = self.ticket();
+        let cookie = site::admit(&self.house, self.job.key(), ticket.reveal(), HERE, Instant::now());
+        let session = self.house.sessions.of(cookie.unwrap().reveal(), self.job.key());
+        session.unwrap()
     }
 
     fn audit_log(&self) -> String {
@@ -103,6 +111,24 @@ fn each_who_is_refused_a_screen_is_counted_once_and_nobody_is_named() {
     .map(count::Count::get)
     .to_vec();
     assert_eq!(refused, [1, 1, 2, 1, 1]);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_request_that_is_held_back_is_given_up_after_a_while() {
+    use axum::body::{Body, to_bytes};
+    let whole = async |body: Body| {
+        let request = axum::http::Request::post("/").body(body).unwrap();
+        let whole = site::whole(request).await;
+        whole
+            .map(|request| request.into_body())
+            .map_err(|refused| refused.0.as_u16())
+    };
+    let half = futures_util::stream::once(async { Ok::<_, std::io::Error>("{\"ticket\":") });
+    let half = futures_util::StreamExt::chain(half, futures_util::stream::pending());
+    assert_eq!(whole(Body::from_stream(half)).await.unwrap_err(), 408);
+    assert_eq!(whole(" ".repeat(5000).into()).await.unwrap_err(), 413);
+    let all = to_bytes(whole("{}".into()).await.unwrap(), 9).await.unwrap();
+    assert_eq!(all, b"{}"[..]);
 }
 
 #[tokio::test]

@@ -293,7 +293,11 @@ fn sweep(job: &JobDir, now: Timestamp) -> Result<(), Error> {
     Ok(())
 }
 
-fn is_live(job: &JobDir) -> Result<bool, Error> {
+/// Is the job here, and not being cleaned up?
+///
+/// # Errors
+/// The job's record cannot be read.
+pub fn is_live(job: &JobDir) -> Result<bool, Error> {
     Ok(job.read()?.is_some_and(|record| record.state != State::Cleaning))
 }
 

@@ -34,6 +34,8 @@ struct State {
     /// By user, in the project.
     roles: HashMap<u64, u32>,
     given_back: usize,
+    asked: usize,
+    in_trouble: bool,
 }
 
 /// A GitLab with users that are named by their numbers.
@@ -85,6 +87,16 @@ impl GitLab {
         format!("/oauth/callback?code={code}&state={}", query["state"])
     }
 
+    /// From now on it has troubles of its own.
+    pub fn gets_into_trouble(&self) {
+        self.state.lock().unwrap().in_trouble = true;
+    }
+
+    /// How many questions came.
+    pub fn asked(&self) -> usize {
+        self.state.lock().unwrap().asked
+    }
+
     /// How many tokens were given back.
     pub fn given_back(&self) -> usize {
         self.state.lock().unwrap().given_back
@@ -93,6 +105,10 @@ impl GitLab {
 
 impl State {
     fn answer(&mut self, seen: &Seen) -> Answer {
+        self.asked += 1;
+        if self.in_trouble {
+            return Answer::status(502);
+        }
         let form = String::from_utf8(seen.body.clone()).unwrap();
         let form = reqwest::Url::parse(&format!("https://x/?{form}")).unwrap();
         let form: HashMap<String, String> = form.query_pairs().into_owned().collect();
@@ -128,7 +144,10 @@ impl State {
             return Answer::status(400);
         };
         let proof = BASE64.encode(Sha256::digest(form["code_verifier"].as_bytes()));
-        if proof != code.challenge || form["redirect_uri"] != code.back || form["client_secret"] != SECRET {
+        if proof != code.challenge || form["redirect_uri"] != code.back {
+            return Answer::status(400);
+        }
+        if form["client_secret"] != SECRET {
             return Answer::status(401);
         }
         let token = format!("token-{}-of-{}", self.users.len() + self.given_back, code.user);

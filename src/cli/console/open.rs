@@ -53,7 +53,7 @@ pub(super) async fn run(
 ) -> Result<(), Failure> {
     let job = choose(settings, arguments.job.as_deref().unwrap_or_default())?;
     if arguments.serial {
-        return unless_interrupted(follow(&job)).await;
+        return until(interrupted()?, follow(&job)).await;
     }
     let machine = job.read()?.and_then(|record| record.machine);
     let machine = machine.ok_or_else(|| Failure::system(format!("job {} has no machine yet", job.key())))?;
@@ -72,24 +72,43 @@ pub(super) async fn run(
     };
     let by = whoami(context);
     let printing = arguments.print;
-    unless_interrupted(local(settings, &job, mode, by, async |local| {
-        if printing {
-            print(&local.file);
-            return std::future::pending().await;
-        }
-        view(settings, &machine, mode, &local).await
-    }))
+    let interrupted = interrupted()?;
+    // It ends within, so that the ticket is taken away again.
+    local(settings, &job, mode, by, async |local| {
+        let viewing = async {
+            if printing {
+                print(&local.file);
+                return std::future::pending().await;
+            }
+            view(settings, &machine, mode, &local).await
+        };
+        until(interrupted, viewing).await
+    })
     .await
 }
 
-/// Ctrl-C is how it ends, not a failure; what was opened is closed.
-async fn unless_interrupted(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+/// Ctrl-C and its like, from now on.
+fn interrupted() -> Result<impl Future<Output = ()>, Failure> {
     let listen = |kind| signal(kind).map_err(|e| Failure::system(format!("cannot listen for signals: {e}")));
     let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
+    let mut hangup = listen(SignalKind::hangup())?;
+    Ok(async move {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+    })
+}
+
+/// Ctrl-C is how it ends, not a failure.
+async fn until(
+    interrupted: impl Future<Output = ()>,
+    work: impl Future<Output = Result<(), Failure>>,
+) -> Result<(), Failure> {
     tokio::select! {
         result = work => result,
-        _ = interrupt.recv() => Ok(()),
-        _ = terminate.recv() => Ok(()),
+        () = interrupted => Ok(()),
     }
 }
 

@@ -131,6 +131,8 @@ function show(job) {
 
 const REFUSED = {
   stale: "This sign-in was not begun in this browser, or too long ago. Please try again.",
+  denied: "The sign-in was denied at GitLab.",
+  code: "GitLab does not know this sign-in any more. Please try again.",
   role: "Only Developers of the job's project and above may open its console.",
   gitlab: "GitLab did not answer as expected; the operator's log says more.",
   full: "There are as many console sessions as this host allows.",
