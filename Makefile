@@ -1,6 +1,6 @@
 # make              build target/release/cannery
 # make demo         run two jobs in virtual machines on this machine, from nothing
-# make demo-clean   remove what that made; the packages stay
+# make demo-clean   remove what that made; packages and build stay
 # make check        the quick checks: format, lints, quick tests, licences
 # make test         everything: set-up, check, and the tests that need libvirt, guests and registries
 # make bench        how long the stages take on this machine, with the demo's guest (docs/performance.md)
