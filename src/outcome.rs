@@ -219,7 +219,7 @@ impl From<guest::helper::Error> for Failure {
         match e {
             E::Ssh(e) => e.into(),
             E::Unreadable { .. } | E::NoProgram { .. } | E::NoPlace(_) => {
-                Failure::system(e.to_string()).hint("Mend guest.helper in the settings, or leave it out")
+                Failure::system(e.to_string()).hint("Correct guest.helper in the settings, or leave it out")
             }
         }
     }
@@ -229,7 +229,9 @@ impl From<crate::job::Error> for Failure {
     fn from(e: crate::job::Error) -> Self {
         use crate::job::Error as E;
         match &e {
-            E::Variable { .. } => Failure::author(e.to_string()).hint("Mend the variable in .gitlab-ci.yml"),
+            E::Variable { .. } => {
+                Failure::author(e.to_string()).hint("Correct the variable in .gitlab-ci.yml")
+            }
             E::NotARunner(_) => {
                 Failure::system(e.to_string()).hint("docs/install.md shows how to point gitlab-runner at it")
             }
@@ -248,30 +250,30 @@ impl From<image::Error> for Failure {
         match e {
             E::NotFound { .. } => author.hint("Is the name right, and was the tag pushed?"),
             E::Denied { .. } => {
-                author.hint("Give the job credentials for it in DOCKER_AUTH_CONFIG, or ask for access to its project")
+                author.hint("Give the job credentials for it in DOCKER_AUTH_CONFIG, log in with `cannery login` on the runner's host, or ask for access to its project")
             }
             E::Malformed { .. } | E::Unsupported { .. } => {
-                author.hint("It must be a containerDisk or a plain qcow2 or raw artifact; docs/install.md says what an image needs")
+                author.hint("docs/images.md lists the formats that are read")
             }
             E::WrongPlatform { .. } => author.hint("Build the image for this platform, or choose another runner by its tags"),
             E::TooLarge { .. } => author.hint("Build a smaller image, or ask the runner's operator to raise images.max_disk"),
             E::Hostile { .. } => author.hint("Build the image anew, from a disk that you trust"),
-            E::Label { .. } => author.hint("Mend the label where the image is built"),
+            E::Label { .. } => author.hint("Correct the label where the image is built"),
             E::AgainstRule { rule: "require_digest", .. } => author.hint("Name the image as repository@sha256:…"),
             E::AgainstRule { .. } => author.hint("Use an image that the runner's operator has signed, or ask for its signature"),
-            E::KeyFile { .. } => system.hint("Mend signed_by in the settings"),
+            E::KeyFile { .. } => system.hint("Correct signed_by in the settings"),
             E::NotCached { .. } | E::NotGranted { .. } => author.hint("Use the pull policy if-not-present or always"),
             E::NotHere { .. } => system.hint("`cannery image list` shows those that are"),
             E::Credentials(e) => match e.origin() {
                 Origin::JobGiven => author.hint("It must be a docker config.json with plain \"auths\""),
-                Origin::Host => system.hint("Mend the file in images.auth_files, or what its credential helper needs"),
+                Origin::Host => system.hint("Correct the file in images.auth_files, or what its credential helper needs"),
             },
             E::Unreachable { .. } => system.hint("Is the registry up, and does images.plain_http, images.ca_files or images.private_registries need an entry for it?"),
             E::Corrupt { .. } => system.hint("Something between the registry's storage and this host changes data; push the image again if it stays so"),
-            E::DiskFull { .. } => system.hint("Make room on the store's file system"),
+            E::DiskFull { .. } => system.hint("`cannery image prune --all` removes the images that nothing uses; images.keep_free says what must stay free"),
             E::WaitedTooLong { .. } => system.hint("Look at the other job; the next try begins anew"),
-            E::CaFile { .. } => system.hint("Mend images.ca_files in the settings"),
-            E::ClientCertificate { .. } => system.hint("Mend client_cert and client_key in the settings' table for this registry"),
+            E::CaFile { .. } => system.hint("Correct the file, or its name in images.ca_files or the registry's ca_file"),
+            E::ClientCertificate { .. } => system.hint("Correct client_cert and client_key in the settings' table for this registry"),
             E::ScopeMissing { .. } => author.hint("Log in with cannery login as somebody who may push there"),
             E::LoginRefused { .. } => author.hint("Is the password right? Some registries want a token instead"),
             E::Refused { .. } => author.hint("The registry's own log says more"),
@@ -304,8 +306,12 @@ impl From<machine::libvirt::Error> for Failure {
 
 impl From<machine::network::Error> for Failure {
     fn from(e: machine::network::Error) -> Self {
+        use machine::network::{Error as E, firewall};
         match e {
-            machine::network::Error::Libvirt(e) => e.into(),
+            E::Libvirt(e) => e.into(),
+            e @ E::Firewall(firewall::Error::Tool(_)) => {
+                Failure::system(e.to_string()).hint("Install nftables")
+            }
             e => Failure::system(e.to_string()),
         }
     }
@@ -389,7 +395,7 @@ impl From<guest::introduction::IntroductionError> for Failure {
         use guest::introduction::IntroductionError as E;
         match e {
             E::User(_) => Failure::author(e.to_string())
-                .hint("Mend image:docker:user, or the image's io.cannery.user label"),
+                .hint("Correct image:docker:user, or the image's io.cannery.user label"),
             E::Hostname(_) | E::MachineId(_) => Failure::system(e.to_string()),
         }
     }

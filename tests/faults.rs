@@ -318,7 +318,7 @@ fn what_is_no_image_of_a_machine_is_refused() {
         (
             "container",
             Image::container_disk(&ordinary.bytes(), OCI_TAR),
-            &["containerDisk"][..],
+            &["docs/images.md"][..],
         ),
         (
             "hostile",

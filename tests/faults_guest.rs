@@ -209,9 +209,10 @@ fn a_disk_that_fills_up_fails_the_job_that_fills_it_and_no_other() {
     );
     host.write_settings(&text);
     let full = Stages::new(&host, &big.reference("vm"));
-    let call = full
-        .prepare()
-        .failed(SYSTEM_FAILURE, &["No room for", "bytes are needed", "Make room"]);
+    let call = full.prepare().failed(
+        SYSTEM_FAILURE,
+        &["No room for", "bytes are needed", "image prune --all"],
+    );
     println!("{}", call.last_line());
     full.cleanup().ok();
     assert_eq!(

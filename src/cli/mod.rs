@@ -119,7 +119,7 @@ impl Context {
         if let Some(log) = &settings.log {
             report::start_operator_log(log, &settings.state_dir).map_err(|e| {
                 Failure::system(format!("cannot write the log file {}: {e}", log.file.display()))
-                    .hint("Mend log_file and log_filter in the settings; a log that root began is for the state folder's group to write")
+                    .hint("Correct log_file and log_filter in the settings; a log that root began is for the state folder's group to write")
             })?;
         }
         Ok(settings)

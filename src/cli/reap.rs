@@ -2,10 +2,12 @@ use super::{Context, print};
 use crate::outcome::Failure;
 use crate::reap;
 
-/// Remove what no runner will come back for: machines, overlays, slots, half-fetched images, old history
+/// Remove what no runner will come back for: machines, overlays, slots, half-fetched images
+///
+/// Images and history that the settings no longer keep go as well.
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// Only say what would be removed
+    /// Only say what would be removed of jobs; images and history are not looked at
     #[arg(long)]
     dry_run: bool,
 }

@@ -151,7 +151,8 @@ impl Images {
     }
 
     /// Removes what was used least recently until so many bytes are freed, and all together with `coming` bytes more take no
-    /// more than `max_size`. Nothing goes if that cannot be reached. How many bytes were freed.
+    /// more than `max_size`. Nothing goes if so many bytes cannot be freed; `max_size` is no hard limit, for which all goes that may
+    /// go. How many bytes were freed.
     ///
     /// # Errors
     /// As for [`Images::plan`] and [`Images::remove`].

@@ -62,7 +62,7 @@ impl End<'_> {
     }
 }
 
-/// What the job's author is told: until when, and who gets in how: by the page where there is a console, else through an admin.
+/// What the job's author is told: until when, and who gets in how: by the page where there is a console, else through the operator.
 pub(super) fn sentence(console: Option<&ConsoleSettings>, key: &JobKey, until: Timestamp) -> String {
     let way = match console {
         Some(console) => {
@@ -73,7 +73,7 @@ pub(super) fn sentence(console: Option<&ConsoleSettings>, key: &JobKey, until: T
             };
             format!("Its console: {}{link}", console.page(key))
         }
-        None => format!("An administrator of this runner enters it with: cannery vm ssh {key}"),
+        None => format!("The runner's operator enters it with: cannery vm ssh {key}"),
     };
     format!(
         "cannery: the machine of this job stays until {} for a look at it. {way}",

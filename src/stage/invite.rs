@@ -48,7 +48,7 @@ pub(super) fn lines(console: &ConsoleSettings, job: &JobDir, protected: Option<b
     }
     let who = match &console.gitlab {
         Some(_) => "for Developers of the project and above",
-        None => "ask an admin of this runner for a ticket",
+        None => "ask the runner's operator for a ticket",
     };
     let why = why.map_or(String::new(), |why| format!("; {why}"));
     vec![format!("Console: {page} ({who}{why}).")]
@@ -98,7 +98,7 @@ pub(super) mod tests {
         let folder = tempfile::tempdir().unwrap();
         let job = job(folder.path());
         for (line, protected, part) in [
-            ("", Some(false), "ask an admin of this runner for a ticket)."),
+            ("", Some(false), "ask the runner's operator for a ticket)."),
             ("access = \"ticket\"", Some(false), "for a ticket)."),
             (GITLAB, Some(false), "(for Developers of the project and above)."),
             (

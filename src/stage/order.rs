@@ -83,7 +83,7 @@ pub(super) fn host_credentials(settings: &ImageSettings) -> Result<Credentials, 
     for file in settings.auth_files.iter().filter(|f| f.exists()) {
         let cannot = |e: &dyn std::fmt::Display| {
             Failure::system(format!("the auth file {} cannot be used: {e}", file.display()))
-                .hint("Mend it, or name another in images.auth_files")
+                .hint("Correct it, or name another in images.auth_files")
         };
         let text = std::fs::read_to_string(file).map_err(|e| cannot(&e))?;
         let of_host = Credentials::from_docker_config(&text, Origin::Host).map_err(|e| cannot(&e))?;
@@ -100,7 +100,7 @@ fn reference(job: &Job, settings: &ImageSettings) -> Result<Reference, Failure> 
         }),
         (None, Some(name)) => name
             .parse()
-            .map_err(|e| Failure::system(format!("images.default: {e}")).hint("Mend it in the settings")),
+            .map_err(|e| Failure::system(format!("images.default: {e}")).hint("Correct it in the settings")),
         (None, None) => Err(
             Failure::author("the job names no image, and this runner has no default image")
                 .hint("Add image: to the job in .gitlab-ci.yml"),

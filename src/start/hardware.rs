@@ -111,7 +111,7 @@ fn describe(
     };
     description.check().map_err(|e: description::Error| {
         Failure::system(format!("the machine cannot be described: {e}"))
-            .hint("Mend the machine table in the settings")
+            .hint("Correct the machine table in the settings")
     })?;
     Ok(description)
 }

@@ -48,9 +48,10 @@ pub(super) fn choose<'a>(all: &'a [Held], word: &str) -> Result<Chosen<'a>, Fail
         several => {
             let digests: Vec<String> = several.iter().map(|held| held.digest.to_string()).collect();
             Err(Failure::system(format!(
-                "the image {word} is not unmistakable: it may be {}",
+                "the image {word} is ambiguous: it may be {}",
                 digests.join(", ")
-            )))
+            ))
+            .hint("Give more digits of the digest"))
         }
     }
 }
@@ -111,7 +112,7 @@ mod tests {
         assert!(choose(&all, "debian").unwrap().name.is_some());
         assert!(choose(&all, "abcd1").unwrap().name.is_none());
         for (word, part) in [
-            ("sha256:abcd", "not unmistakable"),
+            ("sha256:abcd", "is ambiguous"),
             ("r.example.com/vm:2", "no image"),
             ("abc", "no image"),
             ("", "no image"),

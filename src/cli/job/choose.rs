@@ -11,7 +11,7 @@ pub(in crate::cli) enum Unclear {
     #[error("no job \"{0}\" is here or remembered")]
     None(String),
     /// There are several.
-    #[error("job \"{0}\" is not unmistakable: it may be {1}")]
+    #[error("job \"{0}\" is ambiguous: it may be {1}")]
     Several(String, String),
 }
 
@@ -102,7 +102,7 @@ mod tests {
         let several = choose("70").unwrap_err();
         assert_eq!(
             several.to_string(),
-            "job \"70\" is not unmistakable: it may be aaaa1111-70, bbbb2222-70"
+            "job \"70\" is ambiguous: it may be aaaa1111-70, bbbb2222-70"
         );
         assert_eq!(
             choose("aaaa"),

@@ -19,10 +19,10 @@ pub(in crate::cli) fn choose<'a>(all: &'a [JobDir], name: &str) -> Result<&'a Jo
         .hint("`cannery vm list` shows those that have")),
         several => {
             let keys: Vec<String> = several.iter().map(|j| j.key().to_string()).collect();
-            Err(Failure::system(format!(
-                "job {name} is not unmistakable: it may be {}",
-                keys.join(", ")
-            )))
+            Err(
+                Failure::system(format!("job {name} is ambiguous: it may be {}", keys.join(", ")))
+                    .hint("Name the job as `cannery vm list` shows it"),
+            )
         }
     }
 }

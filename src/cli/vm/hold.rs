@@ -10,7 +10,7 @@ use crate::report;
 /// Let a machine stay when its job is over, however it ends, or stay for longer
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Arguments {
-    /// A job as `vm list` shows it, or its number where it is unmistakable
+    /// A job as `vm list` shows it, or its number where only one job has it
     #[arg(value_name = "JOB")]
     job: String,
     /// For how long from now

@@ -8,7 +8,7 @@ use crate::record::{Jobs, State};
 /// Let a machine go that is held: at once if its job is over, else with its job
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Arguments {
-    /// A job as `vm list` shows it, or its number where it is unmistakable
+    /// A job as `vm list` shows it, or its number where only one job has it
     #[arg(value_name = "JOB")]
     job: String,
 }

@@ -8,7 +8,7 @@ use crate::record::Jobs;
 /// Remove machines at once, whatever runs in them; their jobs fail
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Arguments {
-    /// Jobs as `vm list` shows them, or job numbers where they are unmistakable
+    /// Jobs as `vm list` shows them, or numbers that only one job has
     #[arg(required = true, value_name = "JOB")]
     jobs: Vec<String>,
 }

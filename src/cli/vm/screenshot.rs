@@ -10,7 +10,7 @@ use crate::record::Jobs;
 /// Write a picture of a machine's screen, as PNG
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Arguments {
-    /// A job as `vm list` shows it, or its number where it is unmistakable
+    /// A job as `vm list` shows it, or its number where only one job has it
     #[arg(value_name = "JOB")]
     job: String,
     /// The file to write, `-` for standard output [default: JOB.png]

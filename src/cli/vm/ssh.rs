@@ -17,7 +17,7 @@ use crate::record::{self, Entry, Guest, JobDir, JobKey, Jobs};
 /// The exit code is that of ssh: the command's own, or 255 where there was no connection.
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Arguments {
-    /// A job as `vm list` shows it, or its number where it is unmistakable
+    /// A job as `vm list` shows it, or its number where only one job has it
     #[arg(value_name = "JOB")]
     job: String,
     /// What to run instead of a shell

@@ -87,7 +87,8 @@ impl std::fmt::Display for Reason {
 /// Removes images for one that is coming. The store asks; only others know which images are in use.
 pub trait MakeRoom: std::fmt::Debug + Send + Sync {
     /// Removes images until `lacking` bytes are free beyond those that are, and all images with `coming` bytes more are within
-    /// the operator's budget. Nothing goes if that cannot be reached. How many bytes were freed.
+    /// the operator's budget. Nothing goes if so many bytes cannot be freed; the budget is no hard limit, for which all goes that may
+    /// go. How many bytes were freed.
     fn make_room(&self, coming: u64, lacking: u64) -> Pin<Box<dyn Future<Output = u64> + Send + '_>>;
 }
 
