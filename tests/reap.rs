@@ -9,6 +9,7 @@ use std::fs;
 use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -67,6 +68,25 @@ fn what_no_runner_comes_back_for_is_taken_and_what_one_may_is_left() {
     let next = Stages::new(&host, &image);
     killed(&mut next.command(&["prepare"]), Point::JobBegun, 1);
     next.cleanup().ok();
+    assert_eq!(host.leftovers(), kept);
+    // A reaper that does not see the runner's files, as in a unit with a /tmp of its own.
+    let reap = host.command(&["reap"]);
+    let mut elsewhere = Command::new("unshare");
+    elsewhere.args([
+        "--mount",
+        "sh",
+        "-ec",
+        "mount -t tmpfs none \"$1\"; shift; exec \"$@\"",
+        "-",
+    ]);
+    elsewhere.arg(living.file("response.json").parent().unwrap());
+    elsewhere.arg(reap.get_program()).args(reap.get_args());
+    let said = elsewhere.output().unwrap();
+    assert_eq!(
+        String::from_utf8_lossy(&said.stdout),
+        "Nothing to remove.\n",
+        "{said:?}"
+    );
     assert_eq!(host.leftovers(), kept);
     fs::remove_file(living.file("response.json")).unwrap();
     let said = host.expect(&["reap", "--dry-run"]);

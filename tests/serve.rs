@@ -332,7 +332,7 @@ async fn the_api_wants_its_secret_and_lists_ends_mints_and_counts() {
     let path = format!("/api/sessions/{}", list[0]["session"]);
     assert_eq!(browser.ask(Method::DELETE, &path, &api, None).await.status(), 204);
     let (text, ended) = read_until(&mut socket, "").await;
-    assert!(ended && text.contains("an admin"), "{text}");
+    assert!(ended && text.contains("the host's operator"), "{text}");
     assert_eq!(browser.ask(Method::DELETE, &path, &api, None).await.status(), 404);
 }
 

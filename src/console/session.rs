@@ -50,7 +50,7 @@ pub enum End {
     #[error("the machine is gone, and its console with it")]
     MachineGone,
     /// The ticket was revoked, or an admin ended the session.
-    #[error("this console session was ended by an administrator")]
+    #[error("this console session was ended by the operator")]
     Revoked,
     /// The proxy is being stopped.
     #[error("the console service is being stopped; try again later")]

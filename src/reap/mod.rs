@@ -372,11 +372,24 @@ fn known(key: JobKey, record: Record) -> Found {
         key,
         caller_alive: record.caller.is_alive(),
         rebooted: record.caller.was_before_this_boot(),
-        session_over: is_gone(&record.session),
+        session_over: is_over(&record),
         machine_gone: false,
         foreign: false,
         record: Some(record),
     }
+}
+
+/// Has the runner removed the file that it keeps for as long as a job takes? Where it lives and sees other files than this process
+/// does, as with a `/tmp` of its own, what it sees counts.
+fn is_over(record: &Record) -> bool {
+    if !is_gone(&record.session) {
+        return false;
+    }
+    let of = |process: &str| std::fs::read_link(format!("/proc/{process}/ns/mnt")).ok();
+    let caller = record.caller.pid.to_string();
+    let elsewhere = record.caller.is_alive() && of(&caller).is_some_and(|theirs| Some(theirs) != of("self"));
+    let path = record.session.strip_prefix("/").unwrap_or(&record.session);
+    !elsewhere || is_gone(&Path::new("/proc").join(caller).join("root").join(path))
 }
 
 /// Removes a folder that never became a job's, whoever is quicker.

@@ -191,7 +191,8 @@ fn gitlab(console: &ConsoleSettings) -> Result<Option<GitLab>, Failure> {
         .clone()
         .map(|gitlab| GitLab::new(gitlab, &console.origin()));
     gitlab.transpose().map_err(|why| {
-        Failure::system(why).hint("Mend console.gitlab_secret_file or console.gitlab_ca_file in the settings")
+        Failure::system(why)
+            .hint("Correct console.gitlab_secret_file or console.gitlab_ca_file in the settings")
     })
 }
 

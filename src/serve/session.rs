@@ -46,7 +46,7 @@ impl fmt::Display for End {
         f.write_str(match self {
             End::Left => "you have left",
             End::Revoked => "the machine is gone, or the ticket was taken away",
-            End::Admin => "an admin has ended this session",
+            End::Admin => "the host's operator has ended this session",
             End::Time => "the session's time is over",
             End::Stopping => "the console is being restarted",
         })

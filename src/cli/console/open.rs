@@ -26,7 +26,7 @@ const LOOK: Duration = Duration::from_millis(200);
 #[derive(Debug, clap::Args)]
 #[group(skip)]
 pub(super) struct Arguments {
-    /// The job, as `vm list` shows it, or its number where that is unmistakable
+    /// The job, as `vm list` shows it, or its number where only one job has it
     #[arg(value_name = "JOB", required = true)]
     job: Option<String>,
     /// Let the viewer see, but not type

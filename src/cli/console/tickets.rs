@@ -13,7 +13,7 @@ use crate::ticket::{self, Grant, Mode, TicketId};
 /// Mint a ticket for a job's machine and print the address that opens its console
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct TicketArguments {
-    /// The job, as `vm list` shows it, or its number where that is unmistakable
+    /// The job, as `vm list` shows it, or its number where only one job has it
     #[arg(value_name = "JOB")]
     job: String,
     /// Let its bearer see, but not type
@@ -41,7 +41,7 @@ pub(in crate::cli) struct ListArguments {
 /// Take tickets away, which ends the sessions that they opened
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct EndArguments {
-    /// The job, as `vm list` shows it, or its number where that is unmistakable
+    /// The job, as `vm list` shows it, or its number where only one job has it
     #[arg(value_name = "JOB")]
     job: String,
     /// One ticket, as `console list` shows it, instead of all of the job's
