@@ -361,7 +361,7 @@ fn a_call_whose_process_group_was_made_outside_of_its_container_is_its_parents()
     inside.args(["--pid", "--fork", "--mount-proc", "--"]);
     inside.arg(prepare.get_program()).args(prepare.get_args());
     job.surround(&mut inside);
-    finished(&mut inside).failed(BUILD_FAILURE, &["text"]);
+    finished(&mut inside).failed(BUILD_FAILURE, &["is refused: its disk has an impossible size"]);
     job.cleans_up();
 }
 

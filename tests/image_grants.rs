@@ -273,6 +273,28 @@ fn who_only_knows_the_digest_of_a_private_image_gets_it_from_nowhere_else() {
             .unwrap_err();
         assert!(matches!(error, Error::Corrupt { .. }), "{reference}: {error}");
     }
+    // Nor by a file that the operator lets jobs name, or a web server, behind which that digest is written.
+    let other = bench.dir.path().join("other.img");
+    std::fs::write(&other, [raw_disk(), raw_disk()].concat()).unwrap();
+    let sum = format!("#sha256={}", disk.digest.hex());
+    for reference in [
+        format!("file://{}{sum}", other.display()),
+        format!("http://127.0.0.1:9/disk.img{sum}"),
+    ] {
+        for policy in [PullPolicy::Never, PullPolicy::IfNotPresent, PullPolicy::Always] {
+            let evil = Job::of("grp/evil", Credentials::none()).policy(policy);
+            let error = bench.ask(&reference, &evil).unwrap_err();
+            assert!(!error.to_string().is_empty(), "{reference} {policy:?}");
+        }
+    }
+    // What is in such a file is everybody's who may name it.
+    let own = format!("file://{}", other.display());
+    for cached in [false, true] {
+        let disk = bench
+            .ask(&own, &Job::of("grp/evil", Credentials::none()))
+            .unwrap();
+        assert_eq!(disk.from_cache, cached);
+    }
     // Once it really has them, they are no secret of the first's: nothing is fetched twice for keeps, and everybody may have it.
     std::fs::write(evil.blob(&layer), honest).unwrap();
     let proved = bench

@@ -25,18 +25,21 @@ impl Pull<'_> {
         else {
             return Ok(true);
         };
+        let place = self.request.reference.place();
+        let standing = self.store.standing(digest, &place)?;
+        if standing == Standing::Public {
+            return Ok(true);
+        }
+        // A file and a web server ask nobody for a login: what came from there is everybody's, and what did not is none of theirs,
+        // though a job may write its digest behind their names.
         let Reference::Registry {
             registry, repository, ..
         } = &self.request.reference
         else {
-            // The operator lists which folders a job may name.
-            return Ok(true);
+            return Ok(false);
         };
-        let place = self.request.reference.place();
-        match self.store.standing(digest, &place)? {
-            Standing::Public => return Ok(true),
-            Standing::Elsewhere => return Ok(false),
-            Standing::Private => {}
+        if standing == Standing::Elsewhere {
+            return Ok(false);
         }
         let login = self.request.credentials.find(registry, repository).await?;
         let plea = Plea {
@@ -122,9 +125,7 @@ impl Pull<'_> {
         manifest: &Manifest,
     ) -> Result<(), Error> {
         let place = self.request.reference.place();
-        if !matches!(source, Source::Registry(_))
-            || self.store.standing(digest, &place)? != Standing::Elsewhere
-        {
+        if self.store.standing(digest, &place)? != Standing::Elsewhere {
             return Ok(());
         }
         let meter = Arc::new(Meter::default());
@@ -148,10 +149,11 @@ impl Pull<'_> {
 
     /// Remembers that all bytes of an image came from this source.
     pub(super) async fn note_origin(&self, source: &Source, digest: &Digest) -> Result<(), Error> {
-        if let Source::Registry(session) = source {
-            let (place, anonymous) = (self.request.reference.place(), session.is_anonymous().await);
-            self.store.note_origin(digest, &place, anonymous)?;
-        }
-        Ok(())
+        let public = match source {
+            Source::Registry(session) => session.is_anonymous().await,
+            _ => true,
+        };
+        self.store
+            .note_origin(digest, &self.request.reference.place(), public)
     }
 }

@@ -282,13 +282,19 @@ impl Pull<'_> {
             work: Arc::clone(work),
         };
         let committed = tokio::task::spawn_blocking(move || finished.commit()).await;
-        committed.unwrap_or_else(|panic| match panic.try_into_panic() {
+        let committed = committed.unwrap_or_else(|panic| match panic.try_into_panic() {
             Ok(panic) => std::panic::resume_unwind(panic),
             Err(error) => Err(Error::Storage {
                 path: self.store.disk_dir(digest),
                 source: std::io::Error::other(error),
             }),
-        })?;
+        });
+        if let Err(error) = committed {
+            if !self.store.disk_dir(digest).exists() {
+                self.store.forget_traces(digest)?;
+            }
+            return Err(error);
+        }
         self.progress.event(Event::Verified { digest });
         let mut disk = self.here(digest).await?.ok_or_else(|| Error::Storage {
             path: self.store.disk_dir(digest),

@@ -231,6 +231,7 @@ impl<'a, R: Read> Archive<'a, R> {
         if data.len() as u64 != size {
             return Err(self.malformed("ends in a header"));
         }
+        self.charge(size)?;
         self.padding = (BLOCK as u64 - size % BLOCK as u64) % BLOCK as u64;
         Ok(data)
     }
@@ -288,6 +289,7 @@ impl<'a, R: Read> Archive<'a, R> {
     }
 
     fn read_block(&mut self) -> Result<Option<[u8; BLOCK]>, Error> {
+        self.charge(BLOCK as u64)?;
         let mut block = [0; BLOCK];
         let mut filled = 0;
         while filled < BLOCK {
@@ -305,10 +307,7 @@ impl<'a, R: Read> Archive<'a, R> {
     /// Passes over what is left of the current entry.
     fn skip(&mut self) -> Result<(), Error> {
         let left = self.body + self.padding;
-        self.idle = self
-            .idle
-            .checked_sub(self.body)
-            .ok_or_else(|| self.hostile(Hostility::Bomb))?;
+        self.charge(left)?;
         let skipped = io::copy(&mut (&mut self.inner).take(left), &mut io::sink())
             .map_err(|error| unreadable(self.image, error))?;
         // An archive may end without the padding of its last entry, never inside of it.
@@ -316,6 +315,13 @@ impl<'a, R: Read> Archive<'a, R> {
             return Err(self.malformed("ends in an entry"));
         }
         (self.body, self.padding) = (0, 0);
+        Ok(())
+    }
+
+    /// Counts bytes that are read and are of no use: headers, padding and entries that nobody wants.
+    fn charge(&mut self, bytes: u64) -> Result<(), Error> {
+        let left = self.idle.checked_sub(bytes);
+        self.idle = left.ok_or_else(|| self.hostile(Hostility::Bomb))?;
         Ok(())
     }
 

@@ -232,7 +232,9 @@ impl Store {
     /// # Errors
     /// [`Error::Storage`].
     pub fn tidy(&self) -> Result<(), Error> {
-        let here: BTreeSet<Digest> = self.digests()?.into_iter().collect();
+        let mut here: BTreeSet<Digest> = self.digests()?.into_iter().collect();
+        // What is just being made has its notes before it can be seen.
+        here.extend(entries(&self.dir.join("unsynced"))?.iter().filter_map(digest_of));
         self.forget_names(|digest| here.contains(digest))?;
         for part in ["used", "damaged", "origins"] {
             for entry in entries(&self.dir.join(part))? {
@@ -245,7 +247,7 @@ impl Store {
     }
 
     /// What is noted about an image beside its folder.
-    fn forget_traces(&self, digest: &Digest) -> Result<(), Error> {
+    pub(in crate::image) fn forget_traces(&self, digest: &Digest) -> Result<(), Error> {
         for part in ["used", "damaged", "origins"] {
             remove(&self.dir.join(part).join(digest.hex()))?;
         }

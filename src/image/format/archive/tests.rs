@@ -201,6 +201,50 @@ fn broken_and_huge_headers_are_refused() {
     assert!(matches!(read(&bomb), Err(Error::TooLarge { .. })));
 }
 
+/// The same bytes again and again.
+struct Endless {
+    piece: Vec<u8>,
+    at: usize,
+    given: u64,
+}
+
+impl Read for &mut Endless {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let rest = &self.piece[self.at..];
+        let count = rest.len().min(buffer.len());
+        buffer[..count].copy_from_slice(&rest[..count]);
+        self.at = (self.at + count) % self.piece.len();
+        self.given += count as u64;
+        Ok(count)
+    }
+}
+
+#[test]
+fn an_archive_of_headers_alone_has_an_end() {
+    const IDLE: u64 = 1 << 20;
+    let extension = [
+        head("p", EntryType::XHeader, 100_000),
+        body(&vec![0; 100_000]),
+        head("x", EntryType::Regular, 0),
+    ];
+    for piece in [head("x", EntryType::Regular, 0), extension.concat()] {
+        let mut endless = Endless {
+            piece,
+            at: 0,
+            given: 0,
+        };
+        let mut archive = Archive::new(&mut endless, "vm", IDLE);
+        let error = loop {
+            if let Err(error) = archive.next() {
+                break error;
+            }
+        };
+        let bomb = Hostility::Bomb;
+        assert!(matches!(error, Error::Hostile { class, .. } if class == bomb));
+        assert!(endless.given <= IDLE + EXTENSION_MAX, "{}", endless.given);
+    }
+}
+
 #[test]
 fn sparse_files_are_told_apart_from_plain_ones() {
     let old = head("s", EntryType::GNUSparse, 0);
