@@ -2,7 +2,7 @@ use clap::ValueEnum;
 
 use super::{reference, shown};
 use crate::cli::{Context, print, print_json};
-use crate::image::{Asker, Digest, PullPolicy, Reference, Sight, Store};
+use crate::image::{Asker, Digest, PullPolicy, Reference, Request, Requirements, Sight, Store};
 use crate::outcome::Failure;
 use crate::report::{bytes, plain, table};
 use crate::stage::images;
@@ -39,6 +39,11 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     let credentials = images::credentials(&settings)?;
     let policies = vec![PullPolicy::Always];
     let request = images::request(&settings, reference, policies, credentials, Asker::Operator)?;
+    // Whoever is to name a digest must be able to learn it; nothing is fetched that a rule could be about.
+    let request = Request {
+        requirements: Requirements::default(),
+        ..request
+    };
     let sight = store.look(&request).await?;
     if arguments.raw || arguments.image_config {
         let text = if arguments.raw {

@@ -143,9 +143,10 @@ pub(super) enum Class {
 }
 
 /// Metadata services of clouds that are at addresses of other classes.
-const METADATA: [IpAddr; 3] = [
+const METADATA: [IpAddr; 4] = [
     IpAddr::V4(Ipv4Addr::new(100, 100, 100, 200)),
     IpAddr::V4(Ipv4Addr::new(192, 0, 0, 192)),
+    IpAddr::V4(Ipv4Addr::new(168, 63, 129, 16)),
     IpAddr::V6(Ipv6Addr::new(0xfd00, 0xec2, 0, 0, 0, 0, 0, 0x254)),
 ];
 
@@ -391,6 +392,7 @@ mod tests {
             ("169.254.169.254", Class::Local),
             ("100.100.100.200", Class::Local),
             ("192.0.0.192", Class::Local),
+            ("168.63.129.16", Class::Local),
             ("224.0.0.1", Class::Local),
             ("255.255.255.255", Class::Local),
             ("::", Class::Local),
