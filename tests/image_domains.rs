@@ -10,8 +10,10 @@ mod support;
 
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 
+use cannery::kill::Point;
 use support::desk::Desk;
 
 const URI: &str = "qemu:///system";
@@ -186,4 +188,158 @@ fn a_machine_whose_disk_cannot_be_taken_is_refused_with_what_to_do() {
         assert!(said.contains(part), "{said}");
         drop(machine);
     }
+}
+
+/// How a process that was killed shows.
+const KILLED: i32 = 9;
+
+/// Calls cannery, which is killed at a point.
+#[track_caller]
+fn killed(desk: &Desk, arguments: &[&str], point: Point, nth: usize) {
+    use std::os::unix::process::ExitStatusExt as _;
+    let output = Command::new(env!("CARGO_BIN_EXE_cannery"))
+        .arg("--config")
+        .arg(desk.at("cannery.toml"))
+        .args(arguments)
+        .env("CANNERY_KILL_AT", format!("{}:{nth}", point.name()))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.signal(), Some(KILLED), "{}: {said}", point.name());
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let mut names: Vec<String> = fs::read_dir(folder)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort_unstable();
+    names
+}
+
+/// An image with a kernel and its initial RAM disk, in a layout of the desk's.
+fn image_with_a_kernel(desk: &Desk) -> String {
+    let disk = desk.raw();
+    let (kernel, initrd, image) = (desk.path("vmlinuz"), desk.path("initrd"), desk.layout("kernel"));
+    for file in [&kernel, &initrd] {
+        fs::write(file, "a file").unwrap();
+    }
+    desk.cannery(&[
+        "image", "push", "--quiet", "--kernel", &kernel, "--initrd", &initrd, &disk, &image,
+    ]);
+    image
+}
+
+#[test]
+#[ignore = "needs libvirt, and no guest"]
+fn an_import_that_was_killed_is_finished_by_the_next_call() {
+    let desk = Desk::new("");
+    let image = image_with_a_kernel(&desk);
+    let (folder, imports) = (desk.path("vms"), desk.at("state/imports"));
+    fs::create_dir(&folder).unwrap();
+    let id = std::process::id();
+    let import = |name: &str| {
+        let all = [
+            "image", "import", "--quiet", "--name", name, "--dir", &folder, &image,
+        ];
+        all.map(str::to_owned)
+    };
+    let there = |name: &str| virsh(&["domstate", name]).0;
+    for (number, (point, nth)) in [
+        (Point::ImportNoted, 1),
+        (Point::ImportNamed, 1),
+        (Point::ImportNamed, 2),
+        (Point::ImportNamed, 3),
+        (Point::ImportDefined, 1),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("cannery-cut-{id}-{number}");
+        let other = format!("cannery-other-{id}-{number}");
+        let _machines = [Machine(name.clone()), Machine(other.clone())];
+        let (ours, others) = (import(&name), import(&other));
+        let (ours, others) = (
+            ours.each_ref().map(String::as_str),
+            others.each_ref().map(String::as_str),
+        );
+        let files = [".initrd", ".kernel", ".raw"].map(|ending| format!("{name}{ending}"));
+        killed(&desk, &ours, point, nth);
+        let named = if point == Point::ImportNoted { 0 } else { nth };
+        match point {
+            Point::ImportDefined => assert_eq!(names(folder.as_ref()), files),
+            _ => assert_eq!(names(folder.as_ref()).len(), named),
+        }
+        // The reaper, which is killed in turn; the same import again; that of another machine.
+        match number % 3 {
+            _ if point == Point::ImportDefined => {
+                desk.cannery(&["reap"]);
+                assert!(there(&name));
+                assert_eq!(names(folder.as_ref()), files);
+            }
+            0 => {
+                if named > 1 {
+                    killed(&desk, &["reap"], Point::ImportUndone, 1);
+                }
+                let said = desk.cannery(&["reap"]);
+                assert!(said.contains(&name), "{said}");
+                assert!(names(folder.as_ref()).is_empty());
+            }
+            1 => {
+                desk.cannery(&ours);
+                assert_eq!(names(folder.as_ref()), files);
+            }
+            _ => {
+                desk.cannery(&others);
+                assert!(there(&other) && !there(&name));
+                assert!(names(folder.as_ref()).iter().all(|file| file.starts_with(&other)));
+            }
+        }
+        assert!(names(&imports).is_empty(), "{}", point.name());
+        for file in names(folder.as_ref()) {
+            fs::remove_file(Path::new(&folder).join(file)).unwrap();
+        }
+    }
+}
+
+#[test]
+#[ignore = "needs libvirt, and no guest"]
+fn of_two_imports_of_a_name_one_defines_the_machine_and_the_other_harms_nothing() {
+    let desk = Desk::new("");
+    let image = image_with_a_kernel(&desk);
+    let folder = desk.path("vms");
+    fs::create_dir(&folder).unwrap();
+    let name = format!("cannery-twice-{}", std::process::id());
+    let (name, machine) = (name.as_str(), Machine(name.clone()));
+    let import = [
+        "image", "import", "--quiet", "--name", name, "--dir", &folder, &image,
+    ];
+    let done = std::thread::scope(|scope| {
+        let calls = [(); 2].map(|()| scope.spawn(|| desk.call(&import)));
+        calls.map(|call| call.join().unwrap())
+    });
+    assert_eq!(done.iter().filter(|call| call.status.success()).count(), 1);
+    let whole = ["initrd", "kernel", "raw"].map(|ending| format!("{name}.{ending}"));
+    assert_eq!(names(folder.as_ref()), whole);
+    assert!(virsh(&["domstate", name]).0);
+    drop(machine);
+    for file in whole {
+        fs::remove_file(Path::new(&folder).join(file)).unwrap();
+    }
+
+    // While one is under way.
+    let lock = fs::File::create(desk.at(&format!("state/imports/{name}.lock"))).unwrap();
+    lock.lock().unwrap();
+    let said = desk.refusal(&import);
+    assert!(said.contains("nother import of machine"), "{said}");
+
+    // A kernel that somebody put there is neither replaced nor removed.
+    drop(lock);
+    let kernel = Path::new(&folder).join(format!("{name}.kernel"));
+    fs::write(&kernel, "another's").unwrap();
+    let said = desk.refusal(&import);
+    assert!(said.contains("is there already"), "{said}");
+    assert_eq!(fs::read(&kernel).unwrap(), b"another's");
+    assert_eq!(names(folder.as_ref()).len(), 1);
 }

@@ -11,8 +11,8 @@ use std::path::Path;
 use std::sync::{Arc, Mutex};
 
 use cannery::image::{
-    Asker, Credentials, Disk, DiskBus, DiskFormat, Error, Firmware, Format, Limits, Nic, PullPolicy,
-    Registries, Request, Requirements, Silent, Store,
+    Addressee, Asker, Credentials, Disk, DiskBus, DiskFormat, Draft, Error, Firmware, Format, Limits, Nic,
+    PullPolicy, Registries, Request, Requirements, Silent, Store, WriteFormat,
 };
 use image_fixture::{Image, Layout, gzip, noise, qcow2_disk, raw_disk, sha256, zstd};
 use serde_json::json;
@@ -155,7 +155,7 @@ fn vetu(pieces: &[Vec<u8>]) -> Image {
     image
 }
 
-const DOMAIN: &[u8] = b"<domain type='kvm'><memory unit='KiB'>524288</memory><vcpu>2</vcpu>
+const DOMAIN: &[u8] = b"<domain type='kvm'><memory unit='KiB'>524288</memory><vcpu>8</vcpu>
     <os firmware='efi'><type arch='x86_64'>hvm</type></os><devices><emulator>/tmp/evil</emulator>
     <disk device='disk'><source file='/etc/shadow'/><target dev='sda' bus='sata'/></disk>
     <interface type='direct'><model type='e1000'/></interface></devices></domain>";
@@ -227,7 +227,7 @@ fn a_sardinecake_image_is_put_together_from_its_chunks() {
         let hints = &disk.hints;
         assert_eq!(
             (hints.memory, hints.cpus, hints.user.as_deref()),
-            (Some(512 << 20), Some(2), Some("vagrant"))
+            (Some(512 << 20), Some(8), Some("vagrant"))
         );
         assert_eq!(
             (hints.disk_bus, hints.nic),
@@ -235,6 +235,35 @@ fn a_sardinecake_image_is_put_together_from_its_chunks() {
         );
         assert_eq!(hints.firmware, Some(Firmware::Uefi));
     }
+}
+
+#[test]
+fn a_sardinecake_image_that_is_written_again_wishes_for_the_same_machine() {
+    let bench = Bench::new();
+    let disk = bench.pull(&sardinecake(&raw_disk(), 100_000)).unwrap();
+    let draft = Draft::of_disk(&disk, "x86_64").unwrap();
+    let again = bench.layout.reference("again");
+    let (credentials, registries) = (Credentials::none(), Registries::without_tls([""]));
+    let to = Addressee {
+        reference: &again.parse().unwrap(),
+        credentials: &credentials,
+        registries: &registries,
+    };
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime
+        .block_on(cannery::image::write(
+            &draft,
+            WriteFormat::Sardinecake,
+            to,
+            &Silent,
+        ))
+        .unwrap();
+    let copy = bench.provide(&again).unwrap();
+    assert_eq!(copy.hints, disk.hints);
+    assert_eq!(copy.hints.disk_bus, Some(DiskBus::Sata));
 }
 
 #[test]

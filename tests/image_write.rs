@@ -14,6 +14,7 @@ use std::time::Instant;
 
 use sha2::Digest as _;
 use support::desk::Desk;
+use support::https::{Answer, Server, Speech};
 use support::table;
 
 /// Everything that an image is written as.
@@ -178,6 +179,31 @@ fn an_image_of_our_own_format_sends_what_changed_and_is_the_same_from_every_file
     assert!(sent < 400_000, "{sent} bytes for 100000 that changed");
     let said = desk.refusal(&push(&disk, &three, "native", &["--base", &three]));
     assert!(said.contains("does not exist"), "{said}");
+}
+
+#[test]
+fn a_registry_that_takes_nothing_is_given_up() {
+    for range in ["0-0", "0-99"] {
+        let server = Server::start(Speech::Plain, move |seen| {
+            let upload = "/v2/vm/blobs/uploads/1";
+            let answer = match seen.method.as_str() {
+                "POST" => Answer::status(202),
+                // The first bytes are all that it ever has.
+                "PATCH" => Answer::status(202).with("range", range),
+                "GET" if seen.path == upload => Answer::status(204).with("range", range),
+                _ => Answer::status(404),
+            };
+            answer.with("location", upload)
+        });
+        let desk = Desk::new(&format!("plain_http = [\"{}\"]", server.host()));
+        let disk = desk.raw();
+        let target = format!("{}/vm:1", server.host());
+        let said = desk.refusal(&push(&disk, &target, "qcow2", &[]));
+        assert!(said.contains("took nothing"), "{range}: {said}");
+        let sent = server.seen();
+        let sent = sent.iter().filter(|seen| seen.method == "PATCH").count();
+        assert!((4..=6).contains(&sent), "{range}: sent {sent} times");
+    }
 }
 
 #[test]

@@ -128,6 +128,9 @@ fn plan(point: Point) -> (Scene, [u32; 3]) {
         P::ScreenKept | P::SavedHeld => (Scene::Elsewhere("tests/hold.rs"), FIRST),
         P::OriginKept | P::GrantKept => (Scene::Elsewhere("tests/image_grants.rs"), FIRST),
         P::TicketKept | P::TicketRevoked => (Scene::Elsewhere("tests/serve.rs"), FIRST),
+        P::ImportNoted | P::ImportNamed | P::ImportDefined | P::ImportUndone => {
+            (Scene::Elsewhere("tests/image_domains.rs"), FIRST)
+        }
         P::RemainSwept | P::WorkSwept => (Scene::Sweep, FIRST),
     }
 }

@@ -1,13 +1,14 @@
 use super::{Context, print};
 use crate::outcome::Failure;
 use crate::reap;
+use crate::stage::imports;
 
 /// Remove what no runner will come back for: machines, overlays, slots, half-fetched images
 ///
-/// Images and history that the settings no longer keep go as well.
+/// Images and history that the settings no longer keep go as well, and what a killed import of a machine left.
 #[derive(Debug, clap::Args)]
 pub(super) struct Arguments {
-    /// Only say what would be removed of jobs; images and history are not looked at
+    /// Only say what would be removed of jobs; images, history and imports are not looked at
     #[arg(long)]
     dry_run: bool,
 }
@@ -33,6 +34,9 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     }
     if !arguments.dry_run {
         reaper.sweep_remains();
+        for name in imports::settle(&settings).await {
+            print(&format!("removed what a killed import of machine {name} left\n"));
+        }
         // Images, as the settings have them kept.
         if let Some(policy) = reap::standing_policy(&settings) {
             match reap::Images::open(&settings)?.prune(&policy).await {

@@ -67,4 +67,4 @@ pub use store::{
     Asker, Boot, Candidate, Disk, Going, Held, InvalidPinName, Lease, MakeRoom, Name, PinName, Policy,
     Reason, Store, Verdict, plan,
 };
-pub use write::{Addressee, Draft, Format as WriteFormat, Native, Packing, Written, save, write};
+pub use write::{Addressee, Draft, Format as WriteFormat, Native, Packing, Written, make, save, write};

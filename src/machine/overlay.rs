@@ -129,22 +129,29 @@ pub async fn create(overlay: &Path, backing: &Backing, size: u64, image_size: u6
 /// # Errors
 /// [`Error::Missing`], [`Error::Full`] or [`Error::Write`], the operator's.
 pub fn private_copy(from: &Path, to: &Path) -> Result<(), Error> {
+    let target = own_file(to, 0o400)?;
+    copy_into(from, &target, to).inspect_err(|_| {
+        // The caller gets the reason; a partial kernel would only mislead.
+        let _ = std::fs::remove_file(to);
+    })
+}
+
+/// The same into a file that is there, and whose name is or will be `to`.
+///
+/// # Errors
+/// As of [`private_copy`].
+pub fn copy_into(from: &Path, mut target: &File, to: &Path) -> Result<(), Error> {
     let mut source = File::open(from).map_err(|source| Error::Missing {
         path: from.to_owned(),
         source,
     })?;
-    let mut target = own_file(to, 0o400)?;
     // Between two files this is copy_file_range, which clones where the file system can.
-    let copied = if rustix::fs::ioctl_ficlone(&target, &source).is_ok() {
-        Ok(0)
-    } else {
-        io::copy(&mut source, &mut target)
-    };
-    copied.map(drop).map_err(|error| {
-        // The caller gets the reason; a partial kernel would only mislead.
-        let _ = std::fs::remove_file(to);
-        unwritable(to, error)
-    })
+    if rustix::fs::ioctl_ficlone(target, &source).is_ok() {
+        return Ok(());
+    }
+    io::copy(&mut source, &mut target)
+        .map(drop)
+        .map_err(|error| unwritable(to, error))
 }
 
 /// A new, empty file of the caller's own.

@@ -43,6 +43,7 @@ mod folder;
 mod held;
 mod jobs;
 mod stages;
+mod unnamed;
 
 use crate::kill::Point;
 
@@ -52,6 +53,7 @@ pub use folder::{DIR_MODE, GROUP, make_shared, open_lock, open_state};
 pub use held::{Held, Holder};
 pub use jobs::{HISTORY, JobDir, Jobs, Step};
 pub use stages::{Ending, Outcome, PREPARE, Reason, Stage};
+pub use unnamed::{Unnamed, folder_of};
 
 /// The version of [`Record`] that this program writes. A reader accepts no newer one.
 pub const VERSION: u32 = 1;

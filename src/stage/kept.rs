@@ -1,23 +1,30 @@
 //! Images and machines that somebody keeps: an image of a machine's disk, and a machine of an image's.
 
+use std::iter;
 use std::path::{Path, PathBuf};
 
+use super::imports::{self, Turn, there_already};
 use crate::image::{Boot, Disk, DiskFormat, Draft, Progress};
 use crate::job::Granted;
+use crate::kill::{self, Point};
 use crate::machine::description::Accelerator;
-use crate::machine::libvirt::Kept;
+use crate::machine::libvirt::{self, Kept};
 use crate::machine::placement::Format;
 use crate::machine::xml::Node;
 use crate::machine::xml::kept::{self, KeptDisk, Portrait};
 use crate::machine::{Libvirt, accelerator, overlay};
 use crate::outcome::Failure;
 use crate::quantity::Size;
+use crate::record::Unnamed;
 use crate::report::plain;
 use crate::settings::{MachineSettings, Settings, file};
 use crate::start::{Hardware, host_arch};
 
 /// Where libvirt's own tools put the disks of its system machines.
 const SYSTEM_IMAGES: &str = "/var/lib/libvirt/images";
+
+/// Who may read a kernel: its owner, and whom libvirt lends it to.
+const KERNEL_MODE: u32 = 0o400;
 
 /// The disk of a machine that is shut off, with what its description wishes. `target` names the disk where there are several.
 ///
@@ -126,7 +133,8 @@ pub struct Import<'a> {
 /// Defines a machine with a copy of an image's disk; its file. It is not started.
 ///
 /// # Errors
-/// The name is taken, the disk cannot be written, or libvirt refuses; then nothing is left behind.
+/// The name is taken, the disk cannot be written, or libvirt refuses; then nothing is left behind. Where libvirt does not answer in
+/// time, or the process is killed, the next import or reaper finishes it.
 pub async fn import(
     settings: &Settings,
     import: &Import<'_>,
@@ -134,6 +142,7 @@ pub async fn import(
 ) -> Result<PathBuf, Failure> {
     let Import { disk, name, .. } = *import;
     check_name(name)?;
+    let turn = imports::begin(settings, name).await?;
     let libvirt = Libvirt::open(&settings.libvirt_uri)?;
     if libvirt.kept(name).await? != Kept::Missing {
         return Err(Failure::system(format!("there is a machine {name} already"))
@@ -190,31 +199,66 @@ pub async fn import(
     let xml = kept::render(&description, &place)?;
     for path in [&target, &kernel, &initrd] {
         if path.symlink_metadata().is_ok() {
-            return Err(Failure::system(format!("{} is there already", path.display()))
-                .hint("Choose another --name or --dir"));
+            return Err(there_already(path));
         }
     }
-    let made = async {
-        if let Some(boot) = boot {
-            overlay::private_copy(&boot.kernel, &kernel)?;
-            if let Some(from) = &boot.initrd {
-                overlay::private_copy(from, &initrd)?;
-            }
+    // None of them has a name before all are whole.
+    let mut files = Vec::new();
+    if let Some(boot) = boot {
+        for (from, to) in iter::once((&boot.kernel, &kernel)).chain(boot.initrd.as_ref().zip(Some(&initrd))) {
+            files.push((to.clone(), private(from, to, &dir)?));
         }
-        let draft = Draft::of_disk(disk, description.arch.name())?;
-        crate::image::save(&draft, disk.format, &target, progress).await?;
-        libvirt.define(name, xml).await?;
-        Ok(())
-    };
-    let made: Result<(), Failure> = made.await;
-    if let Err(failure) = made {
-        for path in [&target, &kernel, &initrd] {
-            // What was not made yet is not there.
-            let _ = std::fs::remove_file(path);
-        }
+    }
+    let draft = Draft::of_disk(disk, description.arch.name())?;
+    let whole = crate::image::make(&draft, disk.format, &dir, progress).await?;
+    files.push((target.clone(), whole));
+    if let Err(failure) = turn.name(&settings.libvirt_uri, &files) {
+        undo(&turn);
         return Err(failure);
     }
+    if let Err(error) = libvirt.define(name, xml).await
+        && !defined_all_the_same(&libvirt, name, &target).await?
+    {
+        // One that libvirt is still at may come yet: then its files are needed, and whoever comes later sees which it is.
+        if !matches!(error, libvirt::Error::Late { .. }) {
+            undo(&turn);
+        }
+        return Err(error.into());
+    }
+    kill::point(Point::ImportDefined);
+    // The machine is there; a note that stays is removed by the next call.
+    if let Err(failure) = turn.forget() {
+        tracing::warn!("{failure}");
+    }
     Ok(target)
+}
+
+/// A copy of a kernel or initial RAM disk that is to get the name `to`.
+fn private(from: &Path, to: &Path, dir: &Path) -> Result<Unnamed, Failure> {
+    let file = Unnamed::begin(dir, KERNEL_MODE)
+        .map_err(|e| Failure::system(format!("{} cannot be written: {e}", to.display())))?;
+    overlay::copy_into(from, file.file(), to)?;
+    Ok(file)
+}
+
+/// Removes what an import made. What cannot be removed stays noted, for the next call.
+fn undo(turn: &Turn) {
+    if let Err(failure) = turn.undo() {
+        tracing::warn!("{failure}");
+    }
+}
+
+/// An answer may be lost or late though the machine was defined: is it there, with this disk? Then its files are not to be removed.
+async fn defined_all_the_same(libvirt: &Libvirt, name: &str, disk: &Path) -> Result<bool, Failure> {
+    Ok(match libvirt.kept(name).await? {
+        Kept::Missing => false,
+        // Somebody was quick to start it.
+        Kept::Running | Kept::Saved => true,
+        Kept::Off(xml) => {
+            let node = Node::parse(&xml).map_err(|e| Failure::system(e.to_string()))?;
+            kept::read(&node).disks.iter().any(|kept| kept.file == disk)
+        }
+    })
 }
 
 /// A name that can be a file's, too.

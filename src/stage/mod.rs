@@ -11,6 +11,7 @@ mod cleanup;
 mod config;
 mod hold;
 pub mod images;
+pub mod imports;
 mod invite;
 pub mod kept;
 mod order;

@@ -1,8 +1,9 @@
 //! Writes an OCI layout folder (OCI image specification, `image-layout.md`).
 //!
-//! Blobs appear under their digests whole, by a rename. The index is replaced whole, too, while a lock on the folder keeps
-//! other writers of ours out.
+//! Blobs get their names, which are their digests, when they are whole. The index is replaced whole, too, while a lock on the
+//! folder keeps other writers of ours out.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
@@ -14,6 +15,16 @@ use super::super::digest::Digest;
 use super::super::error::Error;
 use super::super::layout::REF_NAME;
 use super::super::manifest::OCI_IMAGE_INDEX_MEDIA_TYPE;
+use crate::record::{Unnamed, folder_of};
+
+/// What says that a folder is a layout.
+const MARKER: &str = "oci-layout";
+
+/// What else a layout has; one of another program may lack the marker.
+const PARTS: [&str; 2] = ["blobs", "index.json"];
+
+/// Who may use a layout's files is for the umask to say.
+const MODE: u32 = 0o666;
 
 /// A layout folder that is written to.
 #[derive(Debug, Clone)]
@@ -22,15 +33,27 @@ pub(in crate::image) struct LayoutWriter {
 }
 
 impl LayoutWriter {
-    /// Opens a folder, and makes it a layout if it is empty or does not exist.
-    pub(super) fn open(dir: &Path) -> Result<Self, Error> {
+    /// Opens a layout, and makes a folder one that is empty or does not exist. `image` is its name for the error.
+    pub(super) fn open(dir: &Path, image: &str) -> Result<Self, Error> {
+        fs::create_dir_all(dir).map_err(Error::storage(dir))?;
+        let marker = dir.join(MARKER);
+        if !marker.exists() {
+            let names = fs::read_dir(dir).map_err(Error::storage(dir))?;
+            for entry in names {
+                let name = entry.map_err(Error::storage(dir))?.file_name();
+                // One that another process has just made, or is making, is one.
+                if !PARTS.iter().any(|part| name == *part) && name != MARKER && !is_scratch(&name) {
+                    return Err(Error::Unsupported {
+                        image: image.to_owned(),
+                        reason: "the folder is neither empty nor an OCI layout".to_owned(),
+                    });
+                }
+            }
+            put(&marker, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
+        }
         let writer = Self { dir: dir.to_owned() };
         let blobs = writer.blobs();
         fs::create_dir_all(&blobs).map_err(Error::storage(&blobs))?;
-        let marker = dir.join("oci-layout");
-        if !marker.exists() {
-            replace(&marker, br#"{"imageLayoutVersion":"1.0.0"}"#)?;
-        }
         Ok(writer)
     }
 
@@ -53,21 +76,19 @@ impl LayoutWriter {
 
     pub(super) async fn put_blob(&self, digest: &Digest, bytes: Bytes) -> Result<(), Error> {
         let path = self.path(digest);
-        blocking(&self.dir, move || replace(&path, &bytes)).await
+        blocking(&self.dir, move || put(&path, &bytes)).await
     }
 
     pub(super) async fn blob(&self) -> Result<Blob, Error> {
         let blobs = self.blobs();
-        let path = scratch(&blobs.join("blob"));
-        let at = path.clone();
+        let at = blobs.clone();
         let file = blocking(&self.dir, move || {
-            File::create_new(&at).map_err(Error::storage(&at))
+            Unnamed::begin(&at, MODE).map_err(Error::storage(&at))
         })
         .await?;
         Ok(Blob {
             blobs,
             file: Some(file),
-            scratch: Scratch(path),
         })
     }
 
@@ -99,7 +120,9 @@ impl LayoutWriter {
             };
             let index = with_entry(old.as_deref(), &name, entry)
                 .map_err(|error| Error::storage(&path)(io::Error::other(error)))?;
-            replace(&path, &index)
+            let through = path.with_extension(SCRATCH);
+            let replaced = whole(&path, &index).and_then(|file| file.replace(&path, &through));
+            replaced.map_err(Error::storage(&path))
         })
         .await?;
         Ok(digest)
@@ -131,49 +154,30 @@ fn with_entry(old: Option<&[u8]>, tag: &str, entry: Value) -> Result<Vec<u8>, &'
 pub(in crate::image) struct Blob {
     blobs: PathBuf,
     /// Absent only while a thread writes to it.
-    file: Option<File>,
-    scratch: Scratch,
-}
-
-/// A file that goes with this value.
-#[derive(Debug)]
-struct Scratch(PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // Renamed already is as good.
-        drop(fs::remove_file(&self.0));
-    }
+    file: Option<Unnamed>,
 }
 
 impl Blob {
     pub(super) async fn write(&mut self, bytes: Bytes) -> Result<(), Error> {
-        self.with_file(move |file| file.write_all(&bytes)).await
+        self.with_file(move |file| file.file().write_all(&bytes)).await
     }
 
     pub(super) async fn finish(mut self, digest: &Digest) -> Result<(), Error> {
-        self.with_file(|file| file.sync_all()).await?;
         let target = self.blobs.join(digest.hex());
-        let (from, blobs) = (self.scratch.0.clone(), self.blobs.clone());
-        blocking(&self.blobs, move || {
-            fs::rename(&from, &target).map_err(Error::storage(&target))?;
-            sync(&blobs)
-        })
-        .await
+        self.with_file(move |file| name(file, &target)).await
     }
 
     async fn with_file(
         &mut self,
-        work: impl FnOnce(&mut File) -> io::Result<()> + Send + 'static,
+        work: impl FnOnce(&Unnamed) -> io::Result<()> + Send + 'static,
     ) -> Result<(), Error> {
-        let path = self.scratch.0.clone();
-        let Some(mut file) = self.file.take() else {
-            return Err(Error::storage(path)(io::ErrorKind::Interrupted.into()));
+        let at = self.blobs.clone();
+        let Some(file) = self.file.take() else {
+            return Err(Error::storage(at)(io::ErrorKind::Interrupted.into()));
         };
-        let at = path.clone();
         self.file = Some(
-            blocking(&path, move || {
-                work(&mut file).map_err(Error::storage(at))?;
+            blocking(&self.blobs, move || {
+                work(&file).map_err(Error::storage(at))?;
                 Ok(file)
             })
             .await?,
@@ -196,29 +200,39 @@ async fn blocking<T: Send + 'static>(
     }
 }
 
-/// A name beside `path` that nobody else has.
-fn scratch(path: &Path) -> PathBuf {
-    path.with_extension(format!("{}.tmp", uuid::Uuid::new_v4().simple()))
+/// How a file's name ends that is only there to be renamed.
+const SCRATCH: &str = "tmp";
+
+/// Is it the name of a file on its way, where a file system lets none be without?
+fn is_scratch(name: &OsStr) -> bool {
+    Path::new(name)
+        .extension()
+        .is_some_and(|ending| ending == SCRATCH)
 }
 
-/// Puts a file in its place whole.
-fn replace(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    let scratch = Scratch(scratch(path));
-    let written = || {
-        let mut file = File::create_new(&scratch.0)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&scratch.0, path)
-    };
-    written().map_err(Error::storage(path))?;
-    path.parent().map_or(Ok(()), sync)
+/// Puts a file in its place whole; one that is there already says the same.
+fn put(path: &Path, bytes: &[u8]) -> Result<(), Error> {
+    let named = whole(path, bytes).and_then(|file| name(&file, path));
+    named.map_err(Error::storage(path))
 }
 
-/// Makes a rename last.
-fn sync(dir: &Path) -> Result<(), Error> {
-    File::open(dir)
-        .and_then(|dir| dir.sync_all())
-        .map_err(Error::storage(dir))
+/// A file with these bytes, which is to have its name beside `path`.
+fn whole(path: &Path, bytes: &[u8]) -> io::Result<Unnamed> {
+    let file = Unnamed::begin(folder_of(path), MODE)?;
+    file.file().write_all(bytes)?;
+    Ok(file)
+}
+
+/// Gives a file its name. One of that name and another length is damaged, and makes room for it.
+fn name(file: &Unnamed, path: &Path) -> io::Result<()> {
+    let length = || Ok::<_, io::Error>((file.file().metadata()?.len(), fs::metadata(path)?.len()));
+    match file.name(path) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => match length()? {
+            (ours, theirs) if ours == theirs => Ok(()),
+            _ => file.replace(path, &path.with_extension(SCRATCH)),
+        },
+        named => named,
+    }
 }
 
 #[cfg(test)]
@@ -238,9 +252,9 @@ mod tests {
     #[tokio::test]
     async fn a_tag_moves_and_others_stay() {
         let dir = tempfile::tempdir().unwrap();
-        let writer = LayoutWriter::open(dir.path()).unwrap();
+        let writer = LayoutWriter::open(dir.path(), "vm").unwrap();
         let put = async |name: &str, bytes: &'static str| {
-            let writer = LayoutWriter::open(dir.path()).unwrap();
+            let writer = LayoutWriter::open(dir.path(), "vm").unwrap();
             writer
                 .put_manifest(name, "m", Bytes::from_static(bytes.as_bytes()))
                 .await
@@ -263,7 +277,7 @@ mod tests {
     #[tokio::test]
     async fn a_blob_appears_whole_or_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
-        let writer = LayoutWriter::open(dir.path()).unwrap();
+        let writer = LayoutWriter::open(dir.path(), "vm").unwrap();
         let files = || fs::read_dir(dir.path().join("blobs/sha256")).unwrap().count();
         let mut blob = writer.blob().await.unwrap();
         blob.write(Bytes::from_static(b"one")).await.unwrap();
@@ -272,10 +286,40 @@ mod tests {
         blob.write(Bytes::from_static(b"two")).await.unwrap();
         blob.finish(&digest).await.unwrap();
         assert_eq!((writer.has_blob(&digest).unwrap(), files()), (Some(6), 1));
+        // One that is damaged is mended, and one that is whole is there already.
+        let path = writer.path(&digest);
+        for bytes in ["one", "onetwo"] {
+            fs::write(&path, bytes).unwrap();
+            let mut again = writer.blob().await.unwrap();
+            again.write(Bytes::from_static(b"onetwo")).await.unwrap();
+            again.finish(&digest).await.unwrap();
+            assert_eq!((fs::read(&path).unwrap(), files()), (b"onetwo".to_vec(), 1));
+        }
+        // What ends us while a blob is written leaves nothing: it has no name yet.
         let mut dropped = writer.blob().await.unwrap();
         dropped.write(Bytes::from_static(b"x")).await.unwrap();
+        assert_eq!(files(), 1);
         drop(dropped);
         assert_eq!(files(), 1);
+    }
+
+    #[test]
+    fn a_folder_becomes_a_layout_if_nothing_else_is_in_it() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |name: &str| dir.path().join(name);
+        for name in ["new/deep", "empty", "killed/blobs/sha256"] {
+            fs::create_dir_all(at(name)).unwrap();
+        }
+        fs::remove_dir(at("new/deep")).unwrap();
+        for name in ["new/deep", "empty", "killed", "killed"] {
+            LayoutWriter::open(&at(name), "vm").unwrap();
+            assert!(at(name).join("oci-layout").exists() && at(name).join("blobs/sha256").exists());
+        }
+        fs::create_dir(at("home")).unwrap();
+        fs::write(at("home/letter"), "dear").unwrap();
+        let error = LayoutWriter::open(&at("home"), "vm").unwrap_err().to_string();
+        assert!(error.contains("neither empty nor"), "{error}");
+        assert_eq!(fs::read_dir(at("home")).unwrap().count(), 1);
     }
 
     #[test]

@@ -38,7 +38,7 @@ impl Destination {
     ) -> Result<Self, Error> {
         let image = reference.to_string();
         match reference {
-            Reference::Layout { dir, .. } => Ok(Self::Layout(LayoutWriter::open(dir)?)),
+            Reference::Layout { dir, .. } => Ok(Self::Layout(LayoutWriter::open(dir, &image)?)),
             Reference::File { .. } | Reference::Web { .. } => Err(Error::Unsupported {
                 image,
                 reason: "images are written to registries and layout folders only".to_owned(),

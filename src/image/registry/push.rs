@@ -237,9 +237,13 @@ impl Upload {
                     }
                     // Whatever goes wrong from here on, how far it went is for the registry to say.
                     unsure = true;
-                    let rest = usize::try_from(self.sent - begin).unwrap_or(usize::MAX);
+                    let before = self.sent;
+                    let rest = usize::try_from(before - begin).unwrap_or(usize::MAX);
                     self.patch(held.slice(rest.min(held.len())..), begin, end).await?;
                     unsure = false;
+                    if self.sent <= before {
+                        return Err(weather("it took nothing of what was sent"));
+                    }
                 }
                 Ok(())
             })

@@ -3,17 +3,17 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::ops::Range;
-use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, SeekFrom};
+use rustix::fs::SeekFrom;
 
 use super::draft::Draft;
 use super::feed::Read;
 use super::qcow2;
 use crate::image::error::Error;
 use crate::image::inspect::DiskFormat;
+use crate::record::Unnamed;
 
 /// What a guest sees of a disk.
 pub(in crate::image) trait Guest {
@@ -67,6 +67,9 @@ impl Guest for Raw {
 
 /// A piece that is read at a time, in bytes.
 const PIECE: usize = 1 << 20;
+
+/// Who may read a disk that was written: its owner.
+const MODE: u32 = 0o600;
 
 static ZEROS: [u8; PIECE] = [0; PIECE];
 
@@ -165,12 +168,19 @@ impl Write for Counted<'_> {
     }
 }
 
-/// Writes the disk into a new file, which appears under its name when it is whole.
-pub(super) fn save(draft: &Draft, format: DiskFormat, path: &Path, read: &Read) -> Result<(), Error> {
-    let done = match format {
+/// Writes the disk into a file that has no name yet; it is to get one in `dir`.
+pub(super) fn make(draft: &Draft, format: DiskFormat, dir: &Path, read: &Read) -> Result<Unnamed, Error> {
+    let written = |fill: &dyn Fn(&File) -> io::Result<()>| {
+        let unnamed = Unnamed::begin(dir, MODE)?;
+        fill(unnamed.file())?;
+        // Before anybody waits for the name.
+        unnamed.file().sync_all()?;
+        Ok(unnamed)
+    };
+    let made = match format {
         DiskFormat::Qcow2 => {
             let body = Body::qcow2(draft)?;
-            new_file(path, |file| {
+            written(&|file| {
                 let mut out = io::BufWriter::with_capacity(PIECE, file);
                 body.copy(read, &mut out)?;
                 out.flush()
@@ -178,32 +188,10 @@ pub(super) fn save(draft: &Draft, format: DiskFormat, path: &Path, read: &Read) 
         }
         DiskFormat::Raw => {
             let guest = draft.guest()?;
-            new_file(path, |file| fill_raw(&*guest, file, read))
+            written(&|file| fill_raw(&*guest, file, read))
         }
     };
-    done.map_err(Error::storage(path))
-}
-
-/// Makes a file that has no name until it is whole, so that whatever ends us leaves nothing behind.
-fn new_file(path: &Path, fill: impl FnOnce(&File) -> io::Result<()>) -> io::Result<()> {
-    let dir = match path.parent() {
-        Some(dir) if dir != Path::new("") => dir,
-        _ => Path::new("."),
-    };
-    if path.symlink_metadata().is_ok() {
-        return Err(io::ErrorKind::AlreadyExists.into());
-    }
-    let file = rustix::fs::open(
-        dir,
-        OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC,
-        Mode::from_raw_mode(0o600),
-    )?;
-    let file = File::from(file);
-    fill(&file)?;
-    file.sync_all()?;
-    let open = format!("/proc/self/fd/{}", file.as_raw_fd());
-    rustix::fs::linkat(CWD, open, CWD, path, AtFlags::SYMLINK_FOLLOW)?;
-    File::open(dir)?.sync_all()
+    made.map_err(Error::storage(dir))
 }
 
 /// Writes a guest's bytes sector by sector; zeros become holes.

@@ -9,7 +9,7 @@ use crate::image::error::Error;
 use crate::image::hints::{self, Firmware, Hints};
 use crate::image::inspect::{self, DiskFormat};
 use crate::image::platform::Platform;
-use crate::image::store::{Boot, Disk};
+use crate::image::store::{Boot, Disk, Lease};
 
 /// A disk on its way to become an image.
 #[derive(Debug, Clone)]
@@ -22,6 +22,10 @@ pub struct Draft {
     pub(super) boot: Option<Boot>,
     pub(super) labels: BTreeMap<String, String>,
     pub(super) hints: Hints,
+    /// What the image said of its machine, as far as there are no labels for it.
+    said: Hints,
+    /// Keeps an image of the store there until it is read.
+    _lease: Option<Lease>,
     /// The kernel's name of the architecture: `x86_64`.
     pub(super) machine: String,
     /// As images write it: `amd64`.
@@ -36,7 +40,9 @@ impl Draft {
     pub fn of_disk(disk: &Disk, machine: &str) -> Result<Self, Error> {
         let mut draft = Self::bare(&disk.path, disk.format, disk.virtual_size, machine)?;
         draft.boot.clone_from(&disk.boot);
+        draft._lease.clone_from(&disk.lease);
         let hints = &disk.hints;
+        draft.said = hints.clone();
         let memory = hints.memory.map(|bytes| bytes.to_string());
         let firmware = hints.firmware.map(|firmware| match firmware {
             Firmware::Bios => "bios".to_owned(),
@@ -91,6 +97,8 @@ impl Draft {
             boot: None,
             labels: BTreeMap::new(),
             hints: Hints::default(),
+            said: Hints::default(),
+            _lease: None,
             machine: machine.to_owned(),
             architecture: platform.written().trim_start_matches("linux/").to_owned(),
         })
@@ -159,7 +167,7 @@ impl Draft {
         if let Some(memory) = wishes.memory {
             self.labels.insert(hints::MEMORY.to_owned(), spelt(memory));
         }
-        self.hints = wishes;
+        self.hints = wishes.or(self.said.clone());
         Ok(())
     }
 }
@@ -177,6 +185,9 @@ fn spelt(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::image::digest::Digest;
+    use crate::image::hints::{DiskBus, Nic};
+    use crate::image::store::Store;
 
     fn draft(dir: &Path) -> Draft {
         let path = dir.join("disk.raw");
@@ -200,6 +211,42 @@ mod tests {
         assert_eq!(draft.labels["io.cannery.kernel"], "boot/vmlinuz");
         assert_eq!(draft.labels["io.cannery.cmdline"], "quiet");
         assert!(!draft.labels.contains_key("io.cannery.initrd"));
+    }
+
+    #[test]
+    fn an_image_of_the_store_stays_there_and_keeps_its_wishes_until_it_is_read() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::open(dir.path()).unwrap();
+        let digest = Digest::of(b"vm");
+        std::fs::create_dir(dir.path().join("disks").join(digest.hex())).unwrap();
+        let hints = Hints {
+            memory: Some(1 << 30),
+            cpus: Some(8),
+            disk_bus: Some(DiskBus::Sata),
+            nic: Some(Nic::E1000e),
+            ..Hints::default()
+        };
+        let disk = Disk {
+            reference: "vm".to_owned(),
+            digest,
+            path: "/disk.raw".into(),
+            format: DiskFormat::Raw,
+            image_format: None,
+            virtual_size: 512,
+            boot: None,
+            hints: hints.clone(),
+            fetched_bytes: 0,
+            from_cache: true,
+            lease: store.lease(&digest).unwrap(),
+        };
+        let mut draft = Draft::of_disk(&disk, "x86_64").unwrap();
+        drop(disk);
+        assert_eq!(store.leased_by(&digest), [std::process::id()]);
+        assert_eq!(draft.hints, hints);
+        draft.label("io.cannery.memory", "512M").unwrap();
+        assert_eq!((draft.hints.memory, draft.hints.cpus), (Some(512 << 20), Some(8)));
+        drop(draft);
+        assert!(store.leased_by(&digest).is_empty());
     }
 
     #[test]

@@ -38,6 +38,7 @@ use super::progress::Progress;
 use super::reference::Reference;
 use super::registry::Registries;
 use super::registry::credentials::Credentials;
+use crate::record::{self, Unnamed};
 use disk::{Body, Raw};
 use documents::{Document, Unpacked};
 use feed::Read;
@@ -283,12 +284,29 @@ pub async fn save(
     path: &Path,
     progress: &dyn Progress,
 ) -> Result<(), Error> {
+    if path.symlink_metadata().is_ok() {
+        return Err(Error::storage(path)(io::ErrorKind::AlreadyExists.into()));
+    }
+    let made = make(draft, format, record::folder_of(path), progress).await?;
+    made.name(path).map_err(Error::storage(path))
+}
+
+/// Writes the disk into a file that is to get its name in `dir`, by whoever calls.
+///
+/// # Errors
+/// [`Error::Storage`].
+pub async fn make(
+    draft: &Draft,
+    format: DiskFormat,
+    dir: &Path,
+    progress: &dyn Progress,
+) -> Result<Unnamed, Error> {
     let read = Arc::new(Read::default());
     let meter = Arc::clone(&read);
-    let (source, target) = (draft.clone(), path.to_owned());
-    let work = tokio::task::spawn_blocking(move || disk::save(&source, format, &target, &meter));
-    let saved = feed::told(&|| read.so_far(), draft.virtual_size, progress, work).await;
-    saved.unwrap_or_else(|ended| feed::unwound(ended, path))
+    let (source, folder) = (draft.clone(), dir.to_owned());
+    let work = tokio::task::spawn_blocking(move || disk::make(&source, format, &folder, &meter));
+    let made = feed::told(&|| read.so_far(), draft.virtual_size, progress, work).await;
+    made.unwrap_or_else(|ended| feed::unwound(ended, dir))
 }
 
 fn layers(blobs: &[feed::Blob], media_type: impl Fn(usize) -> String) -> Vec<Descriptor> {

@@ -5,7 +5,7 @@
 
 use std::io::{self, Write};
 
-use crate::image::hints::{Firmware, Hints};
+use crate::image::hints::{DiskBus, Firmware, Hints, Nic};
 
 /// The description's media type.
 pub(super) const DOMAIN_TYPE: &str = "application/vnd.libvirt.domain.config+xml";
@@ -125,6 +125,19 @@ pub(super) fn domain(hints: &Hints, machine: &str) -> String {
         _ => ("q35", hints.firmware == Some(Firmware::Uefi)),
     };
     let firmware = if uefi { " firmware='efi'" } else { "" };
+    let (target, bus) = match hints.disk_bus.unwrap_or(DiskBus::Virtio) {
+        DiskBus::Virtio => ("vda", "virtio"),
+        DiskBus::Scsi => ("sda", "scsi"),
+        DiskBus::Sata => ("sda", "sata"),
+    };
+    let controller = match bus {
+        "scsi" => "\n    <controller type='scsi' model='virtio-scsi'/>",
+        _ => "",
+    };
+    let card = match hints.nic.unwrap_or(Nic::Virtio) {
+        Nic::Virtio => "virtio",
+        Nic::E1000e => "e1000e",
+    };
     format!(
         "<domain type='kvm'>
   <name>cannery</name>
@@ -141,11 +154,11 @@ pub(super) fn domain(hints: &Hints, machine: &str) -> String {
     <disk type='file' device='disk'>
       <driver name='qemu' type='qcow2' discard='unmap'/>
       <source file='{DISK_NAME}'/>
-      <target dev='vda' bus='virtio'/>
-    </disk>
+      <target dev='{target}' bus='{bus}'/>
+    </disk>{controller}
     <interface type='network'>
       <source network='default'/>
-      <model type='virtio'/>
+      <model type='{card}'/>
     </interface>
     <serial type='pty'/>
     <console type='pty'/>
@@ -204,9 +217,20 @@ mod tests {
         let hints = Hints {
             memory: Some(512 << 20),
             firmware: Some(Firmware::Uefi),
-            ..Hints::default()
+            cpus: Some(8),
+            disk_bus: Some(DiskBus::Scsi),
+            nic: Some(Nic::E1000e),
+            user: None,
         };
         let xml = domain(&hints, "x86_64");
+        for part in [
+            "<vcpu>8</vcpu>",
+            "<target dev='sda' bus='scsi'/>",
+            "model='virtio-scsi'",
+            "<model type='e1000e'/>",
+        ] {
+            assert!(xml.contains(part), "{part}: {xml}");
+        }
         assert!(xml.contains("<memory unit='MiB'>512</memory>"), "{xml}");
         assert!(xml.contains("<os firmware='efi'>"), "{xml}");
         assert!(!domain(&Hints::default(), "x86_64").contains("firmware="));
