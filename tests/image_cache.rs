@@ -7,12 +7,15 @@
     reason = "a test that cannot go on panics"
 )]
 
+#[path = "support/faulty_registry.rs"]
+#[allow(dead_code, reason = "each suite uses its part of the registry")]
+mod faulty_registry;
 #[path = "support/image_fixture.rs"]
 #[allow(dead_code, reason = "each suite uses its part of the fixture")]
 mod image_fixture;
 
 use std::fs;
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -21,6 +24,7 @@ use cannery::image::{
     Asker, Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Silent, Store,
 };
 use cannery::record::{Caller, JobKey, Jobs, Record};
+use faulty_registry::Registry;
 use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, Tar, noise};
 use jiff::Timestamp;
 use serde_json::Value;
@@ -73,6 +77,22 @@ impl Host {
         );
         self.layout.add(tag, &image);
         self.layout.reference(tag)
+    }
+
+    /// Adds an image twice to a registry, with other labels the second time; their references.
+    fn add_relabelled(&self, seed: u64) -> [String; 2] {
+        let registry = Registry::new();
+        self.write_settings(
+            "test:///default",
+            &format!("plain_http = [\"{}\"]", registry.host),
+        );
+        let archive = Tar::new().dir("disk/").file("disk/disk.img", &disk(seed)).bytes();
+        ["1G", "2G"].map(|memory| {
+            let image = Image::container_disk(&archive, OCI_TAR_GZIP).label("io.cannery.memory", memory);
+            let digest = self.layout.add(memory, &image);
+            registry.add(&self.layout.dir, &digest, memory);
+            format!("{}/vm:{memory}", registry.host)
+        })
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -308,6 +328,20 @@ fn prune_takes_what_nothing_keeps_and_says_so() {
     );
     drop(given);
     assert!(host.says(&["image", "prune", "--all"]).contains(&new));
+    assert!(host.list().is_empty());
+}
+
+#[test]
+fn what_two_images_share_is_freed_and_counted_with_the_second() {
+    let host = Host::new("");
+    let images = host.add_relabelled(7).map(|reference| host.pull(&reference));
+    let inode = |digest: &String| fs::metadata(host.disk(digest)).unwrap().ino();
+    assert_eq!(inode(&images[0]), inode(&images[1]));
+    let arguments = ["image", "prune", "--max-size", "100K", "--format", "json"];
+    let gone: Vec<Value> = serde_json::from_str(&host.says(&arguments)).unwrap();
+    let bytes: Vec<u64> = gone.iter().map(|gone| gone["bytes"].as_u64().unwrap()).collect();
+    assert_eq!(bytes.len(), 2, "{gone:?}");
+    assert!(bytes[0] < 64 << 10 && bytes[1] >= 200 << 10, "{gone:?}");
     assert!(host.list().is_empty());
 }
 

@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 
-use crate::image::{self, Candidate, Digest, Going, Held, Policy, Store};
+use crate::image::{self, Candidate, Digest, Freed, Going, Held, Policy, Store};
 use crate::machine::Libvirt;
 use crate::outcome::Failure;
 use crate::record::{JobKey, Jobs};
@@ -129,14 +129,13 @@ impl Images {
     /// # Errors
     /// The store, a record or libvirt cannot be asked.
     pub async fn plan(&self, policy: &Policy) -> Result<Vec<Going>, Failure> {
+        Ok(image::plan(&self.candidates().await?, policy, Timestamp::now()))
+    }
+
+    async fn candidates(&self) -> Result<Vec<Candidate>, Failure> {
         let users = self.users().await?;
-        let candidates: Vec<Candidate> = self
-            .store
-            .inventory()?
-            .iter()
-            .map(|held| candidate(held, &users))
-            .collect();
-        Ok(image::plan(&candidates, policy, Timestamp::now()))
+        let held = self.store.inventory()?;
+        Ok(held.iter().map(|held| candidate(held, &users)).collect())
     }
 
     /// Removes an image, unless something keeps it by now. Whether it is gone.
@@ -175,9 +174,14 @@ impl Images {
     /// # Errors
     /// As for [`Images::plan`] and [`Images::remove`].
     pub async fn prune(&self, policy: &Policy) -> Result<Vec<Going>, Failure> {
-        let mut gone = Vec::new();
-        for going in self.plan(policy).await? {
+        let candidates = self.candidates().await?;
+        let (mut gone, mut freed) = (Vec::new(), Freed::default());
+        for going in image::plan(&candidates, policy, Timestamp::now()) {
             if self.remove(&going.digest)? {
+                // What it shares with one that was to go and did not is not freed.
+                let image = candidates.iter().find(|image| image.digest == going.digest);
+                let bytes = image.map_or(0, |image| freed.with(image));
+                let going = Going { bytes, ..going };
                 tracing::info!(digest = %going.digest, bytes = going.bytes, "image removed: {}", going.reason);
                 gone.push(going);
             }
@@ -217,7 +221,8 @@ fn candidate(held: &Held, users: &Users) -> Candidate {
     repositories.dedup();
     Candidate {
         digest: held.digest,
-        bytes: held.frees,
+        bytes: held.own,
+        shared: held.shared.clone(),
         created: held.created,
         used: held.used,
         repositories,

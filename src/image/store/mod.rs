@@ -57,10 +57,10 @@ mod verify;
 
 pub use access::Asker;
 pub(super) use access::{Plea, Standing};
-pub use collect::{Candidate, Going, MakeRoom, Policy, Reason, plan};
+pub use collect::{Candidate, Freed, Going, MakeRoom, Policy, Reason, plan};
 use files::{digest_of, make_dirs, read_record, serialised, write_new};
 pub(super) use files::{inherited_mode, remove};
-pub use inventory::Held;
+pub use inventory::{Held, Shared};
 pub use leases::Lease;
 pub use names::Name;
 pub use pins::{InvalidPinName, PinName};
