@@ -346,6 +346,53 @@ fn what_two_images_share_is_freed_and_counted_with_the_second() {
 }
 
 #[test]
+#[ignore = "needs root, to become another user"]
+fn what_another_user_of_a_shared_store_has_begun_or_brought_holds_nobody_up() {
+    const NOBODY: u32 = 65534;
+    let host = Host::new("");
+    let shared = |path: &Path, mode| {
+        std::os::unix::fs::chown(path, None, Some(NOBODY)).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let program = host.at("cannery");
+    fs::copy(env!("CARGO_BIN_EXE_cannery"), &program).unwrap();
+    shared(&program, 0o755);
+    shared(host.dir.path(), 0o755);
+    fs::create_dir(host.state()).unwrap();
+    shared(&host.state(), 0o2775);
+    let nobody_pulls = |reference: &str| {
+        let output = Command::new("setpriv")
+            .args([
+                &format!("--reuid={NOBODY}"),
+                &format!("--regid={NOBODY}"),
+                "--clear-groups",
+            ])
+            .arg(&program)
+            .arg("--config")
+            .arg(host.at("cannery.toml"))
+            .args(["image", "pull", "--quiet", reference])
+            .env("HOME", host.dir.path())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    // Killed when a layer was done, whose file is root's alone.
+    let begun = host.add("begun", 1);
+    assert!(host.killed_at("layer-kept", &["image", "pull", &begun]));
+    assert_eq!(host.partial(), 2, "a folder and its lock");
+    let digest = nobody_pulls(&begun);
+    assert_eq!(fs::metadata(host.disk(&digest)).unwrap().uid(), NOBODY);
+
+    // A disk that is root's cannot be linked by others.
+    let relabelled = host.add_relabelled(3);
+    let first = host.pull(&relabelled[0]);
+    let second = nobody_pulls(&relabelled[1]);
+    assert!(fs::read(host.disk(&second)).unwrap() == disk(3));
+    assert!(first != second && host.disk(&first).exists());
+}
+
+#[test]
 fn what_a_domain_names_is_kept_down_its_whole_chain() {
     let host = Host::new("");
     let digest = host.pull(&host.add("vm", 1));
