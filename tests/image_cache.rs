@@ -346,6 +346,57 @@ fn what_two_images_share_is_freed_and_counted_with_the_second() {
 }
 
 #[test]
+fn before_an_image_exceeds_the_budget_the_one_used_least_recently_goes() {
+    let host = Host::new("max_size = \"500K\"");
+    let names = [1, 3, 5].map(|seed| host.add(&format!("vm-{seed}"), seed));
+    let [first, second] = [&names[0], &names[1]].map(|name| {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        host.pull(name)
+    });
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    host.pull(&names[0]);
+    // What cannot become an image takes the place of none.
+    let nothing = |claim: &str, media_type: &str, size: u64, reason: &str| {
+        let mut layer = host.layout.blob(b"nothing", media_type);
+        layer["size"] = size.into();
+        let manifest = serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": host.layout.blob(b"{}", "application/vnd.oci.empty.v1+json"),
+            "layers": [layer],
+        });
+        let manifest = serde_json::to_vec(&manifest).unwrap();
+        let descriptor = host
+            .layout
+            .blob(&manifest, "application/vnd.oci.image.manifest.v1+json");
+        host.layout.tag(claim, descriptor);
+        let said = host.refuses(&["image", "pull", "--quiet", &host.layout.reference(claim)]);
+        assert!(said.contains(reason), "{said}");
+        assert!(
+            host.disk(&first).exists() && host.disk(&second).exists(),
+            "{claim}"
+        );
+    };
+    nothing(
+        "foreign",
+        "application/vnd.cncf.helm.chart",
+        400_000,
+        "a Helm chart",
+    );
+    nothing(
+        "endless",
+        OCI_TAR_GZIP,
+        1 << 60,
+        "is too large: its packed content",
+    );
+    nothing("beyond", OCI_TAR_GZIP, 600_000, "instead of 600000");
+
+    let third = host.pull(&names[2]);
+    assert!(host.disk(&first).exists() && host.disk(&third).exists());
+    assert!(!host.disk(&second).exists());
+}
+
+#[test]
 #[ignore = "needs root, to become another user"]
 fn what_another_user_of_a_shared_store_has_begun_or_brought_holds_nobody_up() {
     const NOBODY: u32 = 65534;

@@ -151,14 +151,14 @@ impl Images {
 
     /// Removes what was used least recently until so many bytes are freed, and all together with `coming` bytes more take no
     /// more than `max_size`. Nothing goes if so many bytes cannot be freed; `max_size` is no hard limit, for which all goes that may
-    /// go. How many bytes were freed.
+    /// go, unless what comes exceeds it alone. How many bytes were freed.
     ///
     /// # Errors
     /// As for [`Images::plan`] and [`Images::remove`].
     pub async fn make_room(&self, coming: u64, lacking: u64, max_size: Option<u64>) -> Result<u64, Failure> {
         let policy = Policy {
             free: lacking,
-            max_size: max_size.map(|most| most.saturating_sub(coming)),
+            max_size: max_size.and_then(|most| most.checked_sub(coming)),
             ..Policy::default()
         };
         let plan = self.plan(&policy).await?;

@@ -91,7 +91,7 @@ impl std::fmt::Display for Reason {
 pub trait MakeRoom: std::fmt::Debug + Send + Sync {
     /// Removes images until `lacking` bytes are free beyond those that are, and all images with `coming` bytes more are within
     /// the operator's budget. Nothing goes if so many bytes cannot be freed; the budget is no hard limit, for which all goes that may
-    /// go. How many bytes were freed.
+    /// go, unless what comes exceeds it alone. How many bytes were freed.
     fn make_room(&self, coming: u64, lacking: u64) -> Pin<Box<dyn Future<Output = u64> + Send + '_>>;
 }
 
