@@ -5,7 +5,7 @@
 //!                                                       │ each layer, streamed once:
 //!                                                       ▼
 //!    digest ◀─ packed bytes ─▶ decompress ─▶ digest ─▶ format ─▶ sparse file in partial/
-//!                                                       │ header check, sync, one rename
+//!                                                       │ header check, one rename
 //!                                                       ▼
 //!                                                  disks/DIGEST
 //! ```
