@@ -7,12 +7,15 @@
     reason = "a test that cannot go on panics"
 )]
 
+#[path = "support/faulty_registry.rs"]
+#[allow(dead_code, reason = "each suite uses its part of the registry")]
+mod faulty_registry;
 #[path = "support/image_fixture.rs"]
 #[allow(dead_code, reason = "each suite uses its part of the fixture")]
 mod image_fixture;
 
 use std::fs;
-use std::os::unix::fs::{FileExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -21,6 +24,7 @@ use cannery::image::{
     Asker, Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Silent, Store,
 };
 use cannery::record::{Caller, JobKey, Jobs, Record};
+use faulty_registry::Registry;
 use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, Tar, noise};
 use jiff::Timestamp;
 use serde_json::Value;
@@ -73,6 +77,22 @@ impl Host {
         );
         self.layout.add(tag, &image);
         self.layout.reference(tag)
+    }
+
+    /// Adds an image twice to a registry, with other labels the second time; their references.
+    fn add_relabelled(&self, seed: u64) -> [String; 2] {
+        let registry = Registry::new();
+        self.write_settings(
+            "test:///default",
+            &format!("plain_http = [\"{}\"]", registry.host),
+        );
+        let archive = Tar::new().dir("disk/").file("disk/disk.img", &disk(seed)).bytes();
+        ["1G", "2G"].map(|memory| {
+            let image = Image::container_disk(&archive, OCI_TAR_GZIP).label("io.cannery.memory", memory);
+            let digest = self.layout.add(memory, &image);
+            registry.add(&self.layout.dir, &digest, memory);
+            format!("{}/vm:{memory}", registry.host)
+        })
     }
 
     fn command(&self, arguments: &[&str]) -> Command {
@@ -309,6 +329,118 @@ fn prune_takes_what_nothing_keeps_and_says_so() {
     drop(given);
     assert!(host.says(&["image", "prune", "--all"]).contains(&new));
     assert!(host.list().is_empty());
+}
+
+#[test]
+fn what_two_images_share_is_freed_and_counted_with_the_second() {
+    let host = Host::new("");
+    let images = host.add_relabelled(7).map(|reference| host.pull(&reference));
+    let inode = |digest: &String| fs::metadata(host.disk(digest)).unwrap().ino();
+    assert_eq!(inode(&images[0]), inode(&images[1]));
+    let arguments = ["image", "prune", "--max-size", "100K", "--format", "json"];
+    let gone: Vec<Value> = serde_json::from_str(&host.says(&arguments)).unwrap();
+    let bytes: Vec<u64> = gone.iter().map(|gone| gone["bytes"].as_u64().unwrap()).collect();
+    assert_eq!(bytes.len(), 2, "{gone:?}");
+    assert!(bytes[0] < 64 << 10 && bytes[1] >= 200 << 10, "{gone:?}");
+    assert!(host.list().is_empty());
+}
+
+#[test]
+fn before_an_image_exceeds_the_budget_the_one_used_least_recently_goes() {
+    let host = Host::new("max_size = \"500K\"");
+    let names = [1, 3, 5].map(|seed| host.add(&format!("vm-{seed}"), seed));
+    let [first, second] = [&names[0], &names[1]].map(|name| {
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        host.pull(name)
+    });
+    std::thread::sleep(std::time::Duration::from_millis(20));
+    host.pull(&names[0]);
+    // What cannot become an image takes the place of none.
+    let nothing = |claim: &str, media_type: &str, size: u64, reason: &str| {
+        let mut layer = host.layout.blob(b"nothing", media_type);
+        layer["size"] = size.into();
+        let manifest = serde_json::json!({
+            "schemaVersion": 2,
+            "mediaType": "application/vnd.oci.image.manifest.v1+json",
+            "config": host.layout.blob(b"{}", "application/vnd.oci.empty.v1+json"),
+            "layers": [layer],
+        });
+        let manifest = serde_json::to_vec(&manifest).unwrap();
+        let descriptor = host
+            .layout
+            .blob(&manifest, "application/vnd.oci.image.manifest.v1+json");
+        host.layout.tag(claim, descriptor);
+        let said = host.refuses(&["image", "pull", "--quiet", &host.layout.reference(claim)]);
+        assert!(said.contains(reason), "{said}");
+        assert!(
+            host.disk(&first).exists() && host.disk(&second).exists(),
+            "{claim}"
+        );
+    };
+    nothing(
+        "foreign",
+        "application/vnd.cncf.helm.chart",
+        400_000,
+        "a Helm chart",
+    );
+    nothing(
+        "endless",
+        OCI_TAR_GZIP,
+        1 << 60,
+        "is too large: its packed content",
+    );
+    nothing("beyond", OCI_TAR_GZIP, 600_000, "instead of 600000");
+
+    let third = host.pull(&names[2]);
+    assert!(host.disk(&first).exists() && host.disk(&third).exists());
+    assert!(!host.disk(&second).exists());
+}
+
+#[test]
+#[ignore = "needs root, to become another user"]
+fn what_another_user_of_a_shared_store_has_begun_or_brought_holds_nobody_up() {
+    const NOBODY: u32 = 65534;
+    let host = Host::new("");
+    let shared = |path: &Path, mode| {
+        std::os::unix::fs::chown(path, None, Some(NOBODY)).unwrap();
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
+    };
+    let program = host.at("cannery");
+    fs::copy(env!("CARGO_BIN_EXE_cannery"), &program).unwrap();
+    shared(&program, 0o755);
+    shared(host.dir.path(), 0o755);
+    fs::create_dir(host.state()).unwrap();
+    shared(&host.state(), 0o2775);
+    let nobody_pulls = |reference: &str| {
+        let output = Command::new("setpriv")
+            .args([
+                &format!("--reuid={NOBODY}"),
+                &format!("--regid={NOBODY}"),
+                "--clear-groups",
+            ])
+            .arg(&program)
+            .arg("--config")
+            .arg(host.at("cannery.toml"))
+            .args(["image", "pull", "--quiet", reference])
+            .env("HOME", host.dir.path())
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{output:?}");
+        String::from_utf8(output.stdout).unwrap().trim().to_owned()
+    };
+    // Killed when a layer was done, whose file is root's alone.
+    let begun = host.add("begun", 1);
+    assert!(host.killed_at("layer-kept", &["image", "pull", &begun]));
+    assert_eq!(host.partial(), 2, "a folder and its lock");
+    let digest = nobody_pulls(&begun);
+    assert_eq!(fs::metadata(host.disk(&digest)).unwrap().uid(), NOBODY);
+
+    // A disk that is root's cannot be linked by others.
+    let relabelled = host.add_relabelled(3);
+    let first = host.pull(&relabelled[0]);
+    let second = nobody_pulls(&relabelled[1]);
+    assert!(fs::read(host.disk(&second)).unwrap() == disk(3));
+    assert!(first != second && host.disk(&first).exists());
 }
 
 #[test]

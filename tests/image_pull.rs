@@ -174,6 +174,18 @@ fn whatever_the_registry_does_the_image_is_whole_or_the_error_is_clear() {
 }
 
 #[test]
+fn a_registry_without_ranges_sends_little_more_than_the_image() {
+    let bench = Bench::new();
+    let bytes = noise(40, 48 << 20);
+    bench.add("1", &bytes, OCI_TAR);
+    bench.registry.misbehave(40, 100, &[Fault::Whole]);
+    assert!(is(&bench.pull("1").unwrap(), &bytes));
+    // What was on its way when that was seen comes on top.
+    let sent = bench.registry.sent();
+    assert!(sent < 96 << 20, "{sent}");
+}
+
+#[test]
 fn a_pull_that_was_cut_off_goes_on_from_its_last_checkpoint() {
     let bytes = disk(1, 150 << 20);
     for media_type in [OCI_TAR_GZIP, OCI_TAR] {

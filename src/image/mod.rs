@@ -5,7 +5,7 @@
 //!                                                       │ each layer, streamed once:
 //!                                                       ▼
 //!    digest ◀─ packed bytes ─▶ decompress ─▶ digest ─▶ format ─▶ sparse file in partial/
-//!                                                       │ header check, sync, one rename
+//!                                                       │ header check, one rename
 //!                                                       ▼
 //!                                                  disks/DIGEST
 //! ```
@@ -64,7 +64,7 @@ pub use registry::credentials::{Credentials, CredentialsError, Login, Origin};
 pub use registry::{AuthFile, Keeper, Private, Registries, RegistryOptions, verify_login};
 pub use room::Limits;
 pub use store::{
-    Asker, Boot, Candidate, Disk, Going, Held, InvalidPinName, Lease, MakeRoom, Name, PinName, Policy,
-    Reason, Store, Verdict, plan,
+    Asker, Boot, Candidate, Disk, Freed, Going, Held, InvalidPinName, Lease, MakeRoom, Name, PinName, Policy,
+    Reason, Shared, Store, Verdict, plan,
 };
 pub use write::{Addressee, Draft, Format as WriteFormat, Native, Packing, Written, make, save, write};

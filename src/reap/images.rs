@@ -9,7 +9,7 @@ use std::path::PathBuf;
 
 use jiff::Timestamp;
 
-use crate::image::{self, Candidate, Digest, Going, Held, Policy, Store};
+use crate::image::{self, Candidate, Digest, Freed, Going, Held, Policy, Store};
 use crate::machine::Libvirt;
 use crate::outcome::Failure;
 use crate::record::{JobKey, Jobs};
@@ -129,14 +129,13 @@ impl Images {
     /// # Errors
     /// The store, a record or libvirt cannot be asked.
     pub async fn plan(&self, policy: &Policy) -> Result<Vec<Going>, Failure> {
+        Ok(image::plan(&self.candidates().await?, policy, Timestamp::now()))
+    }
+
+    async fn candidates(&self) -> Result<Vec<Candidate>, Failure> {
         let users = self.users().await?;
-        let candidates: Vec<Candidate> = self
-            .store
-            .inventory()?
-            .iter()
-            .map(|held| candidate(held, &users))
-            .collect();
-        Ok(image::plan(&candidates, policy, Timestamp::now()))
+        let held = self.store.inventory()?;
+        Ok(held.iter().map(|held| candidate(held, &users)).collect())
     }
 
     /// Removes an image, unless something keeps it by now. Whether it is gone.
@@ -152,14 +151,14 @@ impl Images {
 
     /// Removes what was used least recently until so many bytes are freed, and all together with `coming` bytes more take no
     /// more than `max_size`. Nothing goes if so many bytes cannot be freed; `max_size` is no hard limit, for which all goes that may
-    /// go. How many bytes were freed.
+    /// go, unless what comes exceeds it alone. How many bytes were freed.
     ///
     /// # Errors
     /// As for [`Images::plan`] and [`Images::remove`].
     pub async fn make_room(&self, coming: u64, lacking: u64, max_size: Option<u64>) -> Result<u64, Failure> {
         let policy = Policy {
             free: lacking,
-            max_size: max_size.map(|most| most.saturating_sub(coming)),
+            max_size: max_size.and_then(|most| most.checked_sub(coming)),
             ..Policy::default()
         };
         let plan = self.plan(&policy).await?;
@@ -175,9 +174,14 @@ impl Images {
     /// # Errors
     /// As for [`Images::plan`] and [`Images::remove`].
     pub async fn prune(&self, policy: &Policy) -> Result<Vec<Going>, Failure> {
-        let mut gone = Vec::new();
-        for going in self.plan(policy).await? {
+        let candidates = self.candidates().await?;
+        let (mut gone, mut freed) = (Vec::new(), Freed::default());
+        for going in image::plan(&candidates, policy, Timestamp::now()) {
             if self.remove(&going.digest)? {
+                // What it shares with one that was to go and did not is not freed.
+                let image = candidates.iter().find(|image| image.digest == going.digest);
+                let bytes = image.map_or(0, |image| freed.with(image));
+                let going = Going { bytes, ..going };
                 tracing::info!(digest = %going.digest, bytes = going.bytes, "image removed: {}", going.reason);
                 gone.push(going);
             }
@@ -217,7 +221,8 @@ fn candidate(held: &Held, users: &Users) -> Candidate {
     repositories.dedup();
     Candidate {
         digest: held.digest,
-        bytes: held.frees,
+        bytes: held.own,
+        shared: held.shared.clone(),
         created: held.created,
         used: held.used,
         repositories,

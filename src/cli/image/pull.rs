@@ -68,7 +68,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             interrupted = tokio::signal::ctrl_c() => {
                 return Err(match interrupted {
                     Ok(()) => Failure::system(format!("the pull of {name} was interrupted"))
-                        .hint("What was fetched is kept: the next pull goes on from there"),
+                        .hint("The next pull goes on from the last checkpoint, if there was one by then; a layer in zstd or xz starts again"),
                     Err(e) => Failure::system(format!("cannot listen for Ctrl-C: {e}")),
                 });
             }

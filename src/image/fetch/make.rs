@@ -134,23 +134,37 @@ impl Pull<'_> {
         Ok(twin)
     }
 
-    /// Makes the disk; where there turns out to be no room, once more after others have gone for it.
+    /// Makes the disk; where there turns out to be no room, once more after others have gone for it. None go for what cannot be an
+    /// image.
     pub(super) async fn make_with_room(
         &self,
         source: &Source,
         digest: &Digest,
         manifest: Manifest,
     ) -> Result<Disk, Error> {
-        let keep_free = self.request.limits.keep_free;
-        self.store.make_room(packed_size(&manifest), keep_free).await;
-        match self.make(source, digest, manifest.clone()).await {
+        let guess = format::recognise(&manifest).map_err(|reason| Error::Unsupported {
+            image: self.image.clone(),
+            reason,
+        })?;
+        let limits = self.request.limits;
+        let (coming, most) = (packed_size(&manifest), format::packed_max(limits));
+        if coming > most {
+            return Err(Error::TooLarge {
+                image: self.image.clone(),
+                what: "packed content",
+                size: coming,
+                limit: most,
+            });
+        }
+        self.store.make_room(coming, limits.keep_free).await;
+        match self.make(source, digest, manifest.clone(), guess).await {
             Err(error @ Error::DiskFull { needed, .. }) => {
                 // What is needed has what must stay free in it.
                 if self.store.make_room(needed, 0).await == 0 {
                     self.give_up(digest)?;
                     return Err(error);
                 }
-                let made = self.make(source, digest, manifest).await;
+                let made = self.make(source, digest, manifest, guess).await;
                 if matches!(made, Err(Error::DiskFull { .. })) {
                     self.give_up(digest)?;
                 }
@@ -174,12 +188,8 @@ impl Pull<'_> {
         source: &Source,
         digest: &Digest,
         manifest: Manifest,
+        guess: Format,
     ) -> Result<Disk, Error> {
-        let unsupported = |reason| Error::Unsupported {
-            image: self.image.clone(),
-            reason,
-        };
-        let guess = format::recognise(&manifest).map_err(unsupported)?;
         let work = Work::lock(&self.store.partial(), digest, &self.image, self.progress).await?;
         // Shared with the threads that write there: a cancelled one must be gone before others take the lock.
         let work = Arc::new(work);

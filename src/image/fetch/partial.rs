@@ -3,7 +3,7 @@
 //! The folder of a process that was killed, or whose registry went away, is kept for the next one if it holds something to go
 //! on from: files that say how far somebody came, each with the version of its content in its name.
 
-use std::fs::{self, File, OpenOptions, TryLockError};
+use std::fs::{self, File, Metadata, OpenOptions, TryLockError};
 use std::io::{self, Read as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::process::Uid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
@@ -122,10 +123,13 @@ impl Work {
 
     /// The folder, at which nobody else looks. It is empty, or holds what an earlier process has come to with the bytes of the
     /// same place: a repository, a folder, an address. To go on from another's would give an image to somebody who knows no more
-    /// of it than its digest.
+    /// of it than its digest. What another user of the group has begun is begun anew: its files are that user's alone.
     pub(in crate::image) fn dir(&self, place: &str) -> Result<&Path, Error> {
         let begun_from = fs::read_to_string(self.dir.join(PLACE));
-        if is_worth_keeping(&self.dir) && begun_from.is_ok_and(|begun_from| begun_from == place) {
+        if is_worth_keeping(&self.dir)
+            && begun_from.is_ok_and(|begun_from| begun_from == place)
+            && may_go_on(&self.dir, rustix::process::geteuid())
+        {
             return Ok(&self.dir);
         }
         remove(&self.dir)?;
@@ -222,6 +226,16 @@ fn is_worth_keeping(dir: &Path) -> bool {
     };
     let mut names = entries.filter_map(|entry| Some(entry.ok()?.file_name().to_str()?.to_owned()));
     names.any(|name| name == LAYERS || name == CHECKPOINT || name.starts_with(PIECES))
+}
+
+/// May this user write to all that is in the folder?
+fn may_go_on(dir: &Path, user: Uid) -> bool {
+    let own = |data: io::Result<Metadata>| data.is_ok_and(|data| data.uid() == user.as_raw());
+    let all_own = || -> io::Result<bool> {
+        let mut entries = fs::read_dir(dir)?;
+        Ok(own(fs::metadata(dir)) && entries.all(|entry| own(entry.and_then(|entry| entry.metadata()))))
+    };
+    user.is_root() || all_own().unwrap_or_default()
 }
 
 /// A small file of the folder; none if it is not there or makes no sense.
@@ -329,6 +343,23 @@ mod tests {
         work.discard_if_old(Duration::ZERO);
         drop(work);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn what_another_user_has_begun_only_root_goes_on_with() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join("file.1"), "x").unwrap();
+        let own = rustix::process::geteuid();
+        let other = Uid::from_raw(own.as_raw() + 4321);
+        assert!(may_go_on(dir.path(), own) && may_go_on(dir.path(), Uid::ROOT));
+        assert!(!may_go_on(dir.path(), other));
+        if own.is_root() {
+            // Root has gone on with it, and was cut off again.
+            std::os::unix::fs::chown(dir.path(), Some(other.as_raw()), None).unwrap();
+            assert!(!may_go_on(dir.path(), other));
+            std::os::unix::fs::chown(dir.path().join("file.1"), Some(other.as_raw()), None).unwrap();
+            assert!(may_go_on(dir.path(), other));
+        }
     }
 
     #[test]

@@ -177,7 +177,8 @@ impl Source {
     }
 
     /// Sends the bytes of blobs that follow each other, from `offset` on, in their order. They are fetched in parts, several at
-    /// a time, so that neither a long way nor one slow connection counts.
+    /// a time, so that neither a long way nor one slow connection counts. From a server that sends the whole for each part, what is
+    /// left is fetched as one.
     pub(super) async fn feed_all(
         &self,
         blobs: &[Descriptor],
@@ -185,10 +186,23 @@ impl Source {
         sink: mpsc::Sender<Piece>,
     ) -> Result<(), Error> {
         let width = self.width().min(PARTS_IN_FLIGHT);
-        let parts = stream::iter(parts(blobs, offset)).map(|(blob, range)| self.collect(&blobs[blob], range));
+        let parts =
+            stream::iter(divided(blobs, offset, PART)).map(|(blob, range)| self.collect(&blobs[blob], range));
         let mut parts = parts.buffered(width);
-        while let Some(part) = parts.try_next().await? {
+        let mut at = offset;
+        while let Some(Some(part)) = parts.try_next().await? {
             for bytes in part {
+                at += bytes.len() as u64;
+                if sink.send(Piece::Bytes(bytes)).await.is_err() {
+                    return Ok(());
+                }
+            }
+        }
+        // With them their connections go.
+        drop(parts);
+        for (blob, range) in divided(blobs, at, u64::MAX) {
+            let mut part = self.range(&blobs[blob], range)?;
+            while let Some(bytes) = part.next().await? {
                 if sink.send(Piece::Bytes(bytes)).await.is_err() {
                     return Ok(());
                 }
@@ -198,13 +212,26 @@ impl Source {
         Ok(())
     }
 
-    async fn collect(&self, blob: &Descriptor, range: Range<u64>) -> Result<Vec<Bytes>, Error> {
+    /// A part of a blob, whole; none where the server would send more than the part.
+    async fn collect(&self, blob: &Descriptor, range: Range<u64>) -> Result<Option<Vec<Bytes>>, Error> {
         let mut part = self.range(blob, range)?;
         let mut pieces = Vec::new();
-        while let Some(bytes) = part.next().await? {
-            pieces.push(bytes);
+        while !self.ignores_ranges() {
+            match part.next().await? {
+                Some(bytes) => pieces.push(bytes),
+                None => return Ok(Some(pieces)),
+            }
         }
-        Ok(pieces)
+        Ok(None)
+    }
+
+    /// Does it send the whole of a blob where a part is asked for?
+    fn ignores_ranges(&self) -> bool {
+        match self {
+            Self::Registry(session) => session.ignores_ranges(),
+            Self::Web(file) => file.session.ignores_ranges(),
+            Self::Layout(_) | Self::File(_) => false,
+        }
     }
 
     /// Runs `work` on a thread of its own over the bytes of blobs that follow each other. What it returns is handed on only after
@@ -270,14 +297,14 @@ impl Source {
     }
 }
 
-/// Divides blobs that follow each other, from an offset on: which of them, and which bytes of it.
-fn parts(blobs: &[Descriptor], offset: u64) -> impl Iterator<Item = (usize, Range<u64>)> {
+/// Divides blobs that follow each other, from an offset on, into parts of at most so many bytes: which blob, and which bytes of it.
+fn divided(blobs: &[Descriptor], offset: u64, most: u64) -> impl Iterator<Item = (usize, Range<u64>)> {
     let mut skipped = offset;
     blobs.iter().enumerate().flat_map(move |(number, blob)| {
         let (begin, size) = (skipped.min(blob.size), blob.size);
         skipped -= begin;
         // One after the other: a stranger's size may make for more of them than there is memory.
-        let from = move |begin: u64| (begin < size).then(|| begin..begin.saturating_add(PART).min(size));
+        let from = move |begin: u64| (begin < size).then(|| begin..begin.saturating_add(most).min(size));
         let ranges = std::iter::successors(from(begin), move |last| from(last.end));
         ranges.map(move |range| (number, range))
     })
@@ -323,7 +350,7 @@ mod tests {
             annotations: std::collections::BTreeMap::new(),
         };
         let blobs = [blob(PART + 5), blob(0), blob(7)];
-        let parts = |offset| parts(&blobs, offset).collect::<Vec<_>>();
+        let parts = |offset| divided(&blobs, offset, PART).collect::<Vec<_>>();
         assert_eq!(parts(0), [(0, 0..PART), (0, PART..PART + 5), (2, 0..7)]);
         assert_eq!(parts(PART + 1), [(0, PART + 1..PART + 5), (2, 0..7)]);
         assert_eq!(parts(PART + 6), [(2, 1..7)]);

@@ -37,7 +37,7 @@ pub use recognise::Format;
 
 pub(super) use config::{Config, has_image_config, parse_config};
 pub(super) use recognise::recognise;
-pub(super) use unpack::{Contents, Layer, Selected, Workplace, made_of, packed, unpack};
+pub(super) use unpack::{Contents, Layer, Selected, Workplace, made_of, packed, packed_max, unpack};
 
 use unpack::{Kind, PLAIN_DISK};
 

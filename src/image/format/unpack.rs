@@ -24,6 +24,13 @@ use crate::image::store::remove;
 /// that were put on top of an ordinary container image.
 const OTHER_FILES_MAX: u64 = 8 << 30;
 
+/// Largest image by its packed bytes: a disk, what may stand beside it, and what packing adds to bytes that it cannot make fewer.
+/// What claims more is none that could be unpacked.
+pub(in crate::image) fn packed_max(limits: Limits) -> u64 {
+    let unpacked = limits.max_disk.saturating_add(OTHER_FILES_MAX);
+    unpacked.saturating_add(unpacked / 64)
+}
+
 /// Bytes that tell a tar from a disk: one header.
 const TAR_HEADER: usize = 512;
 

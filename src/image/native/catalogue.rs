@@ -106,7 +106,7 @@ impl Maker {
         Ok(())
     }
 
-    /// Writes the list, and brings it to the disk; its length in bytes.
+    /// Writes the list; its length in bytes.
     pub(in crate::image) fn finish(mut self) -> io::Result<u64> {
         self.sums.finish()?;
         self.file.flush()?;

@@ -143,13 +143,17 @@ impl Session {
 
     /// How many transfers at once the registry takes now; fewer after it has answered that it has too much.
     pub(super) fn width(&self) -> usize {
-        let endpoint = self.endpoint();
         // One that sends the whole for each part is better asked for one at a time.
-        if endpoint.ignores_ranges() {
+        if self.ignores_ranges() {
             1
         } else {
-            endpoint.gate.width()
+            self.endpoint().gate.width()
         }
+    }
+
+    /// Has it sent a whole blob where a part was asked for?
+    pub(super) fn ignores_ranges(&self) -> bool {
+        self.endpoint().ignores_ranges()
     }
 
     fn endpoint(&self) -> Arc<Endpoint> {

@@ -14,6 +14,7 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::Store;
 use super::files::{digest_of, entries, remove, sync_dir};
+use super::inventory::Shared;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::manifest::{self, Document};
@@ -30,8 +31,10 @@ const LOOSE_BLOBS_FOR: Duration = Duration::from_secs(3600);
 pub struct Candidate {
     /// Its digest.
     pub digest: Digest,
-    /// What removing it frees, in bytes.
+    /// What it alone takes, in bytes: removing it frees as much at least.
     pub bytes: u64,
+    /// The files that it shares with others: the last of those that goes frees them.
+    pub shared: Vec<Shared>,
     /// When it came.
     pub created: Timestamp,
     /// When it was last used.
@@ -88,7 +91,7 @@ impl std::fmt::Display for Reason {
 pub trait MakeRoom: std::fmt::Debug + Send + Sync {
     /// Removes images until `lacking` bytes are free beyond those that are, and all images with `coming` bytes more are within
     /// the operator's budget. Nothing goes if so many bytes cannot be freed; the budget is no hard limit, for which all goes that may
-    /// go. How many bytes were freed.
+    /// go, unless what comes exceeds it alone. How many bytes were freed.
     fn make_room(&self, coming: u64, lacking: u64) -> Pin<Box<dyn Future<Output = u64> + Send + '_>>;
 }
 
@@ -97,10 +100,45 @@ pub trait MakeRoom: std::fmt::Debug + Send + Sync {
 pub struct Going {
     /// Its digest.
     pub digest: Digest,
-    /// What that frees, in bytes.
+    /// What that frees, in bytes, after those in front of it have gone.
     pub bytes: u64,
     /// Why.
     pub reason: Reason,
+}
+
+/// What is freed by images that go one after the other.
+#[derive(Debug, Default)]
+pub struct Freed {
+    /// How many names of a shared file have gone.
+    gone: BTreeMap<(u64, u64), u64>,
+}
+
+impl Freed {
+    /// This one goes, too: how many bytes that frees.
+    pub fn with(&mut self, image: &Candidate) -> u64 {
+        let mut bytes = image.bytes;
+        for shared in &image.shared {
+            let gone = self.gone.entry(shared.file).or_default();
+            *gone += 1;
+            if *gone == shared.names {
+                bytes += shared.bytes;
+            }
+        }
+        bytes
+    }
+
+    /// What all of these free.
+    fn by<'a>(images: impl IntoIterator<Item = &'a Candidate>) -> u64 {
+        let mut freed = Self::default();
+        images.into_iter().map(|image| freed.with(image)).sum()
+    }
+}
+
+/// What images take together, in bytes.
+fn taken(images: &[Candidate]) -> u64 {
+    let shared = images.iter().flat_map(|image| &image.shared);
+    let shared: BTreeMap<_, _> = shared.map(|shared| (shared.file, shared.bytes)).collect();
+    images.iter().map(|image| image.bytes).sum::<u64>() + shared.values().sum::<u64>()
 }
 
 /// What goes, in the order in which it goes: what was used least recently first.
@@ -136,32 +174,42 @@ pub fn plan(images: &[Candidate], policy: &Policy, now: Timestamp) -> Vec<Going>
         .filter(|image| !image.kept && !newest.contains(&image.digest))
         .collect();
     order.sort_by_key(|image| (image.used, image.digest));
-    let going = |image: &Candidate, reason| Going {
-        digest: image.digest,
-        bytes: image.bytes,
-        reason,
-    };
-    let mut gone: Vec<Going> = order
+    let mut gone: Vec<(&Candidate, Reason)> = order
         .iter()
         .filter(|image| selected && idle(image))
-        .filter_map(|image| Some(going(image, reason(image)?)))
+        .filter_map(|image| Some((*image, reason(image)?)))
         .collect();
-    let total: u64 = images.iter().map(|image| image.bytes).sum();
-    let mut freed: u64 = gone.iter().map(|going| going.bytes).sum();
+    let by_rule = gone.len();
     let wanted = policy
         .max_size
-        .map_or(0, |most| total.saturating_sub(most))
+        .map_or(0, |most| taken(images).saturating_sub(most))
         .max(policy.free);
+    let freed = |gone: &[(&Candidate, Reason)]| Freed::by(gone.iter().map(|(image, _)| *image));
     for image in order {
-        if freed >= wanted {
+        if freed(&gone) >= wanted {
             break;
         }
-        if gone.iter().all(|going| going.digest != image.digest) {
-            gone.push(going(image, Reason::Room));
-            freed += image.bytes;
+        if gone.iter().all(|(going, _)| going.digest != image.digest) {
+            gone.push((image, Reason::Room));
         }
     }
-    gone
+    // One whose disk stays with another image may have gone for nothing.
+    for place in (by_rule..gone.len()).rev() {
+        let (image, reason) = gone[place];
+        if !image.shared.is_empty() {
+            gone.remove(place);
+            if freed(&gone) < wanted {
+                gone.insert(place, (image, reason));
+            }
+        }
+    }
+    let mut freed = Freed::default();
+    let going = gone.into_iter().map(|(image, reason)| Going {
+        digest: image.digest,
+        bytes: freed.with(image),
+        reason,
+    });
+    going.collect()
 }
 
 /// The newest images of each repository.
@@ -308,6 +356,7 @@ mod tests {
         Candidate {
             digest: Digest::of(name.as_bytes()),
             bytes,
+            shared: Vec::new(),
             created: at(came),
             used: at(used),
             repositories: match repository {
@@ -435,6 +484,50 @@ mod tests {
         ] {
             assert_eq!(gone(&some(), policy.clone()), expected, "{policy:?}");
         }
+    }
+
+    #[test]
+    fn what_two_images_share_is_free_once_both_have_gone() {
+        let shared = |file: u64, bytes| Shared {
+            file: (0, file),
+            bytes,
+            names: 2,
+        };
+        let mut images = vec![
+            image("vm:1", 9, 9, 1, "r/vm"),
+            image("vm:2", 8, 8, 2, "r/vm"),
+            image("other", 7, 7, 4, "r/other"),
+        ];
+        images[0].shared.push(shared(1, 800));
+        images[1].shared.push(shared(1, 800));
+        let free = |free| Policy {
+            free,
+            ..Policy::default()
+        };
+        let bytes = |images: &[Candidate], policy| {
+            gone(images, policy)
+                .into_iter()
+                .map(|(bytes, _)| bytes)
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(bytes(&images, free(500)), [1, 802]);
+        assert_eq!(bytes(&images, free(804)), [1, 802, 4]);
+        // It counts once: 807 bytes are here.
+        let budget = |most| Policy {
+            max_size: Some(most),
+            ..Policy::default()
+        };
+        assert!(bytes(&images, budget(807)).is_empty());
+        assert_eq!(bytes(&images, budget(400)), [1, 802]);
+        // Where the other stays, nothing of it is freed, and the image that would go for nothing stays, too.
+        images[1].kept = true;
+        assert_eq!(bytes(&images, free(4)), [4]);
+        assert_eq!(bytes(&images, free(500)), [1, 4]);
+        let all = Policy {
+            all: true,
+            ..Policy::default()
+        };
+        assert_eq!(bytes(&images, all), [1, 4]);
     }
 
     #[test]

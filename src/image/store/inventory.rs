@@ -17,6 +17,17 @@ use crate::image::error::Error;
 /// What the system counts a file's blocks in, in bytes (stat(2)).
 const BLOCK: u64 = 512;
 
+/// A file that goes by more than one name: removing the last of them frees it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shared {
+    /// Which file it is: its device and its number there.
+    pub file: (u64, u64),
+    /// What it takes, in bytes.
+    pub bytes: u64,
+    /// How many names it has.
+    pub names: u64,
+}
+
 /// One image, and what is known about it here.
 #[derive(Debug, Clone)]
 pub struct Held {
@@ -30,8 +41,10 @@ pub struct Held {
     pub names: Vec<Name>,
     /// What it takes on the file system, in bytes. What it shares with other images counts for each.
     pub size: u64,
-    /// What removing it would free, in bytes.
-    pub frees: u64,
+    /// What it alone takes of that.
+    pub own: u64,
+    /// Those of its files that other images have, too.
+    pub shared: Vec<Shared>,
     /// When it came.
     pub created: Timestamp,
     /// When a job last used it; when it came, if none has.
@@ -76,7 +89,7 @@ impl Store {
         let Ok(folder) = fs::metadata(&dir) else {
             return Ok(None);
         };
-        let (size, frees) = room(&dir)?;
+        let (own, shared) = room(&dir)?;
         let created = match self.record(&digest)? {
             Some(record) => record.created,
             None => folder
@@ -89,8 +102,9 @@ impl Store {
             disk: self.find(&digest)?,
             unverified: self.is_doubtful(&digest)?,
             names,
-            size,
-            frees,
+            size: shared.iter().fold(own, |sum, file| sum + file.bytes),
+            own,
+            shared,
             created,
             used: self.used(&digest).unwrap_or(created).max(created),
             pins: self.pins(&digest)?,
@@ -100,16 +114,21 @@ impl Store {
     }
 }
 
-/// What a folder's files take, and what of it no other name has, in bytes.
-fn room(dir: &Path) -> Result<(u64, u64), Error> {
-    let (mut size, mut frees) = (0, 0);
+/// What those of a folder's files take that have no other name, in bytes; and the others.
+fn room(dir: &Path) -> Result<(u64, Vec<Shared>), Error> {
+    let (mut own, mut shared) = (0, Vec::new());
     for entry in entries(dir)? {
         let Ok(data) = entry.metadata() else { continue };
         let bytes = data.blocks() * BLOCK;
-        size += bytes;
         if data.nlink() == 1 {
-            frees += bytes;
+            own += bytes;
+        } else {
+            shared.push(Shared {
+                file: (data.dev(), data.ino()),
+                bytes,
+                names: data.nlink(),
+            });
         }
     }
-    Ok((size, frees))
+    Ok((own, shared))
 }

@@ -24,7 +24,7 @@
 //! more before anybody gets it ([`unsynced`]).
 
 use std::fs::{self, File, Permissions};
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -57,10 +57,10 @@ mod verify;
 
 pub use access::Asker;
 pub(super) use access::{Plea, Standing};
-pub use collect::{Candidate, Going, MakeRoom, Policy, Reason, plan};
+pub use collect::{Candidate, Freed, Going, MakeRoom, Policy, Reason, plan};
 use files::{digest_of, make_dirs, read_record, serialised, write_new};
 pub(super) use files::{inherited_mode, remove};
-pub use inventory::Held;
+pub use inventory::{Held, Shared};
 pub use leases::Lease;
 pub use names::Name;
 pub use pins::{InvalidPinName, PinName};
@@ -303,6 +303,10 @@ impl Store {
         write_new(&json, &serialised(record, &json)?).map_err(Error::storage(&json))?;
         for name in record.files.iter().map(|file| file.name.as_str()).chain([RECORD]) {
             let path = work.join(name);
+            // A twin's file may be another user's, who has made it so.
+            if fs::metadata(&path).is_ok_and(|data| data.mode() & 0o7777 == 0o444) {
+                continue;
+            }
             fs::set_permissions(&path, Permissions::from_mode(0o444)).map_err(Error::storage(&path))?;
         }
         let target = self.disk_dir(&record.digest);
@@ -373,8 +377,6 @@ fn summed(work: &Path, mut record: Record) -> Result<Record, Error> {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::MetadataExt as _;
-
     use super::*;
 
     #[test]

@@ -2,6 +2,7 @@
 //! of the same disk.
 
 use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use super::{INITRD, KERNEL, Store, Verdict, disk_name};
@@ -25,7 +26,8 @@ pub(in crate::image) struct Twin {
 
 impl Store {
     /// Links the files of an image that was made of the same layers into `dir`, after all their bytes were seen to be those that
-    /// came. `may_have` says of which images the asker may have the bytes.
+    /// came. `may_have` says of which images the asker may have the bytes. One whose files the system does not let this user link,
+    /// since they are another's, is none.
     ///
     /// # Errors
     /// [`Error::Storage`] when the store cannot be read, or a link cannot be made.
@@ -58,15 +60,9 @@ impl Store {
             if self.verify(&disk.digest)? != Some(Verdict::Whole) {
                 continue;
             }
-            let mut linked = Vec::new();
-            for (name, sum) in sums {
-                let link = dir.join(format!("{PREFIX}{name}"));
-                // From a call that was killed.
-                super::remove(&link)?;
-                fs::hard_link(self.disk_dir(&disk.digest).join(name), &link)
-                    .map_err(Error::storage(&link))?;
-                linked.push((link, sum));
-            }
+            let Some(linked) = link(&self.disk_dir(&disk.digest), sums, dir)? else {
+                continue;
+            };
             let of = |name: &str| {
                 let link = dir.join(format!("{PREFIX}{name}"));
                 linked.iter().any(|(path, _)| *path == link).then_some(link)
@@ -86,4 +82,35 @@ impl Store {
         }
         Ok(None)
     }
+}
+
+/// Links files of an image into `dir`; none, and none of them, where one cannot have another name.
+fn link(
+    image: &Path,
+    sums: Vec<(&str, Digest)>,
+    dir: &Path,
+) -> Result<Option<Vec<(PathBuf, Digest)>>, Error> {
+    let mut linked = Vec::new();
+    for (name, sum) in sums {
+        let link = dir.join(format!("{PREFIX}{name}"));
+        // From a call that was killed.
+        super::remove(&link)?;
+        match fs::hard_link(image.join(name), &link) {
+            Ok(()) => linked.push((link, sum)),
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    io::ErrorKind::PermissionDenied | io::ErrorKind::TooManyLinks
+                ) =>
+            {
+                tracing::debug!(%error, "the same disk is fetched again");
+                for (link, _) in linked {
+                    super::remove(&link)?;
+                }
+                return Ok(None);
+            }
+            Err(error) => return Err(Error::storage(&link)(error)),
+        }
+    }
+    Ok(Some(linked))
 }

@@ -263,7 +263,7 @@ impl Work<'_> {
             None => Ok(()),
             Some(_) => Err(Error::CannotHold {
                 format,
-                what: "the kernel that this machine starts from; a containerDisk can",
+                what: "the kernel that this machine starts from; a containerDisk or a native image can",
             }),
         }
     }
