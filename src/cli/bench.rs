@@ -1,8 +1,6 @@
 use std::path::{Path, PathBuf};
 
-use tokio::signal::unix::{SignalKind, signal};
-
-use super::{Context, Format, print, print_json};
+use super::{Context, Format, interruption, print, print_json};
 use crate::bench::{Executor, Figure, Row, console, images, stages};
 use crate::outcome::Failure;
 use crate::quantity::Size;
@@ -244,21 +242,6 @@ async fn stages(context: &Context, arguments: &Stages) -> Result<Vec<Figure>, Fa
         scratch: scratch(context, None),
     };
     stages::measure(&plan, &context.log, interruption()?).await
-}
-
-/// Ends when someone wants the bench to end.
-fn interruption() -> Result<impl Future<Output = ()>, Failure> {
-    let listen = |kind| signal(kind).map_err(|e| Failure::system(format!("cannot listen for signals: {e}")));
-    let mut interrupt = listen(SignalKind::interrupt())?;
-    let mut terminate = listen(SignalKind::terminate())?;
-    let mut hangup = listen(SignalKind::hangup())?;
-    Ok(async move {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        }
-    })
 }
 
 /// Prints what came out. A goal that is missed is a failure.

@@ -6,10 +6,9 @@ use std::time::Duration;
 
 use tokio::io::AsyncWriteExt;
 use tokio::process::Command;
-use tokio::signal::unix::{SignalKind, signal};
 
 use super::{choose, whoami};
-use crate::cli::{Context, print};
+use crate::cli::{Context, interruption, print};
 use crate::machine::{Keys, Libvirt, serial};
 use crate::outcome::Failure;
 use crate::record::{JobDir, Machine};
@@ -53,7 +52,7 @@ pub(super) async fn run(
 ) -> Result<(), Failure> {
     let job = choose(settings, arguments.job.as_deref().unwrap_or_default())?;
     if arguments.serial {
-        return until(interrupted()?, follow(&job)).await;
+        return until(interruption()?, follow(&job)).await;
     }
     let machine = job.read()?.and_then(|record| record.machine);
     let machine = machine.ok_or_else(|| Failure::system(format!("job {} has no machine yet", job.key())))?;
@@ -72,7 +71,7 @@ pub(super) async fn run(
     };
     let by = whoami(context);
     let printing = arguments.print;
-    let interrupted = interrupted()?;
+    let interrupted = interruption()?;
     // It ends within, so that the ticket is taken away again.
     local(settings, &job, mode, by, async |local| {
         let viewing = async {
@@ -85,20 +84,6 @@ pub(super) async fn run(
         until(interrupted, viewing).await
     })
     .await
-}
-
-/// Ctrl-C and its like, from now on.
-fn interrupted() -> Result<impl Future<Output = ()>, Failure> {
-    let listen = |kind| signal(kind).map_err(|e| Failure::system(format!("cannot listen for signals: {e}")));
-    let (mut interrupt, mut terminate) = (listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?);
-    let mut hangup = listen(SignalKind::hangup())?;
-    Ok(async move {
-        tokio::select! {
-            _ = interrupt.recv() => {}
-            _ = terminate.recv() => {}
-            _ = hangup.recv() => {}
-        }
-    })
 }
 
 /// Ctrl-C is how it ends, not a failure.
