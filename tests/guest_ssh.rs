@@ -9,7 +9,10 @@ mod sshd;
 
 use std::fs;
 use std::future::{Ready, pending, ready};
+use std::io::Write as _;
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
+use std::thread;
 use std::time::{Duration, Instant};
 
 use cannery::guest::keys::KeyPair;
@@ -532,7 +535,7 @@ async fn time_outs_say_how_far_it_came() {
         "{error}"
     );
 
-    let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     target.address = silent.local_addr().unwrap();
     let error = wait_ready(target, short, alive, |_| {}).await.unwrap_err();
     assert!(
@@ -598,9 +601,34 @@ async fn a_foreign_host_key_is_an_error() {
         login: Duration::from_secs(2),
         ..patience()
     };
-    let error = Connection::open(target, short, |_| {}).await.unwrap_err();
-    // What was waited for until the time was over is the reason, not the time.
-    assert!(matches!(error, ssh::Error::HostKey { .. }), "{error}");
+    // What was waited for until the time was over is the reason, not the time; also where the last attempt was cut off by it.
+    for address in [target.address, speaks_once(target.address)] {
+        target.address = address;
+        let error = Connection::open(target.clone(), short, |_| {}).await.unwrap_err();
+        assert!(matches!(error, ssh::Error::HostKey { .. }), "{error}");
+    }
+}
+
+/// A way to a server by which the first who comes reaches it, and all others hear no more than a greeting.
+fn speaks_once(server: SocketAddr) -> SocketAddr {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = listener.local_addr().unwrap();
+    thread::spawn(move || {
+        let mut here = listener.incoming().map(Result::unwrap);
+        let (first, server) = (here.next().unwrap(), TcpStream::connect(server).unwrap());
+        for (mut from, mut to) in [
+            (first.try_clone().unwrap(), server.try_clone().unwrap()),
+            (server, first),
+        ] {
+            thread::spawn(move || std::io::copy(&mut from, &mut to));
+        }
+        let mut silent = Vec::new();
+        for mut stream in here {
+            stream.write_all(b"SSH-2.0-busy\r\n").unwrap();
+            silent.push(stream);
+        }
+    });
+    address
 }
 
 #[tokio::test]

@@ -354,8 +354,11 @@ impl Thread {
                     self.pause(until.min(Instant::now() + ASK_HOST_KEY))?;
                 }
                 Err(Setback::Passing(why)) => {
-                    ladder.failed(why);
-                    awaited = None;
+                    // One that the end of our patience has cut off tells less than the one before it.
+                    if awaited.is_none() || Instant::now() < until {
+                        ladder.failed(why);
+                        awaited = None;
+                    }
                     self.pause(Instant::now() + RETRY)?;
                 }
                 Err(Setback::Denied) => {
