@@ -124,7 +124,7 @@ impl Reaper {
         tracing::info!(%action, "removing");
         match action {
             Action::RemoveJob(key, why) => match self.jobs.find(key) {
-                Some(job) if job.is_busy()? => return Ok(false),
+                Some(job) if job.is_busy()? => Ok(false),
                 Some(job) => {
                     let still = |record: &Record| {
                         let found = Found {
@@ -134,11 +134,10 @@ impl Reaper {
                         };
                         judge(&found, Timestamp::now()).is_some()
                     };
-                    return self
-                        .remove_if(&job, Removal::Abandoned(why.to_string()), still)
-                        .await;
+                    self.remove_if(&job, Removal::Abandoned(why.to_string()), still)
+                        .await
                 }
-                None => {}
+                None => Ok(false),
             },
             Action::DestroyDomain(name, key, _) => {
                 if self.jobs.find(key).is_some() {
@@ -146,12 +145,11 @@ impl Reaper {
                 }
                 let destroyed = self.libvirt.destroy(name).await?;
                 kill::point(Point::DomainDestroyed);
-                return Ok(destroyed);
+                Ok(destroyed)
             }
-            Action::FreeSlot(lease, _) => return Ok(self.slots.free(lease)?),
-            Action::RemoveFolder(path, _) => remove_folder(path)?,
+            Action::FreeSlot(lease, _) => Ok(self.slots.free(lease)?),
+            Action::RemoveFolder(path, _) => remove_folder(path),
         }
-        Ok(true)
     }
 
     /// Removes what no runner will come back for. What cannot be removed is for the operator's log, and for the next sweep.
@@ -172,7 +170,8 @@ impl Reaper {
             tracing::warn!("the history is not tidied: {e}");
         }
         let unborn = self.jobs.unborn().map_err(Failure::from);
-        let removed = unborn.and_then(|paths| paths.iter().try_for_each(|path| remove_folder(path)));
+        let removed =
+            unborn.and_then(|paths| paths.iter().try_for_each(|path| remove_folder(path).map(drop)));
         if let Err(e) = removed {
             tracing::warn!("the folder of jobs is not swept: {e}");
         }
@@ -210,7 +209,9 @@ impl Reaper {
         let step = match job.enter_if(State::Cleaning, permit, |record| conclude(record, &removal)) {
             Ok(None) => return Ok(false),
             Ok(step) => step,
-            // Removed meanwhile, or a folder whose record is gone already or unreadable: the key says enough.
+            // Removed meanwhile: the folder goes last.
+            Err(record::Error::Gone(_)) if !job.is_there() => return Ok(false),
+            // A folder whose record is gone already or unreadable: the key says enough.
             Err(record::Error::Gone(_) | record::Error::Damaged { .. }) => None,
             Err(e) => return Err(e.into()),
         };
@@ -392,16 +393,15 @@ fn is_over(record: &Record) -> bool {
     !elsewhere || is_gone(&Path::new("/proc").join(caller).join("root").join(path))
 }
 
-/// Removes a folder that never became a job's, whoever is quicker.
-fn remove_folder(path: &Path) -> Result<(), Failure> {
+/// Removes a folder that never became a job's; false where somebody else was quicker.
+fn remove_folder(path: &Path) -> Result<bool, Failure> {
     match std::fs::remove_dir_all(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-            Err(Failure::system(format!("cannot remove {}: {e}", path.display())))
-        }
-        _ => {
+        Ok(()) => {
             kill::point(Point::RemainSwept);
-            Ok(())
+            Ok(true)
         }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(Failure::system(format!("cannot remove {}: {e}", path.display()))),
     }
 }
 
@@ -412,4 +412,61 @@ fn is_gone(path: &Path) -> bool {
 
 fn same_folder(a: &Path, b: &Path) -> bool {
     a == b || matches!((a.canonicalize(), b.canonicalize()), (Ok(a), Ok(b)) if a == b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::record::Caller;
+
+    /// A reaper of an empty state folder, on libvirt's own test driver.
+    fn reaper(state_dir: &Path) -> Reaper {
+        let bounds = Bounds {
+            keep: Duration::from_secs(60),
+            bytes: 1 << 20,
+        };
+        Reaper {
+            state_dir: state_dir.to_owned(),
+            uri: "test:///default".to_owned(),
+            jobs: Jobs::open(state_dir).unwrap(),
+            slots: Slots::open(state_dir).unwrap(),
+            libvirt: Libvirt::open("test:///default").unwrap(),
+            history: History::at(state_dir, bounds),
+            partial_ttl: Duration::from_secs(60),
+        }
+    }
+
+    #[tokio::test]
+    async fn what_somebody_else_removed_in_the_last_moment_is_not_called_removed() {
+        let folder = tempfile::tempdir().unwrap();
+        let reaper = reaper(folder.path());
+        let now = Timestamp::now();
+        let record = Record::new(
+            JobKey::new("https://gitlab.example.com", 7, 1),
+            "/session".into(),
+            Caller::this(),
+            now,
+            now,
+        );
+        let job = reaper.jobs.create(record).unwrap();
+        let key = job.key().clone();
+        let remove = Action::RemoveJob(key.clone(), Why::HalfRemoved);
+        // As `cleanup` does between the look at the job and the step.
+        reaper.remove(&job, Removal::Cleanup).await.unwrap();
+        let why = Removal::Abandoned(Why::HalfRemoved.to_string());
+        assert!(!reaper.remove_if(&job, why, |_| true).await.unwrap());
+        // As it does between the plan and the look.
+        assert!(!reaper.apply(&remove).await.unwrap());
+        // A folder without a record is a removal that was killed, and ours to finish.
+        let bare = folder.path().join("jobs").join(key.to_string());
+        std::fs::create_dir(&bare).unwrap();
+        assert!(reaper.apply(&remove).await.unwrap());
+        assert!(!bare.exists());
+
+        let unborn = folder.path().join("jobs/.unborn");
+        let remove = Action::RemoveFolder(unborn.clone(), Why::NoJob);
+        assert!(!reaper.apply(&remove).await.unwrap());
+        std::fs::create_dir(&unborn).unwrap();
+        assert!(reaper.apply(&remove).await.unwrap());
+    }
 }

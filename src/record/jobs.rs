@@ -289,6 +289,11 @@ impl JobDir {
         }
     }
 
+    /// Is the folder still there?
+    pub fn is_there(&self) -> bool {
+        self.dir.is_dir()
+    }
+
     /// Is someone just taking a step of this job?
     pub fn is_busy(&self) -> Result<bool, Error> {
         let path = self.file("lock");
