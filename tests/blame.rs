@@ -300,7 +300,8 @@ fn the_scripts_own(world: &World<'_>) {
         &["cancelled"],
     );
     assert_eq!(job.script("ps | grep -c '[s]leep 1000'; true").ok().text(), "0\n");
-    let call = world.during(&job, "poweroff -f; sleep 1000", |_| ());
+    // What the script has said must leave the guest before it goes.
+    let call = world.during(&job, "sleep 1; poweroff -f; sleep 1000", |_| ());
     walk.saw(
         "the guest powers off",
         &call,
@@ -323,7 +324,7 @@ fn a_busy_guest(world: &World<'_>) {
         call.took,
         &[],
     );
-    let call = world.during(&job, "reboot -f; sleep 1000", |_| ());
+    let call = world.during(&job, "sleep 1; reboot -f; sleep 1000", |_| ());
     world
         .walk
         .saw("the guest reboots", &call, call.took, &["guest rebooted"]);
