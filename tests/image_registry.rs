@@ -472,7 +472,10 @@ fn memory_does_not_grow_with_the_image() {
         peak.unwrap()
     });
     let [small, large] = peaks;
-    assert!(large < small + 16 * 1024 && large < 128 * 1024, "{peaks:?} kB");
+    println!("{peaks:?} kB");
+    // How far ahead of the unpacking it fetches, by up to 32 MiB, is a matter of which of the two is quicker on this machine. An
+    // image that is 448 MiB larger must not cost more than that.
+    assert!(large < small + (40 << 10) && large < (128 << 10), "{peaks:?} kB");
 }
 
 #[test]
