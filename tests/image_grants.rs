@@ -284,17 +284,28 @@ fn who_only_knows_the_digest_of_a_private_image_gets_it_from_nowhere_else() {
         for policy in [PullPolicy::Never, PullPolicy::IfNotPresent, PullPolicy::Always] {
             let evil = Job::of("grp/evil", Credentials::none()).policy(policy);
             let error = bench.ask(&reference, &evil).unwrap_err();
-            assert!(!error.to_string().is_empty(), "{reference} {policy:?}");
+            // It is not looked for where nobody may be asked; else what is there is not it, or cannot be reached.
+            assert_eq!(
+                matches!(error, Error::NotCached { .. }),
+                policy == PullPolicy::Never,
+                "{reference} {policy:?}: {error}"
+            );
         }
     }
-    // What is in such a file is everybody's who may name it.
+    // What is in such a file is everybody's who may name it, and nobody else's.
     let own = format!("file://{}", other.display());
-    for cached in [false, true] {
+    let [_, disk_of_file] = [false, true].map(|cached| {
         let disk = bench
             .ask(&own, &Job::of("grp/evil", Credentials::none()))
             .unwrap();
         assert_eq!(disk.from_cache, cached);
-    }
+        disk
+    });
+    let elsewhere = format!("{}/evil/vm@{}", evil.host, disk_of_file.digest);
+    let error = bench
+        .ask(&elsewhere, &Job::of("grp/evil", Credentials::none()))
+        .unwrap_err();
+    assert!(matches!(error, Error::NotFound { .. }), "{error}");
     // Once it really has them, they are no secret of the first's: nothing is fetched twice for keeps, and everybody may have it.
     std::fs::write(evil.blob(&layer), honest).unwrap();
     let proved = bench

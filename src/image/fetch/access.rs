@@ -26,21 +26,19 @@ impl Pull<'_> {
             return Ok(true);
         };
         let place = self.request.reference.place();
-        let standing = self.store.standing(digest, &place)?;
-        if standing == Standing::Public {
-            return Ok(true);
+        match self.store.standing(digest, &place)? {
+            Standing::Public => return Ok(true),
+            // Though the job may write its digest behind the name of any place.
+            Standing::Elsewhere => return Ok(false),
+            Standing::Private => {}
         }
-        // A file and a web server ask nobody for a login: what came from there is everybody's, and what did not is none of theirs,
-        // though a job may write its digest behind their names.
         let Reference::Registry {
             registry, repository, ..
         } = &self.request.reference
         else {
-            return Ok(false);
+            // It came from there, and the operator lists which files, folders and servers a job may name.
+            return Ok(true);
         };
-        if standing == Standing::Elsewhere {
-            return Ok(false);
-        }
         let login = self.request.credentials.find(registry, repository).await?;
         let plea = Plea {
             project,
@@ -151,7 +149,8 @@ impl Pull<'_> {
     pub(super) async fn note_origin(&self, source: &Source, digest: &Digest) -> Result<(), Error> {
         let public = match source {
             Source::Registry(session) => session.is_anonymous().await,
-            _ => true,
+            // Whoever may not name the file or the server has no right to what came from there.
+            _ => false,
         };
         self.store
             .note_origin(digest, &self.request.reference.place(), public)

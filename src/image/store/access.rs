@@ -5,7 +5,8 @@
 //!
 //! | known about the image | the job may have it |
 //! |---|---|
-//! | a registry gave it without credentials, or it came from a file or a web server that the operator lets jobs name | yes |
+//! | a registry gave it without credentials | yes |
+//! | it came from the file, folder or web server that the job names | yes: the operator lists which those may be |
 //! | it came from the repository that the job names, and the registry let this project's login have it a short while ago | yes |
 //! | it came from the repository that the job names | if the registry says so now |
 //! | it came from elsewhere | once all its bytes were seen to come from there, too: whoever only knows a digest has no right to the image |
