@@ -649,6 +649,55 @@ fn prewarm_fetches_what_lists_settings_and_pipelines_name_and_tries_all() {
 }
 
 #[test]
+fn programs_are_told_what_came_and_what_went() {
+    let host = Host::new("");
+    let (one, two) = (host.add("one", 1), host.add("two", 2));
+    let nowhere = "oci:/nowhere/at/all:1";
+    // What a call says on stdout, and whether it ended well.
+    let said = |arguments: &[&str]| {
+        let output = host.run(&[arguments, &["--format", "json"]].concat());
+        let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+        (json, output.status.success())
+    };
+    let (pulled, well) = said(&["image", "pull", &one, nowhere]);
+    assert!(!well);
+    let row = &pulled[0];
+    let digest = row["digest"].as_str().unwrap();
+    assert_eq!(pulled.as_array().unwrap().len(), 1);
+    assert_eq!(
+        (&row["reference"], &row["format"]),
+        (&one.as_str().into(), &"raw".into())
+    );
+    assert_eq!(row["path"], host.disk(digest).display().to_string());
+    assert_eq!(
+        (&row["virtual_size"], &row["from_cache"]),
+        (&(4 << 20).into(), &false.into())
+    );
+    assert!(row["fetched_bytes"].as_u64().unwrap() > 0);
+
+    let (warmed, well) = said(&["image", "prewarm", &one, &two, nowhere]);
+    assert!(!well);
+    let rows = warmed.as_array().unwrap();
+    let failed: Vec<&str> = rows
+        .iter()
+        .filter(|row| row["error"].is_string())
+        .map(|row| row["reference"].as_str().unwrap())
+        .collect();
+    assert_eq!((rows.len(), failed), (3, vec![nowhere]));
+    let row = rows.iter().find(|row| row["reference"] == one.as_str()).unwrap();
+    assert_eq!(
+        (&row["digest"], &row["fetched_bytes"]),
+        (&digest.into(), &0.into())
+    );
+
+    host.says(&["image", "pin", &two]);
+    let (gone, well) = said(&["image", "rm", &one, &two]);
+    assert!(!well, "the second is pinned");
+    let expected = serde_json::json!([{"untagged": one}, {"deleted": digest}]);
+    assert_eq!(gone, expected);
+}
+
+#[test]
 fn nobody_loses_an_image_that_was_given_while_others_prune() {
     let host = Host::new("");
     let reference = host.add("vm", 2);

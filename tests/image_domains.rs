@@ -105,12 +105,14 @@ fn a_machine_becomes_an_image_and_the_image_a_machine() {
     let folder = desk.path("vms");
     fs::create_dir(&folder).unwrap();
     let copied = Machine(copy.clone());
-    let printed = desk.cannery(&[
-        "image", "import", "--quiet", "--name", &copy, "--dir", &folder, &image,
+    let printed = desk.call(&[
+        "image", "import", "--quiet", "--format", "json", "--name", &copy, "--dir", &folder, &image,
     ]);
-    assert_eq!(printed, copy);
+    let printed: serde_json::Value = serde_json::from_slice(&printed.stdout).unwrap();
+    assert_eq!(printed["name"], copy);
     let (_, xml) = virsh(&["dumpxml", "--inactive", &copy]);
     let file = format!("{folder}/{copy}.qcow2");
+    assert_eq!(printed["disk"], file);
     assert!(
         xml.contains(&file) && xml.contains("<memory unit='KiB'>98304</memory>"),
         "{xml}"

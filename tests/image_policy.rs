@@ -20,7 +20,8 @@ use std::process::Command;
 
 use base64::Engine as _;
 use cannery::image::{
-    Asker, Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Requirements, Silent, Store,
+    Asker, Credentials, Digest, Disk, Error, Limits, PullPolicy, Registries, Request, Requirements,
+    Signature, Silent, Store,
 };
 use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar, raw_disk};
 use openssl::ec::{EcGroup, EcKey};
@@ -87,6 +88,22 @@ impl Signatory {
     }
 }
 
+fn request(reference: &str, pull: PullPolicy, policy: &Requirements) -> Request {
+    Request {
+        reference: reference.parse().unwrap(),
+        architecture: "x86_64".to_owned(),
+        policies: vec![pull],
+        credentials: Credentials::none(),
+        registries: Registries::without_tls([reference.split('/').next().unwrap()]),
+        requirements: policy.clone(),
+        asker: Asker::Operator,
+        limits: Limits {
+            max_disk: 64 << 20,
+            keep_free: 0,
+        },
+    }
+}
+
 struct Bench {
     dir: tempfile::TempDir,
     layout: Layout,
@@ -102,24 +119,22 @@ impl Bench {
     }
 
     fn provide(&self, reference: &str, pull: PullPolicy, policy: &Requirements) -> Result<Disk, Error> {
-        let request = Request {
-            reference: reference.parse().unwrap(),
-            architecture: "x86_64".to_owned(),
-            policies: vec![pull],
-            credentials: Credentials::none(),
-            registries: Registries::without_tls([reference.split('/').next().unwrap()]),
-            requirements: policy.clone(),
-            asker: Asker::Operator,
-            limits: Limits {
-                max_disk: 64 << 20,
-                keep_free: 0,
-            },
-        };
+        let request = request(reference, pull, policy);
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .unwrap();
         runtime.block_on(self.store.provide(&request, &Silent))
+    }
+
+    /// What is said of the signatures.
+    fn look(&self, reference: &str, policy: &Requirements) -> Vec<Signature> {
+        let request = request(reference, PullPolicy::Always, policy);
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        runtime.block_on(self.store.look(&request)).unwrap().signatures
     }
 
     fn disks(&self) -> usize {
@@ -217,6 +232,61 @@ fn an_image_without_rules_earns_nothing_for_one_with_rules() {
     assert!(
         disk.from_cache,
         "the disk is here; only its signature was asked for"
+    );
+}
+
+#[test]
+fn whoever_looks_at_an_image_sees_what_each_of_its_signatures_is_worth() {
+    let bench = Bench::new();
+    let (ours, other) = (
+        Signatory::new(bench.dir.path(), "ours"),
+        Signatory::new(bench.dir.path(), "other"),
+    );
+    let images = [image(), image().architecture("arm64")];
+    let index = bench.layout.add_index("vm", &images);
+    let vm = bench.layout.reference("vm");
+    let policy = signed_by(&[&ours]);
+    assert_eq!(bench.look(&vm, &policy), []);
+
+    other.sign(&bench.layout, &index, "");
+    ours.refer(&bench.layout, &index, "r.example.com/vm");
+    let found = bench.look(&vm, &policy);
+    let of = index.parse().unwrap();
+    let foreign = Signature {
+        of,
+        key: None,
+        repository: None,
+        refused: None,
+    };
+    let good = Signature {
+        key: Some(ours.public.clone()),
+        repository: Some("r.example.com/vm".to_owned()),
+        ..foreign.clone()
+    };
+    assert_eq!(found, [foreign.clone(), good]);
+    // Without a rule nobody's counts, and all are told.
+    let found = bench.look(&vm, &Requirements::default());
+    assert_eq!(found, [foreign.clone(), foreign.clone()]);
+
+    // Ours, of another image; and one that is none.
+    let manifest = ours.signature(&bench.layout, &Digest::of(b"another").to_string(), "");
+    let tag = format!("{}.sig", index.replace(':', "-"));
+    bench.layout.tag(&tag, manifest);
+    let found = bench.look(&vm, &policy);
+    assert_eq!(found[0].key.as_ref(), Some(&ours.public));
+    assert_eq!(
+        found[0].refused.as_deref(),
+        Some("its signature is one of another image")
+    );
+    let layer = bench.layout.blob(b"{}", PAYLOAD);
+    let manifest = json!({"schemaVersion": 2, "config": layer, "layers": [layer]});
+    let manifest = bench
+        .layout
+        .blob(&serde_json::to_vec(&manifest).unwrap(), MANIFEST);
+    bench.layout.tag(&tag, manifest);
+    assert_eq!(
+        bench.look(&vm, &policy)[0].refused.as_deref(),
+        Some("it cannot be read")
     );
 }
 

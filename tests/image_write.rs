@@ -229,9 +229,10 @@ fn what_an_image_is_can_be_asked_without_fetching_it() {
         digest.as_str(),
         "container-disk",
         "linux/amd64",
+        "Signature: none",
         "512.0 MiB",
         "uefi",
-        "User:     ci",
+        "User:      ci",
         "a = b",
     ] {
         assert!(text.contains(part), "{part}: {text}");

@@ -56,7 +56,7 @@ pub use error::Error;
 pub use format::Format;
 pub use hints::{DiskBus, Firmware, Hints, Nic};
 pub use inspect::{DiskFormat, Hostility};
-pub use policy::Requirements;
+pub use policy::{Requirements, Signature};
 pub use progress::{Event, Progress, Silent};
 pub use provide::{PullPolicy, Request};
 pub use reference::{InvalidReference, Reference};

@@ -1,8 +1,10 @@
 use std::path::PathBuf;
 
+use serde::Serialize;
+
 use super::progress::Lines;
-use super::{interruptible, reference, shown};
-use crate::cli::{Context, print};
+use super::{Format, interruptible, reference, shown};
+use crate::cli::{Context, print, print_json};
 use crate::image::{Asker, Progress, PullPolicy, Reference, Silent};
 use crate::outcome::Failure;
 use crate::stage::images;
@@ -27,6 +29,18 @@ pub(in crate::cli) struct Arguments {
     /// Print nothing but the name
     #[arg(long, short)]
     quiet: bool,
+    /// How to print what was made; as text, the name
+    #[arg(long, value_enum, default_value = "text")]
+    format: Format,
+}
+
+/// A machine that was made; the JSON's keys are these names.
+#[derive(Debug, Serialize)]
+struct Row<'a> {
+    name: &'a str,
+    disk: PathBuf,
+    image: &'a str,
+    digest: String,
 }
 
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
@@ -49,6 +63,14 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             network: &arguments.network,
         };
         let file = kept::import(&settings, &import, progress).await?;
+        if arguments.format == Format::Json {
+            return print_json(&Row {
+                name: &name,
+                disk: file,
+                image: &disk.reference,
+                digest: disk.digest.to_string(),
+            });
+        }
         print(&format!("{name}\n"));
         if !arguments.quiet {
             context.log.line(format!("Its disk is {}.", file.display()));

@@ -1,8 +1,6 @@
-use clap::ValueEnum;
-
-use super::{reference, shown};
+use super::{Format, reference, shown};
 use crate::cli::{Context, print, print_json};
-use crate::image::{Asker, Digest, PullPolicy, Reference, Request, Requirements, Sight, Store};
+use crate::image::{Asker, Digest, PullPolicy, Reference, Request, Requirements, Sight, Signature, Store};
 use crate::outcome::Failure;
 use crate::report::{bytes, plain, table};
 use crate::stage::images;
@@ -23,15 +21,6 @@ pub(in crate::cli) struct Arguments {
     image_config: bool,
 }
 
-/// How an image is described.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    /// Lines, for people.
-    Text,
-    /// An object, for programs.
-    Json,
-}
-
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
     let settings = context.settings()?;
     let store = images::store(&settings)?;
@@ -39,9 +28,12 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     let credentials = images::credentials(&settings)?;
     let policies = vec![PullPolicy::Always];
     let request = images::request(&settings, reference, policies, credentials, Asker::Operator)?;
-    // Whoever is to name a digest must be able to learn it; nothing is fetched that a rule could be about.
+    // Whoever is to name a digest must be able to learn it.
     let request = Request {
-        requirements: Requirements::default(),
+        requirements: Requirements {
+            require_digest: false,
+            ..request.requirements
+        },
         ..request
     };
     let sight = store.look(&request).await?;
@@ -108,9 +100,13 @@ fn text(sight: &Sight) -> String {
     if let Some(user) = &hints.user {
         lines.push(("User", plain(user, 40)));
     }
+    lines.extend(sight.signatures.iter().map(|one| ("Signature", signature(one))));
+    if sight.signatures.is_empty() {
+        lines.push(("Signature", "none".to_owned()));
+    }
     let mut text: String = lines
         .iter()
-        .map(|(name, value)| format!("{:<10}{value}\n", format!("{name}:")))
+        .map(|(name, value)| format!("{:<11}{value}\n", format!("{name}:")))
         .collect();
     let both = [("Label", &sight.labels), ("Annotation", &sight.annotations)];
     for (name, values) in both {
@@ -140,6 +136,19 @@ fn text(sight: &Sight) -> String {
         text += &format!("and {} more\n", sight.layers.len() - LAYERS_SHOWN);
     }
     text
+}
+
+/// What a signature is worth.
+fn signature(signature: &Signature) -> String {
+    let by = signature.key.as_ref().map_or_else(
+        || "by no key that the settings name for this image".to_owned(),
+        |file| format!("by {}", file.display()),
+    );
+    match (&signature.refused, &signature.repository) {
+        (Some(reason), _) => format!("{by}, and does not count: {}", plain(reason, 300)),
+        (None, Some(name)) => format!("{by}, as {}", plain(name, 200)),
+        (None, None) => by,
+    }
 }
 
 /// More than a screen of blobs tells nobody anything; JSON has them all.

@@ -2,9 +2,11 @@ use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use serde::Serialize;
+
 use super::progress::Lines;
-use super::{pipeline, reference, shown, step_back};
-use crate::cli::{Context, print};
+use super::{Format, pipeline, reference, shown, step_back};
+use crate::cli::{Context, print, print_json};
 use crate::image::{Asker, PullPolicy};
 use crate::outcome::Failure;
 use crate::record::{self, Jobs, State};
@@ -31,6 +33,18 @@ pub(in crate::cli) struct Arguments {
     /// Files whose `image:` keys name the images
     #[arg(long, value_name = "FILE", num_args = 1..)]
     gitlab_ci: Vec<PathBuf>,
+    /// How to print what was fetched
+    #[arg(long, value_enum, default_value = "text")]
+    format: Format,
+}
+
+/// An image that was wanted, and what came of it; the JSON's keys are these names.
+#[derive(Debug, Serialize)]
+struct Row {
+    reference: String,
+    digest: Option<String>,
+    fetched_bytes: u64,
+    error: Option<String>,
 }
 
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
@@ -45,7 +59,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     }
     let store = images::store(&settings)?;
     let credentials = images::credentials(&settings)?;
-    let mut failed = 0;
+    let mut rows = Vec::new();
     for name in &wanted {
         wait_for_jobs(&settings).await?;
         let fetch = async {
@@ -60,14 +74,30 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             let shown = shown(name);
             Ok::<_, Failure>(store.provide(&request, &Lines::new(&shown, &context.log)).await?)
         };
+        let (mut digest, mut fetched_bytes, mut error) = (None, 0, None);
         match fetch.await {
-            Ok(disk) => print(&format!("{} {}\n", disk.digest, shown(name))),
+            Ok(disk) => {
+                if arguments.format == Format::Text {
+                    print(&format!("{} {}\n", disk.digest, shown(name)));
+                }
+                (digest, fetched_bytes) = (Some(disk.digest.to_string()), disk.fetched_bytes);
+            }
             Err(failure) => {
-                failed += 1;
                 context.log.line(format!("cannery: {}: {failure}", shown(name)));
+                error = Some(failure.to_string());
             }
         }
+        rows.push(Row {
+            reference: name.clone(),
+            digest,
+            fetched_bytes,
+            error,
+        });
     }
+    if arguments.format == Format::Json {
+        print_json(&rows)?;
+    }
+    let failed = rows.iter().filter(|row| row.error.is_some()).count();
     if failed > 0 {
         return Err(Failure::system(format!(
             "{failed} of {} images could not be fetched",

@@ -1,9 +1,12 @@
+use std::path::PathBuf;
+
 use clap::ValueEnum;
+use serde::Serialize;
 
 use super::progress::Lines;
-use super::{reference, shown};
-use crate::cli::{Context, print};
-use crate::image::{Asker, Progress, PullPolicy, Reference, Silent};
+use super::{Format, reference, shown};
+use crate::cli::{Context, print, print_json};
+use crate::image::{Asker, Disk, DiskFormat, Progress, PullPolicy, Reference, Silent};
 use crate::outcome::Failure;
 use crate::stage::images;
 
@@ -19,6 +22,35 @@ pub(in crate::cli) struct Arguments {
     /// Print nothing but the digests
     #[arg(long, short)]
     quiet: bool,
+    /// How to print what was fetched; as text, the digests
+    #[arg(long, value_enum, default_value = "text")]
+    format: Format,
+}
+
+/// An image that is here now; the JSON's keys are these names.
+#[derive(Debug, Serialize)]
+struct Row {
+    reference: String,
+    digest: String,
+    path: PathBuf,
+    format: DiskFormat,
+    virtual_size: u64,
+    fetched_bytes: u64,
+    from_cache: bool,
+}
+
+impl Row {
+    fn of(disk: &Disk) -> Self {
+        Self {
+            reference: disk.reference.clone(),
+            digest: disk.digest.to_string(),
+            path: disk.path.clone(),
+            format: disk.format,
+            virtual_size: disk.virtual_size,
+            fetched_bytes: disk.fetched_bytes,
+            from_cache: disk.from_cache,
+        }
+    }
 }
 
 /// When the registry is asked, as GitLab spells it.
@@ -43,6 +75,20 @@ impl From<Policy> for PullPolicy {
 }
 
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
+    let mut rows = Vec::new();
+    let fetched = fetch(context, arguments, |disk| match arguments.format {
+        Format::Text => print(&format!("{}\n", disk.digest)),
+        Format::Json => rows.push(Row::of(disk)),
+    })
+    .await;
+    // Also those that came before one that did not.
+    if arguments.format == Format::Json {
+        print_json(&rows)?;
+    }
+    fetched
+}
+
+async fn fetch(context: &Context, arguments: &Arguments, mut done: impl FnMut(&Disk)) -> Result<(), Failure> {
     let settings = context.settings()?;
     // All names are checked before anything is fetched.
     let references: Vec<Reference> = arguments
@@ -73,7 +119,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
                 });
             }
         };
-        print(&format!("{}\n", disk.digest));
+        done(&disk);
     }
     Ok(())
 }

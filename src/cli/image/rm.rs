@@ -1,6 +1,8 @@
+use serde::Serialize;
+
 use super::choose::choose;
-use super::shown;
-use crate::cli::{Context, print};
+use super::{Format, shown};
+use crate::cli::{Context, print, print_json};
 use crate::outcome::Failure;
 use crate::reap::Images;
 
@@ -10,9 +12,35 @@ pub(in crate::cli) struct Arguments {
     /// Images by reference, digest, or the beginning of one; a digest stands for the image with all its names
     #[arg(required = true, value_name = "IMAGE")]
     images: Vec<String>,
+    /// How to print what went
+    #[arg(long, value_enum, default_value = "text")]
+    format: Format,
+}
+
+/// What went: a name, or an image with all that it had. So it is written in the JSON.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+enum Gone {
+    Untagged(String),
+    Deleted(String),
 }
 
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
+    let mut all = Vec::new();
+    let removed = remove(context, arguments, |gone| match (arguments.format, &gone) {
+        (Format::Json, _) => all.push(gone),
+        (Format::Text, Gone::Untagged(name)) => print(&format!("Untagged: {}\n", shown(name))),
+        (Format::Text, Gone::Deleted(digest)) => print(&format!("Deleted: {digest}\n")),
+    })
+    .await;
+    // Also what went before one that did not.
+    if arguments.format == Format::Json {
+        print_json(&all)?;
+    }
+    removed
+}
+
+async fn remove(context: &Context, arguments: &Arguments, mut gone: impl FnMut(Gone)) -> Result<(), Failure> {
     let settings = context.settings()?;
     let images = Images::open(&settings)?;
     let all = images.store().inventory()?;
@@ -38,7 +66,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             {
                 images.store().forget(reference, &name.architecture)?;
             }
-            print(&format!("Untagged: {}\n", shown(reference)));
+            gone(Gone::Untagged(reference.to_string()));
             continue;
         }
         let keepers: Vec<String> = users
@@ -58,9 +86,9 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             );
         }
         for name in &chosen.held.names {
-            print(&format!("Untagged: {}\n", shown(&name.reference)));
+            gone(Gone::Untagged(name.reference.clone()));
         }
-        print(&format!("Deleted: {digest}\n"));
+        gone(Gone::Deleted(digest.to_string()));
     }
     Ok(())
 }

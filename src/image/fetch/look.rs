@@ -12,6 +12,7 @@ use crate::image::error::Error;
 use crate::image::format;
 use crate::image::hints::Hints;
 use crate::image::manifest::{Descriptor, Manifest};
+use crate::image::policy::Signature;
 use crate::image::store::Store;
 
 /// What sardinecake keeps beside the description of a machine: accounts and services, as JSON.
@@ -34,6 +35,8 @@ pub struct Sight {
     pub layers: Vec<Part>,
     /// What it wishes for its machine.
     pub hints: Hints,
+    /// Its signatures, or its index's.
+    pub signatures: Vec<Signature>,
     /// Its labels.
     pub labels: BTreeMap<String, String>,
     /// Its manifest's annotations.
@@ -81,7 +84,7 @@ impl Store {
     pub async fn look(&self, request: &Request) -> Result<Sight, Error> {
         let pull = Pull::new(self, request, &Silent)?;
         let source = pull.source().await?;
-        let (_, digest, manifest) = pull.resolve(&source).await?;
+        let (root, digest, manifest) = pull.resolve(&source).await?;
         let image = request.reference.to_string();
         let kind = format::recognise(&manifest).map_err(|reason| Error::Unsupported {
             image: image.clone(),
@@ -108,6 +111,7 @@ impl Store {
                 .fold(0, |sum: u64, layer| sum.saturating_add(layer.size)),
             layers: manifest.layers.iter().map(Part::of).collect(),
             hints: recipe.hints,
+            signatures: pull.rules.signatures(&source, &root, &digest).await?,
             labels: read.labels,
             annotations: manifest.annotations.clone(),
             config: machine_config(&source, &manifest).await?.unwrap_or(config),

@@ -1,6 +1,6 @@
 //! Public keys of those whose signatures count.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use openssl::hash::MessageDigest;
 use openssl::pkey::{Id, PKey, Public};
@@ -19,6 +19,8 @@ const RSA_MIN: u32 = 2048;
 #[derive(Debug)]
 pub(super) struct Key {
     key: PKey<Public>,
+    /// Where it was read from.
+    pub(super) file: PathBuf,
     /// Identifies the key, not the file it is in: SHA-256 of its DER form.
     pub(super) fingerprint: Digest,
 }
@@ -36,11 +38,11 @@ impl Key {
             return Err(wrong("it is larger than 64 KiB"));
         }
         let pem = std::fs::read(path).map_err(|error| wrong(&error.to_string()))?;
-        Self::parse(&pem).map_err(wrong)
+        Self::parse(&pem, path).map_err(wrong)
     }
 
-    /// Reads a PEM. The error is a reason.
-    pub(super) fn parse(pem: &[u8]) -> Result<Self, &'static str> {
+    /// Reads the PEM of a file. The error is a reason.
+    pub(super) fn parse(pem: &[u8], file: &Path) -> Result<Self, &'static str> {
         const NO_KEY: &str =
             "it holds no public key in PEM (`cosign public-key` or `openssl pkey -pubout` writes one)";
         let key = PKey::public_key_from_pem(pem).map_err(|_| NO_KEY)?;
@@ -51,7 +53,11 @@ impl Key {
             _ => return Err("its key is none of ECDSA, RSA and Ed25519"),
         }
         let fingerprint = Digest::of(&key.public_key_to_der().map_err(|_| NO_KEY)?);
-        Ok(Self { key, fingerprint })
+        Ok(Self {
+            key,
+            file: file.to_owned(),
+            fingerprint,
+        })
     }
 
     /// Did this key sign the message?

@@ -28,11 +28,19 @@ use super::store::Store;
 use key::Key;
 #[cfg(any(test, fuzzing))]
 pub(super) use payload::fuzz_payload;
+pub use signatures::Signature;
 pub(super) use verdict::Verdict;
 
 /// The rules' names, as the settings spell them.
 const REQUIRE_DIGEST: &str = "require_digest";
 const SIGNED_BY: &str = "signed_by";
+
+/// What may have a signature of its own, each once.
+fn each(digest: &Digest, root: &Digest) -> Vec<Digest> {
+    let mut each = vec![*digest, *root];
+    each.dedup();
+    each
+}
 
 /// The rules for one image.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
@@ -104,17 +112,27 @@ impl<'a> Rules<'a> {
             return Ok(None);
         }
         let mut reasons = signatures::Reasons::default();
-        let mut signed = vec![*digest];
-        if root != digest {
-            signed.push(*root);
-        }
-        for signed in signed {
+        for signed in each(digest, root) {
             let found = signatures::find(source, &signed, self.reference, &self.keys, &mut reasons).await?;
             if let Some((key, repository)) = found {
                 return Ok(Some(Verdict::new(*digest, signed, key, repository)));
             }
         }
         Err(self.refused(reasons.written()))
+    }
+
+    /// All signatures that the image has at its source, whether the rules ask for one or not.
+    pub(super) async fn signatures(
+        &self,
+        source: &Source,
+        root: &Digest,
+        digest: &Digest,
+    ) -> Result<Vec<Signature>, Error> {
+        let mut all = Vec::new();
+        for signed in each(digest, root) {
+            all.extend(signatures::all(source, &signed, self.reference, &self.keys).await?);
+        }
+        Ok(all)
     }
 
     /// An image of the store that only its registry could tell more about.

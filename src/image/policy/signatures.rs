@@ -6,6 +6,11 @@
 //! | OCI referrers, artifact type [`ARTIFACT`] | the same |
 //! | OCI referrers, layer type [`BUNDLE`] | a sigstore bundle |
 
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use serde::Serialize;
+
 use super::super::digest::Digest;
 use super::super::error::{Error, quoted};
 use super::super::manifest::{self, Descriptor, Document, Manifest};
@@ -28,6 +33,33 @@ const REFERRERS_MAX: usize = 16;
 /// Largest payload or bundle, in bytes. A payload has some hundred; a bundle with its log entry some thousand.
 const PAYLOAD_MAX: u64 = 256 * 1024;
 
+/// A signature that an image has where it comes from, and what it is worth here.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Signature {
+    /// Whose signature it is given as: the image's manifest's, or the index's that led to it.
+    pub of: Digest,
+    /// The file of the operator's key that made it; none where no key of the image's rule did.
+    pub key: Option<PathBuf>,
+    /// The repository that it is signed as by that key, where it names one.
+    pub repository: Option<String>,
+    /// Why it does not count although that key made it, or why nothing can be said of it.
+    pub refused: Option<String>,
+}
+
+/// What a signature comes to.
+#[derive(Debug)]
+pub(super) enum Judgement<'a> {
+    /// It is one of this image under this name.
+    Counts {
+        key: &'a Key,
+        repository: Option<String>,
+    },
+    /// It is one of something else.
+    Wrong { key: &'a Key, reason: String },
+    /// No key of ours made it.
+    Foreign,
+}
+
 /// Why no signature counted.
 #[derive(Debug, Default)]
 pub(super) struct Reasons {
@@ -37,9 +69,12 @@ pub(super) struct Reasons {
 }
 
 impl Reasons {
-    /// One more signature was found.
-    pub(super) fn see(&mut self) {
+    /// One more signature was found; none where it could not be read.
+    pub(super) fn see(&mut self, judgement: Option<Judgement<'_>>) {
         self.found += 1;
+        if let Some(Judgement::Wrong { reason, .. }) = judgement {
+            self.wrong = Some(reason);
+        }
     }
 
     pub(super) fn written(self) -> String {
@@ -60,9 +95,54 @@ pub(super) async fn find(
     keys: &[Key],
     reasons: &mut Reasons,
 ) -> Result<Option<(Digest, Option<String>)>, Error> {
+    let look = |signed: Option<Signed>| match signed.map(|signed| judge(&signed, digest, reference, keys)) {
+        Some(Judgement::Counts { key, repository }) => ControlFlow::Break((key.fingerprint, repository)),
+        other => {
+            reasons.see(other);
+            ControlFlow::Continue(())
+        }
+    };
+    walk(source, digest, reference, look).await
+}
+
+/// All signatures that `digest` has.
+pub(super) async fn all(
+    source: &Source,
+    digest: &Digest,
+    reference: &Reference,
+    keys: &[Key],
+) -> Result<Vec<Signature>, Error> {
+    let mut all = Vec::new();
+    let look = |signed: Option<Signed>| {
+        let judgement = signed.map(|signed| judge(&signed, digest, reference, keys));
+        let (key, repository, refused) = match judgement {
+            Some(Judgement::Counts { key, repository }) => (Some(key), repository, None),
+            Some(Judgement::Wrong { key, reason }) => (Some(key), None, Some(reason)),
+            Some(Judgement::Foreign) => (None, None, None),
+            None => (None, None, Some("it cannot be read".to_owned())),
+        };
+        all.push(Signature {
+            of: *digest,
+            key: key.map(|key| key.file.clone()),
+            repository,
+            refused,
+        });
+        ControlFlow::<()>::Continue(())
+    };
+    walk(source, digest, reference, look).await?;
+    Ok(all)
+}
+
+/// Shows every signature of `digest`, until one ends the walk; none where one cannot be read.
+async fn walk<T>(
+    source: &Source,
+    digest: &Digest,
+    reference: &Reference,
+    mut look: impl FnMut(Option<Signed>) -> ControlFlow<T>,
+) -> Result<Option<T>, Error> {
     if let Some(bytes) = attached::tagged(source, reference, &format!("sha256-{}.sig", digest.hex())).await?
         && let Ok(Document::Image(manifest)) = manifest::parse(&bytes)
-        && let Some(found) = among(source, &manifest, digest, reference, keys, reasons).await?
+        && let Some(found) = among(source, &manifest, &mut look).await?
     {
         return Ok(Some(found));
     }
@@ -73,7 +153,7 @@ pub(super) async fn find(
     {
         let bytes = source.manifest(referrer).await?;
         if let Ok(Document::Image(manifest)) = manifest::parse(&bytes)
-            && let Some(found) = among(source, &manifest, digest, reference, keys, reasons).await?
+            && let Some(found) = among(source, &manifest, &mut look).await?
         {
             return Ok(Some(found));
         }
@@ -81,25 +161,19 @@ pub(super) async fn find(
     Ok(None)
 }
 
-/// Looks at the signatures of one manifest.
-async fn among(
+/// Shows the signatures of one manifest.
+async fn among<T>(
     source: &Source,
     manifest: &Manifest,
-    digest: &Digest,
-    reference: &Reference,
-    keys: &[Key],
-    reasons: &mut Reasons,
-) -> Result<Option<(Digest, Option<String>)>, Error> {
+    look: &mut impl FnMut(Option<Signed>) -> ControlFlow<T>,
+) -> Result<Option<T>, Error> {
     let signatures = manifest
         .layers
         .iter()
         .filter(|layer| [SIMPLE, BUNDLE].contains(&layer.media_type.as_str()) && layer.size <= PAYLOAD_MAX);
     for layer in signatures.take(SIGNATURES_MAX) {
         let bytes = source.config(layer).await?;
-        reasons.see();
-        if let Some(signed) = read(layer, bytes)
-            && let Some(found) = judge(&signed, digest, reference, keys, reasons)
-        {
+        if let ControlFlow::Break(found) = look(read(layer, bytes)) {
             return Ok(Some(found));
         }
     }
@@ -115,29 +189,28 @@ fn read(layer: &Descriptor, bytes: Vec<u8>) -> Option<Signed> {
 }
 
 /// Does this signature count for the digest and the reference? First the key, and only then what is said.
-pub(super) fn judge(
+pub(super) fn judge<'a>(
     signed: &Signed,
     digest: &Digest,
     reference: &Reference,
-    keys: &[Key],
-    reasons: &mut Reasons,
-) -> Option<(Digest, Option<String>)> {
+    keys: &'a [Key],
+) -> Judgement<'a> {
     let by = |key: &&Key| {
         let mut signatures = signed.signatures.iter().take(SIGNATURES_MAX);
         signatures.any(|signature| key.signed(&signed.message, signature))
     };
-    let key = keys.iter().find(by)?;
-    let claim = signed.claim();
-    let wrong = match claim {
+    let Some(key) = keys.iter().find(by) else {
+        return Judgement::Foreign;
+    };
+    let reason = match signed.claim() {
         None => "what is signed by a key of that rule is no signature of an image".to_owned(),
         Some(claim) if !claim.digests.contains(digest) => "its signature is one of another image".to_owned(),
         Some(claim) => match claim.repository {
             Some(name) if !payload::names(&name, reference) => {
                 format!("it is signed as {}", quoted(&name))
             }
-            repository => return Some((key.fingerprint, repository)),
+            repository => return Judgement::Counts { key, repository },
         },
     };
-    reasons.wrong = Some(wrong);
-    None
+    Judgement::Wrong { key, reason }
 }

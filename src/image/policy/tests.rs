@@ -8,7 +8,7 @@ use openssl::rsa::Rsa;
 use openssl::sign::Signer;
 
 use super::payload::Signed;
-use super::signatures::{Reasons, judge};
+use super::signatures::{Judgement, Reasons, judge};
 use super::*;
 
 fn ec() -> PKey<Private> {
@@ -17,7 +17,7 @@ fn ec() -> PKey<Private> {
 }
 
 fn public(key: &PKey<Private>) -> Key {
-    Key::parse(&key.public_key_to_pem().unwrap()).unwrap()
+    Key::parse(&key.public_key_to_pem().unwrap(), "cosign.pub".as_ref()).unwrap()
 }
 
 fn sign(key: &PKey<Private>, message: &[u8]) -> Vec<u8> {
@@ -47,11 +47,13 @@ fn signed(key: &PKey<Private>, payload: Vec<u8>) -> Signed {
 
 fn judged(signed: &Signed, digest: &Digest, keys: &[Key]) -> Result<Option<String>, String> {
     let reference = "r.example/vm/app:1".parse().unwrap();
-    let mut reasons = Reasons::default();
-    reasons.see();
-    match judge(signed, digest, &reference, keys, &mut reasons) {
-        Some((_, repository)) => Ok(repository),
-        None => Err(reasons.written()),
+    match judge(signed, digest, &reference, keys) {
+        Judgement::Counts { repository, .. } => Ok(repository),
+        other => {
+            let mut reasons = Reasons::default();
+            reasons.see(Some(other));
+            Err(reasons.written())
+        }
     }
 }
 
@@ -74,9 +76,9 @@ fn every_kind_of_key_that_cosign_takes_counts() {
         let reason = judged(&signed, &digest, &[public(&stranger)]).unwrap_err();
         assert_eq!(reason, "its signature is not by a key of that rule");
     }
-    assert!(Key::parse(b"").is_err());
+    assert!(Key::parse(b"", "cosign.pub".as_ref()).is_err());
     let weak = PKey::from_rsa(Rsa::generate(1024).unwrap()).unwrap();
-    let reason = Key::parse(&weak.public_key_to_pem().unwrap()).unwrap_err();
+    let reason = Key::parse(&weak.public_key_to_pem().unwrap(), "cosign.pub".as_ref()).unwrap_err();
     assert!(reason.contains("2048"), "{reason}");
 }
 
