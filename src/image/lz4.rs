@@ -105,10 +105,11 @@ impl<R: Read> Read for Apple<R> {
 
 /// Unpacks LZ4 frames, one behind the other.
 ///
-/// A frame names its own block size, at most 4 MiB, which bounds the decoder's memory. Frames of the old form (`lz4 -l`), whose
-/// blocks have 8 MiB, are refused: the decoder fails an assertion where one of another form follows.
+/// A frame names its own block size, at most 4 MiB, which bounds the decoder's memory. Each has a decoder of its own, since one that
+/// is used again fails an assertion where the next frame's blocks are of another size. Frames of the old form (`lz4 -l`) are
+/// refused: they end only where the next begins, and so in the same decoder.
 pub(super) struct Frames<R: Read> {
-    decoder: lz4_flex::frame::FrameDecoder<BufReader<R>>,
+    decoder: lz4_flex::frame::FrameDecoder<Inner<R>>,
     /// Does a frame begin with the next byte?
     between: bool,
 }
@@ -116,10 +117,29 @@ pub(super) struct Frames<R: Read> {
 /// The first byte of a frame of the old form.
 const LEGACY: u8 = 0x02;
 
+/// What all frames' decoders read, one after the other; none in one whose turn is over.
+struct Inner<R>(Option<BufReader<R>>);
+
+impl<R: Read> Inner<R> {
+    /// The first of the bytes that come.
+    fn peek(&mut self) -> io::Result<Option<u8>> {
+        match &mut self.0 {
+            Some(inner) => Ok(inner.fill_buf()?.first().copied()),
+            None => Ok(None),
+        }
+    }
+}
+
+impl<R: Read> Read for Inner<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.0.as_mut().map_or(Ok(0), |inner| inner.read(buffer))
+    }
+}
+
 impl<R: Read> Frames<R> {
     pub(super) fn new(inner: R) -> Self {
         Self {
-            decoder: lz4_flex::frame::FrameDecoder::new(BufReader::new(inner)),
+            decoder: lz4_flex::frame::FrameDecoder::new(Inner(Some(BufReader::new(inner)))),
             between: true,
         }
     }
@@ -127,14 +147,23 @@ impl<R: Read> Frames<R> {
 
 impl<R: Read> Read for Frames<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        // Nothing read would look like the end of a frame.
+        if buffer.is_empty() {
+            return Ok(0);
+        }
         loop {
-            if self.between && self.decoder.get_mut().fill_buf()?.first() == Some(&LEGACY) {
-                return Err(broken("its LZ4 frames are of the old form; pack it without -l"));
+            if self.between {
+                let inner = self.decoder.get_mut();
+                if inner.peek()? == Some(LEGACY) {
+                    return Err(broken("its LZ4 frames are of the old form; pack it without -l"));
+                }
+                let inner = Inner(inner.0.take());
+                self.decoder = lz4_flex::frame::FrameDecoder::new(inner);
             }
             let count = self.decoder.read(buffer)?;
             self.between = count == 0;
             // The decoder pauses at the end of each frame; whether another one follows, the input says.
-            if count > 0 || buffer.is_empty() || self.decoder.get_mut().fill_buf()?.is_empty() {
+            if count > 0 || self.decoder.get_mut().peek()?.is_none() {
                 return Ok(count);
             }
         }
@@ -145,6 +174,7 @@ impl<R: Read> Read for Frames<R> {
 mod tests {
     use std::io::Write as _;
 
+    use lz4_flex::frame::{BlockMode, BlockSize, FrameInfo};
     use proptest::prelude::*;
 
     use super::*;
@@ -251,6 +281,27 @@ mod tests {
             Frames::new(&packed[..]).read_to_end(&mut out).unwrap();
             assert!(out == bytes);
         }
+        let sized = |bytes: &[u8], size: BlockSize, mode: BlockMode| {
+            let info = FrameInfo::new().block_size(size).block_mode(mode);
+            let mut encoder = lz4_flex::frame::FrameEncoder::with_frame_info(info, Vec::new());
+            encoder.write_all(bytes).unwrap();
+            encoder.finish().unwrap()
+        };
+        let mut rows = Vec::new();
+        let mut expected: Vec<u8> = Vec::new();
+        for size in [BlockSize::Max64KB, BlockSize::Max4MB, BlockSize::Max256KB] {
+            for mode in [BlockMode::Linked, BlockMode::Independent] {
+                rows.extend(sized(&bytes, size, mode));
+                expected.extend(&bytes);
+            }
+        }
+        let mut out = Vec::new();
+        let mut frames = Frames::new(&rows[..]);
+        frames.read_exact(&mut [0; 10]).unwrap();
+        assert_eq!(frames.read(&mut []).unwrap(), 0);
+        out.extend(&expected[..10]);
+        frames.read_to_end(&mut out).unwrap();
+        assert!(out == expected);
         let cut = &frame(&bytes)[..1000];
         assert!(Frames::new(cut).read_to_end(&mut Vec::new()).is_err());
         assert!(
