@@ -194,7 +194,8 @@ impl World<'_> {
     /// Runs a script, waits until it has begun, does something, and waits for the end of the call; the time counts from when it was done.
     #[track_caller]
     fn during(&self, stages: &Stages<'_>, script: &str, event: impl FnOnce(&Child)) -> Call {
-        let mut child = stages.start(format!("echo begun; {script}\n"));
+        // The word must leave the guest before the script harms it.
+        let mut child = stages.start(format!("echo begun; sleep 1; {script}\n"));
         let mut word = [0; 6];
         child.stdout.as_mut().unwrap().read_exact(&mut word).unwrap();
         event(&child);
@@ -300,8 +301,7 @@ fn the_scripts_own(world: &World<'_>) {
         &["cancelled"],
     );
     assert_eq!(job.script("ps | grep -c '[s]leep 1000'; true").ok().text(), "0\n");
-    // What the script has said must leave the guest before it goes.
-    let call = world.during(&job, "sleep 1; poweroff -f; sleep 1000", |_| ());
+    let call = world.during(&job, "poweroff -f; sleep 1000", |_| ());
     walk.saw(
         "the guest powers off",
         &call,
@@ -324,7 +324,7 @@ fn a_busy_guest(world: &World<'_>) {
         call.took,
         &[],
     );
-    let call = world.during(&job, "sleep 1; reboot -f; sleep 1000", |_| ());
+    let call = world.during(&job, "reboot -f; sleep 1000", |_| ());
     world
         .walk
         .saw("the guest reboots", &call, call.took, &["guest rebooted"]);
