@@ -100,7 +100,8 @@ fn text(sight: &Sight) -> String {
     if let Some(user) = &hints.user {
         lines.push(("User", plain(user, 40)));
     }
-    lines.extend(sight.signatures.iter().map(|one| ("Signature", signature(one))));
+    let signatures = sight.signatures.iter();
+    lines.extend(signatures.map(|one| ("Signature", signature(one, &sight.digest))));
     if sight.signatures.is_empty() {
         lines.push(("Signature", "none".to_owned()));
     }
@@ -138,18 +139,63 @@ fn text(sight: &Sight) -> String {
     text
 }
 
-/// What a signature is worth.
-fn signature(signature: &Signature) -> String {
-    let by = signature.key.as_ref().map_or_else(
-        || "by no key that the settings name for this image".to_owned(),
-        |file| format!("by {}", file.display()),
-    );
-    match (&signature.refused, &signature.repository) {
-        (Some(reason), _) => format!("{by}, and does not count: {}", plain(reason, 300)),
-        (None, Some(name)) => format!("{by}, as {}", plain(name, 200)),
-        (None, None) => by,
-    }
+/// What a signature of an image, or of the index that led to it, is worth.
+fn signature(signature: &Signature, image: &Digest) -> String {
+    let of = if signature.of == *image {
+        ""
+    } else {
+        "of its index, "
+    };
+    let refused = signature.refused.as_ref().map(|reason| plain(reason, 300));
+    let worth = match (&signature.key, refused, &signature.repository) {
+        (None, Some(reason), _) => reason,
+        (None, None, _) => "by no key that the settings name for this image".to_owned(),
+        (Some(file), Some(reason), _) => format!("by {}, and does not count: {reason}", file.display()),
+        (Some(file), None, Some(name)) => format!("by {}, as {}", file.display(), plain(name, 200)),
+        (Some(file), None, None) => format!("by {}", file.display()),
+    };
+    format!("{of}{worth}")
 }
 
 /// More than a screen of blobs tells nobody anything; JSON has them all.
 const LAYERS_SHOWN: usize = 24;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_says_what_a_signature_is_worth() {
+        let image = Digest::of(b"image");
+        let line = |of: &[u8], key: Option<&str>, repository: Option<&str>, refused: Option<&str>| {
+            let one = Signature {
+                of: Digest::of(of),
+                key: key.map(Into::into),
+                repository: repository.map(Into::into),
+                refused: refused.map(Into::into),
+            };
+            signature(&one, &image)
+        };
+        let key = Some("/etc/cannery/ci.pub");
+        assert_eq!(
+            line(b"image", key, Some("r.example.com/vm\u{1b}[1m"), None),
+            "by /etc/cannery/ci.pub, as r.example.com/vm[1m"
+        );
+        assert_eq!(
+            line(b"index", key, None, None),
+            "of its index, by /etc/cannery/ci.pub"
+        );
+        assert_eq!(
+            line(b"image", key, None, Some("it is signed as `evil`")),
+            "by /etc/cannery/ci.pub, and does not count: it is signed as `evil`"
+        );
+        assert_eq!(
+            line(b"image", None, None, None),
+            "by no key that the settings name for this image"
+        );
+        assert_eq!(
+            line(b"image", None, None, Some("it cannot be read")),
+            "it cannot be read"
+        );
+    }
+}
