@@ -3,13 +3,14 @@
 //!
 //! ```text
 //! data ─▶ a disk of real files ─▶ registry, in each format ─▶ rounds: ours, skopeo's and sardinecake's pull, in turns
-//! floor ─▶ hashing, unpacking and writing as many bytes, each alone
+//! floor ─▶ hashing, unpacking and writing as many bytes, each alone on all processors
 //! pairs ─▶ what a new version of a disk adds to the registry
 //! ```
 //!
 //! All of it happens in one folder and on loopback; both are gone afterwards.
 
 mod data;
+mod figures;
 mod floor;
 mod registry;
 mod tool;
@@ -24,27 +25,12 @@ use super::figure::{Figure, Goal, Peer};
 use super::scratch::{cannot, in_folder, remove};
 use crate::outcome::Failure;
 use crate::report::{JobLog, bytes, seconds};
-use floor::Floor;
+use figures::Figures;
 use registry::Registry;
 use tool::Cost;
 
-/// skopeo and an unpacker need at least so many times as long as we for the same blob.
-const SKOPEO_GOAL: Goal = Goal::Times(1.0 / 1.5);
-/// The native format against gzip.
-const NATIVE_GOAL: Goal = Goal::Times(1.0 / 4.0);
-/// The native format against what this machine can do.
-const FLOOR_GOAL: Goal = Goal::Times(1.25);
-/// sardinecake against us.
-const SARDE_PULL_GOAL: Goal = Goal::Times(1.0 / 4.0);
-const SARDE_PUSH_GOAL: Goal = Goal::Times(1.0 / 5.0);
-/// However large an image is.
-const MEMORY_GOAL: Goal = Goal::Below(200 << 20);
-/// An image that is here, and that a job may use.
-const CACHED_GOAL: Goal = Goal::Under(Duration::from_millis(30));
 /// How often a cached image is asked for in each round: it is cheap.
 const CACHED_CALLS: usize = 10;
-/// Why nothing is known about another tool.
-const NOT_INSTALLED: &str = "not installed";
 
 /// Two versions of a disk.
 #[derive(Debug, Clone)]
@@ -272,19 +258,26 @@ impl<'a> Bench<'a> {
         self.registry.warm().await?;
         let gzip = self.fetch(&self.image(CONTAINER_DISK)).await?;
         figures.pull_skopeo.took(gzip.time);
-        figures.pull_native.peer_took(gzip.time);
+        figures.native_gzip.peer_took(gzip.time);
         figures.gzip_memory.counted(gzip.memory);
         self.log.line(format!("  containerDisk {}", seconds(gzip.time)));
         if self.skopeo.is_there() {
             self.registry.warm().await?;
             let other = self.skopeo_and_tar().await?;
             figures.pull_skopeo.peer_took(other);
+            figures.native_skopeo.peer_took(other);
             self.log.line(format!("  by skopeo and tar {}", seconds(other)));
         }
         self.registry.warm().await?;
         let native = self.fetch(&self.image(NATIVE)).await?;
-        figures.pull_native.took(native.time);
-        figures.pull_floor.took(native.time);
+        for figure in [
+            &mut figures.native_skopeo,
+            &mut figures.native_gzip,
+            &mut figures.native_floor,
+            &mut figures.native_slowest,
+        ] {
+            figure.took(native.time);
+        }
         figures.native_memory.counted(native.memory);
         self.log.line(format!("  native {}", seconds(native.time)));
         for _ in 0..CACHED_CALLS {
@@ -441,121 +434,4 @@ fn tag_of(name: &str) -> String {
             }
         })
         .collect()
-}
-
-/// A file or folder that something could not be done to.
-/// All figures of the bench.
-#[derive(Debug)]
-struct Figures {
-    pull_skopeo: Figure,
-    pull_native: Figure,
-    pull_floor: Figure,
-    floors: Vec<Figure>,
-    pull_sarde: Figure,
-    push_sarde: Figure,
-    push_native: Figure,
-    size: Figure,
-    cached: Figure,
-    gzip_memory: Figure,
-    native_memory: Figure,
-    push_memory: Figure,
-    pairs: Vec<Figure>,
-}
-
-impl Figures {
-    fn new(plan: &Plan, skopeo: bool) -> Self {
-        let peer = |there| {
-            if there {
-                Peer::None
-            } else {
-                Peer::Missing(NOT_INSTALLED)
-            }
-        };
-        let sarde = plan.sarde.is_some();
-        Self {
-            pull_skopeo: Figure::new(
-                "pull of a gzip containerDisk, against skopeo copy and tar",
-                peer(skopeo),
-                SKOPEO_GOAL,
-            ),
-            pull_native: Figure::new(
-                "pull of the same disk in the native format, against that",
-                Peer::None,
-                NATIVE_GOAL,
-            ),
-            pull_floor: Figure::new(
-                "pull in the native format, against the slowest of the next three",
-                Peer::None,
-                FLOOR_GOAL,
-            ),
-            floors: Vec::new(),
-            pull_sarde: Figure::new(
-                "pull of a sardinecake image, against sarde pull",
-                peer(sarde),
-                SARDE_PULL_GOAL,
-            ),
-            push_sarde: Figure::new(
-                "push as a sardinecake image, against sarde export and push",
-                peer(sarde),
-                SARDE_PUSH_GOAL,
-            ),
-            push_native: Figure::new(
-                "push in the native format, against containerDisk",
-                Peer::None,
-                Goal::None,
-            ),
-            size: Figure::of_bytes(
-                "the native image at the registry, against the containerDisk",
-                Peer::None,
-                Goal::None,
-            ),
-            cached: Figure::new("pull of an image that is in the cache", Peer::None, CACHED_GOAL),
-            gzip_memory: Figure::of_bytes("memory of a pull of the containerDisk", Peer::None, MEMORY_GOAL),
-            native_memory: Figure::of_bytes("memory of a pull in the native format", Peer::None, MEMORY_GOAL),
-            push_memory: Figure::of_bytes("memory of a push in the native format", Peer::None, MEMORY_GOAL),
-            pairs: Vec::new(),
-        }
-    }
-
-    fn floor(&mut self, floor: Floor) {
-        self.pull_floor.peer_took(floor.slowest());
-        for (name, time) in [
-            ("SHA-256 of the data, on all processors", floor.hash),
-            ("zstd decoding of the data, on all processors", floor.unpack),
-            ("writing of the data", floor.write),
-        ] {
-            let mut figure = Figure::new(name, Peer::None, Goal::None);
-            figure.took(time);
-            self.floors.push(figure);
-        }
-    }
-
-    /// Takes in what a round gave.
-    fn add(&mut self, round: Self) {
-        for (into, from) in [
-            (&mut self.pull_skopeo, round.pull_skopeo),
-            (&mut self.pull_native, round.pull_native),
-            (&mut self.pull_floor, round.pull_floor),
-            (&mut self.pull_sarde, round.pull_sarde),
-            (&mut self.cached, round.cached),
-            (&mut self.gzip_memory, round.gzip_memory),
-            (&mut self.native_memory, round.native_memory),
-        ] {
-            into.add(from);
-        }
-    }
-
-    fn list(self) -> Vec<Figure> {
-        let mut all = vec![self.pull_skopeo, self.pull_native, self.pull_floor];
-        all.extend(self.floors);
-        all.extend([self.pull_sarde, self.push_sarde, self.push_native, self.size]);
-        all.extend(self.pairs);
-        all.extend([
-            self.cached,
-            self.gzip_memory,
-            self.native_memory,
-            self.push_memory,
-        ]);
-        all
-    }
 }
