@@ -526,7 +526,7 @@ fn a_damaged_image_is_given_to_nobody_and_mended_unless_it_is_in_use() {
     damage(&host.disk(&digest));
     let said = host.refuses(&["image", "verify", "--format", "json"]);
     assert!(
-        said.contains("\"damaged\"") && said.contains("1 of 1 images are damaged"),
+        said.contains("\"damaged\"") && said.contains("damaged: 1 of 1 images"),
         "{said}"
     );
 }

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex};
 
 use cannery::image::{
     Addressee, Asker, Credentials, Disk, DiskBus, DiskFormat, Draft, Error, Firmware, Format, Limits, Nic,
-    PullPolicy, Registries, Request, Requirements, Silent, Store, WriteFormat,
+    PullPolicy, Registries, Request, Requirements, Sight, Silent, Store, WriteFormat,
 };
 use image_fixture::{Image, Layout, gzip, noise, qcow2_disk, raw_disk, sha256, zstd};
 use serde_json::json;
@@ -40,9 +40,17 @@ impl Bench {
         self.provide_from(reference, "")
     }
 
+    fn look(&self, reference: &str) -> Result<Sight, Error> {
+        runtime().block_on(self.store.look(&Self::request(reference, "")))
+    }
+
     /// Without TLS from this host.
     fn provide_from(&self, reference: &str, plain: &str) -> Result<Disk, Error> {
-        let request = Request {
+        runtime().block_on(self.store.provide(&Self::request(reference, plain), &Silent))
+    }
+
+    fn request(reference: &str, plain: &str) -> Request {
+        Request {
             reference: reference.parse().unwrap(),
             architecture: "x86_64".to_owned(),
             policies: vec![PullPolicy::Always],
@@ -54,12 +62,7 @@ impl Bench {
             },
             requirements: Requirements::default(),
             asker: Asker::Operator,
-        };
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        runtime.block_on(self.store.provide(&request, &Silent))
+        }
     }
 
     fn refused(&self, image: &Image) -> String {
@@ -69,6 +72,13 @@ impl Bench {
         assert!(!error.contains('\n'), "{error}");
         error
     }
+}
+
+fn runtime() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap()
 }
 
 fn read(path: &Path) -> Vec<u8> {
@@ -249,11 +259,7 @@ fn a_sardinecake_image_that_is_written_again_wishes_for_the_same_machine() {
         credentials: &credentials,
         registries: &registries,
     };
-    let runtime = tokio::runtime::Builder::new_current_thread()
-        .enable_all()
-        .build()
-        .unwrap();
-    runtime
+    runtime()
         .block_on(cannery::image::write(
             &draft,
             WriteFormat::Sardinecake,
@@ -438,6 +444,12 @@ fn a_file_of_the_host_is_an_image() {
         (sha256(&packed), false)
     );
     assert!(bench.provide(&name).unwrap().from_cache);
+    let sight = bench.look(&name).unwrap();
+    assert_eq!(
+        (sight.digest.to_string(), sight.size),
+        (sha256(&packed), packed.len() as u64)
+    );
+    assert!(sight.manifest.starts_with(b"{"));
     // Other bytes are another image, and not what a digest asked for.
     std::fs::write(&path, qcow2_disk()).unwrap();
     let other = bench.provide(&name).unwrap();
@@ -449,7 +461,7 @@ fn a_file_of_the_host_is_an_image() {
     assert!(bench.provide(&pinned(&packed)).unwrap().from_cache);
     assert!(matches!(
         bench.provide(&pinned(b"other")),
-        Err(Error::Corrupt { .. })
+        Err(Error::Unsupported { .. })
     ));
     std::fs::remove_file(&path).unwrap();
     assert!(matches!(bench.provide(&name), Err(Error::NotFound { .. })));

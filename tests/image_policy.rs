@@ -165,6 +165,29 @@ fn refused(result: Result<Disk, Error>) -> (&'static str, String) {
     }
 }
 
+/// Registries tidy up, and anybody who may push can leave something broken beside an image.
+#[test]
+fn a_referrer_that_is_gone_keeps_no_other_from_counting() {
+    let bench = Bench::new();
+    let ours = Signatory::new(bench.dir.path(), "ours");
+    let digest = bench.layout.add("vm", &image());
+    let vm = bench.layout.reference("vm");
+    let gone = json!({"mediaType": MANIFEST, "digest": format!("sha256:{}", "7".repeat(64)), "size": 500});
+    let refer = |manifests: serde_json::Value| {
+        let index = json!({"schemaVersion": 2, "mediaType": INDEX, "manifests": manifests});
+        let index = bench.layout.blob(&serde_json::to_vec(&index).unwrap(), INDEX);
+        bench.layout.tag(&digest.replace(':', "-"), index);
+    };
+    refer(json!([gone]));
+    let seen = bench.look(&vm, &Requirements::default());
+    assert_eq!(seen[0].refused.as_deref(), Some("it cannot be read"));
+    let policy = signed_by(&[&ours]);
+    let (_, reason) = refused(bench.provide(&vm, PullPolicy::Always, &policy));
+    assert_eq!(reason, "its signature is not by a key of that rule");
+    refer(json!([gone, ours.signature(&bench.layout, &digest, "")]));
+    assert!(bench.provide(&vm, PullPolicy::Always, &policy).is_ok());
+}
+
 #[test]
 fn only_what_is_signed_is_fetched_and_it_starts_without_its_signature_later() {
     use PullPolicy::{Always, IfNotPresent, Never};

@@ -14,11 +14,14 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use cannery::image::{
-    Asker, Credentials, Disk, Error, Event, Limits, Progress, PullPolicy, Registries, Request, Store,
+    Addressee, Asker, Credentials, Disk, Draft, Error, Event, Limits, Native, Progress, PullPolicy,
+    Registries, Request, Silent, Store, WriteFormat,
 };
 use cannery::secret::Secret;
 use faulty_registry::{Fault, Registry};
 use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, Tar, noise};
+
+const OCI_MANIFEST: &str = "application/vnd.oci.image.manifest.v1+json";
 
 /// Packed bytes between two checkpoints.
 const CHECKPOINT: u64 = 64 << 20;
@@ -75,6 +78,33 @@ impl Bench {
         let digest = layout.add(tag, &image);
         self.registry.add(&layout.dir, &digest, tag);
         std::fs::remove_dir_all(&layout.dir).unwrap();
+    }
+
+    /// Adds an image in the native format.
+    fn add_native(&self, tag: &str, disk: &[u8]) {
+        let layout = self.dir.path().join(format!("layout-{tag}"));
+        let file = self.dir.path().join("native.raw");
+        std::fs::write(&file, disk).unwrap();
+        let draft = Draft::of_file(&file, "x86_64", 1 << 30).unwrap();
+        let (credentials, registries) = (Credentials::none(), Registries::without_tls([""]));
+        let to = Addressee {
+            reference: &format!("oci:{}:{tag}", layout.display()).parse().unwrap(),
+            credentials: &credentials,
+            registries: &registries,
+        };
+        let native = WriteFormat::Native(Native {
+            base: None,
+            scratch: self.dir.path(),
+        });
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let written = runtime
+            .block_on(cannery::image::write(&draft, native, to, &Silent))
+            .unwrap();
+        self.registry.add(&layout, &written.digest.to_string(), tag);
+        std::fs::remove_dir_all(&layout).unwrap();
     }
 
     fn request(&self, tag: &str) -> Request {
@@ -138,11 +168,21 @@ fn disk(seed: u64, length: usize) -> Vec<u8> {
 
 #[test]
 fn whatever_the_registry_does_the_image_is_whole_or_the_error_is_clear() {
+    survives_all_faults(17 << 20, |bench, tag, bytes| bench.add(tag, bytes, OCI_TAR_GZIP));
+}
+
+#[test]
+fn whatever_the_registry_does_an_image_in_chunks_is_whole_or_the_error_is_clear() {
+    // Two requests for one pack, so that there are parts.
+    survives_all_faults(24 << 20, Bench::add_native);
+}
+
+fn survives_all_faults(length: usize, add: impl Fn(&Bench, &str, &[u8])) {
     let bench = Bench::new();
     for (seed, fault) in (21..).zip(Fault::ALL) {
         let tag = format!("seed-{seed}");
-        let bytes = disk(seed, 17 << 20);
-        bench.add(&tag, &bytes, OCI_TAR_GZIP);
+        let bytes = disk(seed, length);
+        add(&bench, &tag, &bytes);
         bench.registry.misbehave(seed, 50, &[fault]);
         let mut errors = Vec::new();
         let whole = loop {
@@ -171,6 +211,39 @@ fn whatever_the_registry_does_the_image_is_whole_or_the_error_is_clear() {
         "{:?}",
         bench.registry.met()
     );
+}
+
+#[test]
+fn a_manifest_that_lies_about_a_layers_size_is_refused_at_once() {
+    let bench = Bench::new();
+    let bytes = disk(9, 12 << 20);
+    for (number, lie) in [-100_000_i64, -1, 1, 100_000].into_iter().enumerate() {
+        let tag = format!("lie-{number}");
+        let layout = Layout::new(&bench.dir.path().join(&tag));
+        let archive = Tar::new().dir("disk/").file("disk/disk.img", &bytes).bytes();
+        let digest = layout.add(&tag, &Image::container_disk(&archive, OCI_TAR));
+        let honest = std::fs::read(layout.path(&digest)).unwrap();
+        let mut manifest: serde_json::Value = serde_json::from_slice(&honest).unwrap();
+        let size = manifest["layers"][0]["size"].as_i64().unwrap();
+        manifest["layers"][0]["size"] = (size + lie).into();
+        let lying = layout.blob(&serde_json::to_vec(&manifest).unwrap(), OCI_MANIFEST);
+        bench
+            .registry
+            .add(&layout.dir, lying["digest"].as_str().unwrap(), &tag);
+        let begin = Instant::now();
+        let error = bench.pull(&tag).unwrap_err().to_string();
+        assert!(
+            error.contains("its manifest says that the layer")
+                && error.contains(&format!("it has {size} there")),
+            "{lie}: {error}"
+        );
+        // No other try: each would give the same.
+        assert!(
+            begin.elapsed() < Duration::from_secs(3),
+            "{lie}: {:?}",
+            begin.elapsed()
+        );
+    }
 }
 
 #[test]

@@ -17,9 +17,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     let settings = context.settings()?;
     let reaper = reap::Reaper::open(&settings)?;
     let actions = reaper.plan().await?;
-    if actions.is_empty() {
-        print("Nothing to remove.\n");
-    }
+    let mut nothing = actions.is_empty();
     let mut failures = Vec::new();
     for action in actions {
         if arguments.dry_run {
@@ -35,14 +33,18 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     if !arguments.dry_run {
         reaper.sweep_remains();
         for name in imports::settle(&settings).await {
+            nothing = false;
             print(&format!("removed what a killed import of machine {name} left\n"));
         }
         // Images, as the settings have them kept.
         if let Some(policy) = reap::standing_policy(&settings) {
             match reap::Images::open(&settings)?.prune(&policy).await {
-                Ok(gone) => gone
-                    .iter()
-                    .for_each(|going| print(&format!("removed image {}: {}\n", going.digest, going.reason))),
+                Ok(gone) => {
+                    nothing &= gone.is_empty();
+                    gone.iter().for_each(|going| {
+                        print(&format!("removed image {}: {}\n", going.digest, going.reason))
+                    });
+                }
                 Err(failure) => failures.push(failure),
             }
         }
@@ -50,6 +52,9 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
         if let Err(e) = reap::history(&settings).tidy() {
             failures.push(e.into());
         }
+    }
+    if nothing && failures.is_empty() {
+        print("Nothing to remove.\n");
     }
     // All were tried; the first failure stands for the rest.
     let more = failures.len().saturating_sub(1);

@@ -76,9 +76,9 @@ impl LocalFile {
         }
         let found = hasher.finish();
         if self.expected.is_some_and(|expected| expected != found) {
-            return Err(Error::Corrupt {
+            return Err(Error::Unsupported {
                 image: self.image.clone(),
-                reason: format!("the file has the digest {found}"),
+                reason: format!("the file's digest is {found}, and not the one behind its name"),
             });
         }
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();

@@ -3,11 +3,13 @@
 mod duration;
 mod job_log;
 mod operator_log;
+mod pace;
 mod table;
 
 pub use duration::{age, minute, seconds, span};
 pub use job_log::{JobLog, Throttle};
 pub use operator_log::{OperatorLog, start as start_operator_log};
+pub use pace::Pace;
 pub use table::table;
 
 /// A number of bytes for people, in binary units with one decimal: `412.0 MiB`.
@@ -25,6 +27,15 @@ pub fn bytes(n: u64) -> String {
         format!("{n} B")
     } else {
         format!("{value:.1} {unit}")
+    }
+}
+
+/// What stands behind a line of progress for which others wait: `; 2 others wait for it`.
+pub fn awaited(by: usize) -> String {
+    match by {
+        0 => String::new(),
+        1 => "; another one waits for it".to_owned(),
+        others => format!("; {others} others wait for it"),
     }
 }
 
@@ -47,6 +58,15 @@ pub fn line(text: &str, most: usize) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn those_who_wait_are_counted() {
+        let lines: Vec<String> = (0..3).map(awaited).collect();
+        assert_eq!(
+            lines,
+            ["", "; another one waits for it", "; 2 others wait for it"]
+        );
+    }
 
     #[test]
     fn bytes_read_well() {

@@ -17,6 +17,7 @@ pub mod kept;
 mod order;
 mod post_mortem;
 mod prepare;
+mod pull_log;
 mod run;
 mod visit;
 

@@ -165,7 +165,7 @@ fn allowed(reference: &Reference, name: &str, job: &Job, settings: &Settings) ->
     Err(match &images.allow {
         Some(patterns) if !patterns.is_empty() => {
             let list: Vec<&str> = patterns.iter().map(|p| p.as_str()).collect();
-            failure.hint(format!("Allowed are {}", list.join(", ")))
+            failure.hint(format!("images.allow allows {}", list.join(", ")))
         }
         _ => failure.hint("Ask the runner's operator to add it to images.allow"),
     })
@@ -314,7 +314,7 @@ mod tests {
             assert!(
                 failure
                     .to_string()
-                    .contains("Allowed are registry.example.com/vm/*"),
+                    .contains("images.allow allows registry.example.com/vm/*"),
                 "{failure}"
             );
         }

@@ -6,16 +6,17 @@ use std::time::{Duration, Instant};
 use jiff::{SignedDuration, Timestamp};
 
 use super::order::Order;
+use super::pull_log::PullLog;
 use crate::history::{self, Entry, Removal};
 use crate::host::{self, Capacity, Slots};
-use crate::image::{Asker, Disk, Event, Progress};
+use crate::image::{Asker, Disk};
 use crate::job::{Bounds, Environment, Granted, Identity, Job, Masked, Variables, Wants};
 use crate::machine::{Libvirt, network};
 use crate::outcome::Failure;
 use crate::quantity::Size;
 use crate::reap::{self, Reaper};
 use crate::record::{self, Caller, Ending, JobDir, JobKey, Jobs, PREPARE, Record, Slot, State};
-use crate::report::{self, JobLog, Throttle, bytes, plain};
+use crate::report::{self, JobLog, bytes, plain};
 use crate::settings::{MachineSettings, Network, Settings};
 use crate::start::{self, Hardware, Phases, Plan};
 
@@ -25,8 +26,6 @@ pub(super) const AFTER_TIMEOUT: SignedDuration = SignedDuration::from_hours(1);
 const PLACE_POLL: Duration = Duration::from_secs(1);
 /// A line of `virsh desc`, in characters.
 const TITLE_LENGTH: usize = 120;
-/// How often a long wait says a word in the job log.
-const PROGRESS_EVERY: Duration = Duration::from_secs(5);
 
 /// Starts a machine for the job and waits until it answers. What it leaves behind when it fails is cleanup's.
 pub async fn prepare(settings: &Settings, environment: &Environment, log: &JobLog) -> Result<(), Failure> {
@@ -138,14 +137,7 @@ async fn get_ready(
     )?;
     let store = super::images::store(settings)?;
     let disk = store
-        .provide(
-            &request,
-            &PullLog {
-                image: &order.image,
-                log,
-                throttle: Throttle::new(PROGRESS_EVERY),
-            },
-        )
+        .provide(&request, &PullLog::new(&order.image, log))
         .await
         .map_err(|e| match &job.image {
             Some(_) => Failure::from(e),
@@ -393,46 +385,6 @@ fn whom(order: &Order, disk: &Disk) -> String {
         .next()
         .cloned()
         .unwrap_or_else(|| "root".to_owned())
-}
-
-/// Tells the job's author how the pull goes, a line every few seconds.
-struct PullLog<'a> {
-    image: &'a str,
-    log: &'a JobLog,
-    throttle: Throttle,
-}
-
-impl Progress for PullLog<'_> {
-    fn event(&self, event: Event<'_>) {
-        let line = match event {
-            Event::Waiting {
-                waited, done, total, ..
-            } if self.throttle.due() => {
-                format!(
-                    "Another job is fetching {}, {} of {}: waiting for it since {} s.",
-                    self.image,
-                    bytes(done),
-                    bytes(total),
-                    waited.as_secs()
-                )
-            }
-            Event::Fetching { done, total } if self.throttle.due() => {
-                format!("Fetching {}: {} of {}.", self.image, bytes(done), bytes(total))
-            }
-            Event::Doubted { .. } => format!(
-                "The host was started again before {} was known to be on its disk: comparing it with what came.",
-                self.image
-            ),
-            Event::Offline { error, ago } => format!(
-                "{error}. {} is taken from the cache: its registry allowed this project to have it {} ago.",
-                self.image,
-                crate::report::age(ago)
-            ),
-            Event::PolicyFailed { error } => format!("{}. Trying the next pull policy.", error),
-            _ => return,
-        };
-        self.log.line(line);
-    }
 }
 
 /// A digest as people compare it.

@@ -122,8 +122,13 @@ fn on_all_processors<T: Sync, R: Send>(items: &[T], work: impl Fn(&T) -> R + Syn
 fn copy(disk: &Path, size: u64, to: &Path) -> io::Result<()> {
     let (from, out) = (File::open(disk)?, File::create(to)?);
     out.set_len(size)?;
-    let share = size.div_ceil(PROCESSORS_MAX).next_multiple_of(PIECE as u64).max(1);
-    let parts: Vec<u64> = (0..size).step_by(usize::try_from(share).unwrap_or(usize::MAX)).collect();
+    let share = size
+        .div_ceil(PROCESSORS_MAX)
+        .next_multiple_of(PIECE as u64)
+        .max(1);
+    let parts: Vec<u64> = (0..size)
+        .step_by(usize::try_from(share).unwrap_or(usize::MAX))
+        .collect();
     let copied = on_all_processors(&parts, |&begin| {
         let end = (begin + share).min(size);
         let (mut buffer, mut at) = (vec![0; PIECE], begin);

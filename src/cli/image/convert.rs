@@ -1,7 +1,7 @@
 use std::path::Path;
 
 use super::progress::Lines;
-use super::source::{Kind, More, Place, Wishes, draft, place};
+use super::source::{Kind, More, Place, Wishes, draft, or_file, place};
 use super::{interruptible, push};
 use crate::cli::{Context, print};
 use crate::image::{DiskFormat, Progress, Silent};
@@ -39,7 +39,9 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
         match target {
             Place::Image(target) => {
                 let manner = arguments.more.check(arguments.format.unwrap_or(Kind::Native))?;
-                let draft = draft(context, &settings, &store, &source, &arguments.wishes, quiet).await?;
+                let draft = draft(context, &settings, &store, &source, &arguments.wishes, quiet)
+                    .await
+                    .map_err(|failure| or_file(&arguments.source, failure))?;
                 let digest = push::send(context, &settings, &draft, &manner, &target, quiet).await?;
                 print(&format!("{digest}\n"));
             }
@@ -49,7 +51,9 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
                     return Err(Failure::system(format!("{} is there already", path.display()))
                         .hint("Remove it, or choose another name"));
                 }
-                let draft = draft(context, &settings, &store, &source, &arguments.wishes, quiet).await?;
+                let draft = draft(context, &settings, &store, &source, &arguments.wishes, quiet)
+                    .await
+                    .map_err(|failure| or_file(&arguments.source, failure))?;
                 let name = path.display().to_string();
                 let lines = Lines::new(&name, &context.log);
                 let progress: &dyn Progress = if quiet { &Silent } else { &lines };

@@ -85,7 +85,10 @@ fn text(sight: &Sight) -> String {
         ("Format", sight.format.clone()),
         (
             "Size",
-            format!("{} in {} blobs", bytes(sight.size), sight.layers.len()),
+            match sight.layers.len() {
+                1 => format!("{} in one blob", bytes(sight.size)),
+                count => format!("{} in {count} blobs", bytes(sight.size)),
+            },
         ),
     ];
     if !sight.platform.is_empty() {

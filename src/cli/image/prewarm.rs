@@ -51,10 +51,19 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     let settings = context.settings()?;
     step_back();
     let wanted = wanted(context, arguments, &settings)?;
+    if wanted.is_empty() && arguments.format == Format::Text {
+        context.log.line(
+            "Nothing to fetch: images.prewarm in the settings names no images, and no others were asked for.",
+        );
+    }
     // One of these at a time; what a second would fetch, the first may have brought by then.
     let lock = record::open_lock(&settings.state_dir.join("prewarm.lock"))
         .map_err(|e| Failure::system(format!("cannot lock prewarm.lock in the state folder: {e}")))?;
+    let mut told = false;
     while lock.try_lock().is_err() {
+        if !std::mem::replace(&mut told, true) {
+            context.log.line("Another prewarm is at work; waiting for it.");
+        }
         tokio::time::sleep(TURN_POLL).await;
     }
     let store = images::store(&settings)?;
@@ -107,7 +116,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     Ok(())
 }
 
-/// All references that are asked for, each once, in order.
+/// All references that are asked for, each once, by their names.
 fn wanted(
     context: &Context,
     arguments: &Arguments,

@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::io::IsTerminal as _;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::image::{Digest, Event, Progress};
-use crate::report::{JobLog, Throttle, age, bytes, span};
+use crate::report::{JobLog, Pace, Throttle, age, awaited, bytes, span};
 
 /// How often a line is written where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -22,16 +23,15 @@ const LAYER_BAR: &str = "  {prefix} {bar:24} {bytes}/{total_bytes}";
 const LAYER_DIGITS: usize = 12;
 /// Bars of layers at a time: a terminal has few lines, and no more layers than these come at once.
 const LAYERS_MAX: usize = 8;
-/// Less of a pull says nothing about its rate.
-const RATE_AFTER: Duration = Duration::from_secs(1);
 
 /// A bar on a terminal, with one for each layer that comes, else a line every few seconds.
 pub(super) struct Lines<'a> {
     name: &'a str,
     log: &'a JobLog,
     throttle: Throttle,
-    /// Of how many bytes the first moved when, and how many were there already.
-    begin: Mutex<Option<(u64, Instant, u64)>>,
+    pace: Pace,
+    /// How many others wait for what is fetched.
+    awaited: AtomicUsize,
     bars: Option<Bars>,
 }
 
@@ -48,7 +48,8 @@ impl<'a> Lines<'a> {
             name,
             log,
             throttle: Throttle::new(LINE_EVERY),
-            begin: Mutex::new(None),
+            pace: Pace::default(),
+            awaited: AtomicUsize::new(0),
             bars: std::io::stderr().is_terminal().then(|| Bars::new(name)),
         }
     }
@@ -62,17 +63,15 @@ impl<'a> Lines<'a> {
     }
 
     fn moving(&self, done: u64, total: u64, how: &'static str) {
-        let mut begin = self.begin.lock().unwrap_or_else(PoisonError::into_inner);
-        // What is fetched and then written moves twice, and has two rates.
-        let known = begin.filter(|(of, ..)| *of == total);
-        let (_, since, before) = *begin.insert(known.unwrap_or((total, Instant::now(), done)));
-        drop(begin);
+        let how = format!("{how}{}", awaited(self.awaited.load(Ordering::Relaxed)));
+        // Also where no line is due: the rate counts from the first byte.
+        let far = self.pace.at(done, total);
         if let Some(Bars { image: bar, .. }) = &self.bars {
             bar.set_length(total);
             bar.set_position(done);
-            bar.set_message(how);
+            bar.set_message(how.clone());
         } else if self.throttle.due() {
-            self.line(&(pace(before, done, total, since.elapsed()) + how));
+            self.line(&(far + &how));
         }
     }
 }
@@ -89,6 +88,7 @@ impl Progress for Lines<'_> {
     fn event(&self, event: Event<'_>) {
         match event {
             Event::Fetching { done, total } => self.moving(done, total, ""),
+            Event::Awaited { by } => self.awaited.store(by, Ordering::Relaxed),
             Event::Layer { digest, done, size } => {
                 if let Some(bars) = &self.bars {
                     bars.layer(digest, done, size);
@@ -107,7 +107,7 @@ impl Progress for Lines<'_> {
                     process => format!("process {process}"),
                 };
                 let text = format!(
-                    "{who} fetches it: {} of {}; waiting since {}",
+                    "{who} fetches it: {} of {}; waiting for {}",
                     bytes(done),
                     bytes(total),
                     span(waited)
@@ -177,53 +177,9 @@ fn bar(name: String, template: &str) -> ProgressBar {
     bar
 }
 
-/// How far a pull is, how fast, and how long it will take: `before` bytes were here when it began.
-fn pace(before: u64, done: u64, total: u64, elapsed: Duration) -> String {
-    let far = format!("{} of {}", bytes(done), bytes(total));
-    let fetched = done.saturating_sub(before);
-    if elapsed < RATE_AFTER || fetched == 0 {
-        return far;
-    }
-    let rate = fetched as f64 / elapsed.as_secs_f64();
-    let left = Duration::try_from_secs_f64(total.saturating_sub(done) as f64 / rate).unwrap_or(Duration::MAX);
-    // More digits than people want to read.
-    let per_second = bytes(format!("{rate:.0}").parse().unwrap_or(0));
-    format!(
-        "{far}, {per_second}/s, {} left",
-        span(Duration::from_secs(left.as_secs()))
-    )
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_line_says_how_far_how_fast_and_how_long() {
-        const MIB: u64 = 1 << 20;
-        for (before, done, total, seconds, text) in [
-            (
-                0,
-                100 * MIB,
-                400 * MIB,
-                10,
-                "100.0 MiB of 400.0 MiB, 10.0 MiB/s, 30.0 s left",
-            ),
-            // What was here already was not fetched at that rate.
-            (
-                90 * MIB,
-                100 * MIB,
-                400 * MIB,
-                10,
-                "100.0 MiB of 400.0 MiB, 1.0 MiB/s, 5 min 0 s left",
-            ),
-            (0, 0, 400 * MIB, 10, "0 B of 400.0 MiB"),
-            (0, MIB, 400 * MIB, 0, "1.0 MiB of 400.0 MiB"),
-            (0, MIB, MIB, 1, "1.0 MiB of 1.0 MiB, 1.0 MiB/s, 0.00 s left"),
-        ] {
-            assert_eq!(pace(before, done, total, Duration::from_secs(seconds)), text);
-        }
-    }
 
     #[test]
     fn a_bar_has_a_template_that_can_be_drawn() {

@@ -14,7 +14,7 @@ pub(in crate::cli) struct Arguments {
     #[arg(long, short)]
     all: bool,
     /// Those that were not used for so long, such as 7d
-    #[arg(long, value_name = "TIME")]
+    #[arg(long, value_name = "TIME", value_parser = with_unit)]
     older_than: Option<Span>,
     /// The least recently used, until all together take no more than this, such as 100G
     #[arg(long, value_name = "SIZE")]
@@ -28,6 +28,15 @@ pub(in crate::cli) struct Arguments {
     /// How to print what went
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
+}
+
+/// A length of time. A bare number would be seconds, and who writes 7 means days.
+fn with_unit(text: &str) -> Result<Span, String> {
+    let bare = text.bytes().all(|byte| byte.is_ascii_digit());
+    if bare && text.bytes().any(|byte| byte != b'0') {
+        return Err(format!("write which unit is meant, for example {text}d"));
+    }
+    text.parse()
 }
 
 /// What went; the JSON's keys are these names.

@@ -1,5 +1,5 @@
 use super::progress::Lines;
-use super::source::{Manner, Wishes, Written, draft, place};
+use super::source::{Manner, Wishes, Written, draft, or_file, place};
 use super::{interruptible, reference, shown};
 use crate::cli::{Context, print};
 use crate::image::{Addressee, Digest, Draft, Progress, Reference, Silent};
@@ -39,7 +39,8 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             &arguments.wishes,
             arguments.quiet,
         )
-        .await?;
+        .await
+        .map_err(|failure| or_file(&arguments.source, failure))?;
         let digest = send(context, &settings, &draft, &manner, &target, arguments.quiet).await?;
         print(&format!("{digest}\n"));
         Ok(())

@@ -28,10 +28,16 @@ pub(super) fn place(text: &str) -> Result<Place, Failure> {
     }
     match reference(text) {
         Ok(reference) => Ok(Place::Image(reference)),
-        Err(failure) if Path::new(text).is_file() => {
-            Err(failure.hint(format!("For the file of that name, write ./{text}")))
-        }
-        Err(failure) => Err(failure),
+        Err(failure) => Err(or_file(text, failure)),
+    }
+}
+
+/// What failed, and what else may have been meant by that name.
+pub(super) fn or_file(text: &str, failure: Failure) -> Failure {
+    if Path::new(text).is_file() {
+        failure.hint(format!("For the file of that name, write ./{text}"))
+    } else {
+        failure
     }
 }
 
@@ -234,7 +240,14 @@ pub(super) async fn draft(
             let lines = Lines::new(&name, &context.log);
             let progress: &dyn Progress = if quiet { &Silent } else { &lines };
             let disk = store.provide(&request, progress).await?;
-            Draft::of_disk(&disk, machine)?
+            let mut draft = Draft::of_disk(&disk, machine)?;
+            // What it wishes for its machine is in the draft; the rest is for people and other programs.
+            let labels = store.labels(&disk.digest);
+            let others = labels.iter().filter(|(name, _)| !name.starts_with("io.cannery."));
+            for (name, value) in others {
+                draft.label(name, value)?;
+            }
+            draft
         }
     };
     wishes.add_to(&mut draft)?;

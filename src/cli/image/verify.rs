@@ -83,7 +83,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     let bad = rows.iter().filter(|row| row.state == "damaged").count();
     if bad > 0 {
         return Err(
-            Failure::system(format!("{bad} of {} images are damaged", rows.len())).hint(
+            Failure::system(format!("damaged: {bad} of {} images", rows.len())).hint(
                 "No job is given them; the next pull fetches them anew, and `cannery image rm` removes them",
             ),
         );

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use serde::Serialize;
 
 use super::progress::Silent;
-use super::provide::{Pull, Request};
+use super::provide::{Found, Pull, Request};
 use super::source::Source;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
@@ -84,7 +84,12 @@ impl Store {
     pub async fn look(&self, request: &Request) -> Result<Sight, Error> {
         let pull = Pull::new(self, request, &Silent)?;
         let source = pull.source().await?;
-        let (root, digest, manifest) = pull.resolve(&source).await?;
+        let Found {
+            root,
+            digest,
+            manifest,
+            bytes,
+        } = pull.resolve(&source).await?;
         let image = request.reference.to_string();
         let kind = format::recognise(&manifest).map_err(|reason| Error::Unsupported {
             image: image.clone(),
@@ -115,7 +120,7 @@ impl Store {
             labels: read.labels,
             annotations: manifest.annotations.clone(),
             config: machine_config(&source, &manifest).await?.unwrap_or(config),
-            manifest: self.blob(&digest)?,
+            manifest: bytes,
         })
     }
 }

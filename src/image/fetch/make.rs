@@ -58,6 +58,9 @@ impl Progress for Shown<'_> {
             if last.is_none_or(|last| last.elapsed() >= SHOW_EVERY) {
                 *last = Some(Instant::now());
                 self.work.show(done);
+                self.progress.event(Event::Awaited {
+                    by: self.work.awaited_by(),
+                });
             }
         }
         self.progress.event(event);
@@ -170,7 +173,12 @@ impl Pull<'_> {
                 }
                 made
             }
-            made => made,
+            Ok(disk) => {
+                // Unpacked it takes more than was known before. It is leased, and stays.
+                self.store.make_room(0, limits.keep_free).await;
+                Ok(disk)
+            }
+            failed => failed,
         }
     }
 

@@ -17,11 +17,11 @@ use serde::de::DeserializeOwned;
 
 use super::done::PIECES;
 use super::progress::{Event, Progress};
-use super::sight::Sight;
+use super::sight::{Sight, is_held};
 use super::stream::CHECKPOINT;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
-use crate::image::store::{inherited_mode, remove};
+use crate::image::store::{SMALL, inherited_mode, remove};
 use crate::kill::{self, Point};
 
 /// How often a lock is tried that another process holds. The kernel could wake us, but only by blocking a
@@ -65,10 +65,12 @@ impl Work {
         progress: &dyn Progress,
     ) -> Result<Self, Error> {
         let start = Instant::now();
+        let mut waiter = None;
         loop {
             if let Some(work) = Self::try_lock(partial, digest)? {
                 return Ok(work);
             }
+            waiter = waiter.or_else(|| Waiter::new(partial, digest));
             let waited = start.elapsed();
             if waited > WAIT_MAX {
                 return Err(Error::WaitedTooLong {
@@ -197,10 +199,62 @@ impl Work {
         Ok(now.needed)
     }
 
+    /// How many other processes wait for this image.
+    pub(in crate::image) fn awaited_by(&self) -> usize {
+        Waiter::count(&self.dir)
+    }
+
     /// Tells them how far it is.
     pub(in crate::image) fn show(&self, done: u64) {
         let begun = *self.begun.lock().unwrap_or_else(PoisonError::into_inner);
         begun.at(done).show(&self.dir);
+    }
+}
+
+/// Who waits for another process. A locked file of that name says so; what a killed one leaves is swept with the store's other
+/// small files.
+struct Waiter {
+    path: PathBuf,
+    /// Held open: it carries the lock.
+    _lock: File,
+}
+
+impl Waiter {
+    fn new(partial: &Path, digest: &Digest) -> Option<Self> {
+        let path = partial.join(format!("{}{}", Self::prefix(&digest.hex()), uuid::Uuid::new_v4()));
+        let lock = File::create_new(&path).ok()?;
+        lock.try_lock().ok()?;
+        Some(Self { path, _lock: lock })
+    }
+
+    fn prefix(hex: &str) -> String {
+        format!("{SMALL}waits-{hex}-")
+    }
+
+    /// How many wait for the image that is made in `dir`. Not to be relied on, so no error is worth a word.
+    fn count(dir: &Path) -> usize {
+        let (Some(partial), Some(hex)) = (dir.parent(), dir.file_name().and_then(|name| name.to_str()))
+        else {
+            return 0;
+        };
+        let prefix = Self::prefix(hex);
+        let waits = |entry: &fs::DirEntry| {
+            let named = entry
+                .file_name()
+                .to_str()
+                .is_some_and(|name| name.starts_with(&prefix));
+            named && is_held(&entry.path())
+        };
+        fs::read_dir(partial).map_or(0, |entries| entries.flatten().filter(waits).count())
+    }
+}
+
+impl Drop for Waiter {
+    fn drop(&mut self) {
+        if let Err(error) = remove(&self.path) {
+            // The next sweep tries again.
+            tracing::warn!(%error, "a leftover stays in the store");
+        }
     }
 }
 
@@ -294,9 +348,11 @@ mod tests {
                 .is_some()
         );
         let waits = Waits(Mutex::new(0));
+        assert_eq!(first.awaited_by(), 0);
         let second = Work::lock(dir.path(), &digest, "vm", &waits);
         let release = async {
             tokio::time::sleep(TRY_EVERY * 2).await;
+            assert_eq!(first.awaited_by(), 1);
             drop(first);
         };
         let (second, ()) = tokio::join!(second, release);

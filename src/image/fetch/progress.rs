@@ -62,6 +62,11 @@ pub enum Event<'a> {
         /// Compressed bytes of the whole image.
         total: u64,
     },
+    /// So many other processes wait for what is being fetched.
+    Awaited {
+        /// How many.
+        by: usize,
+    },
     /// Bytes of one layer have arrived.
     Layer {
         /// Its digest.

@@ -76,7 +76,7 @@ impl Store {
             &request.policies
         };
         let mut first: Option<Error> = None;
-        for policy in policies {
+        for (number, policy) in policies.iter().enumerate() {
             match pull.by(*policy).await {
                 Ok(disk) => {
                     self.touch(&disk.digest);
@@ -95,7 +95,9 @@ impl Store {
                     if last {
                         break;
                     }
-                    if let Some(error) = &first {
+                    if number + 1 < policies.len()
+                        && let Some(error) = &first
+                    {
                         progress.event(Event::PolicyFailed { error });
                     }
                 }
@@ -103,6 +105,17 @@ impl Store {
         }
         Err(first.unwrap_or(Error::NotCached { image: pull.image }))
     }
+}
+
+/// What a reference leads to.
+pub(super) struct Found {
+    /// What it leads to first: the image, or an index that has it.
+    pub(super) root: Digest,
+    /// The image's identity.
+    pub(super) digest: Digest,
+    pub(super) manifest: Manifest,
+    /// The manifest as it came; of a disk that is a file by itself, ours.
+    pub(super) bytes: Vec<u8>,
 }
 
 /// One request on its way.
@@ -203,7 +216,12 @@ impl Pull<'_> {
 
     pub(super) async fn fetch(&self) -> Result<Disk, Error> {
         let source = self.source().await?;
-        let (root, digest, manifest) = self.resolve(&source).await?;
+        let Found {
+            root,
+            digest,
+            manifest,
+            ..
+        } = self.resolve(&source).await?;
         self.progress.event(Event::Resolved { digest: &digest });
         let verdict = self.rules.check(self.store, &source, &root, &digest).await?;
         let disk = match self.here(&digest).await? {
@@ -278,13 +296,18 @@ impl Pull<'_> {
         Ok(dirs)
     }
 
-    /// Follows the reference to the manifest for our platform; what it leads to first, and that manifest.
-    pub(super) async fn resolve(&self, source: &Source) -> Result<(Digest, Digest, Manifest), Error> {
+    /// Follows the reference to the manifest for our platform.
+    pub(super) async fn resolve(&self, source: &Source) -> Result<Found, Error> {
         let (root, bytes) = source.root().await?;
         let entries = match self.parsed(&bytes)? {
             Document::Image(manifest) => {
                 self.store.keep_blob(&bytes)?;
-                return Ok((root, root, manifest));
+                return Ok(Found {
+                    root,
+                    digest: root,
+                    manifest,
+                    bytes,
+                });
             }
             Document::Index(entries) => entries,
         };
@@ -298,7 +321,12 @@ impl Pull<'_> {
             Document::Image(mut manifest) => {
                 self.store.keep_blob(&bytes)?;
                 manifest.described_as(chosen.annotations);
-                Ok((root, chosen.digest, manifest))
+                Ok(Found {
+                    root,
+                    digest: chosen.digest,
+                    manifest,
+                    bytes,
+                })
             }
             Document::Index(_) => Err(self.malformed("its index holds another index".to_owned())),
         }

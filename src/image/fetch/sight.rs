@@ -89,7 +89,7 @@ pub(super) fn claimed_before(dir: &Path) -> u64 {
 }
 
 /// Does somebody hold this lock? The claim of a process that was killed counts no more.
-fn is_held(lock: &Path) -> bool {
+pub(super) fn is_held(lock: &Path) -> bool {
     File::open(lock).is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)))
 }
 

@@ -141,7 +141,7 @@ impl<'a, R: Read> Archive<'a, R> {
                 EntryType::GNULongName => {
                     let mut name = self.extension(size)?;
                     name.truncate(name.iter().position(|&byte| byte == 0).unwrap_or(name.len()));
-                    extended.path = Some(name);
+                    self.named(&mut extended, name)?;
                 }
                 // Where a link leads does not matter: none is followed.
                 EntryType::GNULongLink => drop(self.extension(size)?),
@@ -151,6 +151,15 @@ impl<'a, R: Read> Archive<'a, R> {
         Err(self.hostile(Hostility::AmbiguousArchive(
             "an entry has too many extended headers",
         )))
+    }
+
+    /// Notes the name of the entry that follows.
+    fn named(&self, extended: &mut Extended, name: Vec<u8>) -> Result<(), Error> {
+        if extended.path.as_ref().is_some_and(|other| *other != name) {
+            return Err(self.hostile(Hostility::AmbiguousArchive("an entry has two names")));
+        }
+        extended.path = Some(name);
+        Ok(())
     }
 
     fn entry(
@@ -256,7 +265,7 @@ impl<'a, R: Read> Archive<'a, R> {
             let equals = record.iter().position(|&byte| byte == b'=').ok_or_else(broken)?;
             let (key, value) = (&record[..equals], &record[equals + 1..]);
             match key {
-                b"path" => extended.path = Some(value.to_vec()),
+                b"path" => self.named(extended, value.to_vec())?,
                 b"size" => {
                     let size = number(value).ok_or_else(broken)?;
                     if extended.size.is_some_and(|other| other != size) {

@@ -151,7 +151,12 @@ async fn walk<T>(
         .iter()
         .take(REFERRERS_MAX)
     {
-        let bytes = source.manifest(referrer).await?;
+        let Some(bytes) = readable(source.manifest(referrer).await)? else {
+            if let ControlFlow::Break(found) = look(None) {
+                return Ok(Some(found));
+            }
+            continue;
+        };
         if let Ok(Document::Image(manifest)) = manifest::parse(&bytes)
             && let Some(found) = among(source, &manifest, &mut look).await?
         {
@@ -172,12 +177,22 @@ async fn among<T>(
         .iter()
         .filter(|layer| [SIMPLE, BUNDLE].contains(&layer.media_type.as_str()) && layer.size <= PAYLOAD_MAX);
     for layer in signatures.take(SIGNATURES_MAX) {
-        let bytes = source.config(layer).await?;
-        if let ControlFlow::Break(found) = look(read(layer, bytes)) {
+        let bytes = readable(source.config(layer).await)?;
+        if let ControlFlow::Break(found) = look(bytes.and_then(|bytes| read(layer, bytes))) {
             return Ok(Some(found));
         }
     }
     Ok(None)
+}
+
+/// What stands there; none where it is gone, too large or another than it should be. Registries tidy up, and anybody who may push
+/// can leave such a thing beside an image: that must not keep the signatures beside it from counting.
+fn readable(bytes: Result<Vec<u8>, Error>) -> Result<Option<Vec<u8>>, Error> {
+    match bytes {
+        Ok(bytes) => Ok(Some(bytes)),
+        Err(Error::NotFound { .. } | Error::TooLarge { .. } | Error::Corrupt { .. }) => Ok(None),
+        Err(error) => Err(error),
+    }
 }
 
 fn read(layer: &Descriptor, bytes: Vec<u8>) -> Option<Signed> {

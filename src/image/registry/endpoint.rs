@@ -187,6 +187,11 @@ impl Endpoint {
         url.origin() == self.base.origin()
     }
 
+    /// The reference that is asked for, for errors.
+    pub(super) fn image(&self) -> &str {
+        &self.image
+    }
+
     /// May what is secret go to this address? Only encrypted, unless the operator said otherwise for this registry.
     pub(super) fn is_safe(&self, url: &Url) -> bool {
         url.scheme() == "https" || (self.base.scheme() == "http" && url.scheme() == "http")

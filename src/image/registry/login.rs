@@ -5,7 +5,7 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read as _, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use base64::Engine as _;
@@ -187,6 +187,8 @@ impl AuthFile {
     fn write(&self, config: &Map<String, Value>) -> Result<(), Error> {
         let real = self.real();
         let scratch = real.with_extension(format!("{}.tmp", uuid::Uuid::new_v4().simple()));
+        // Whoever may read it now may read it afterwards: a group shares logins by it.
+        let before = fs::metadata(&real).ok();
         let written = || {
             let mut text = serde_json::to_vec_pretty(config)?;
             text.push(b'\n');
@@ -195,6 +197,17 @@ impl AuthFile {
                 .create_new(true)
                 .mode(0o600)
                 .open(&scratch)?;
+            if let Some(before) = &before {
+                // First the owner, whose change takes special bits away. Who may not give files away keeps their own.
+                drop(std::os::unix::fs::fchown(
+                    &file,
+                    Some(before.uid()),
+                    Some(before.gid()),
+                ));
+                let mine = file.metadata()?;
+                let mode = if mine.gid() == before.gid() { 0o777 } else { 0o700 };
+                file.set_permissions(fs::Permissions::from_mode(before.mode() & mode))?;
+            }
             file.write_all(&text)?;
             file.sync_all()?;
             fs::rename(&scratch, &real)
@@ -269,7 +282,10 @@ mod tests {
                 .contains("https://index.docker.io/v1/")
         );
         assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+        // A group that shares it may still read it.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).unwrap();
         assert!(file.forget("docker.io").await.unwrap());
+        assert_eq!(fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o640);
         assert!(!file.forget("docker.io").await.unwrap());
         assert_eq!(found(&path, "docker.io").await, None);
         assert_eq!(found(&path, "r.example:5000").await, login("two"));

@@ -4,7 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use reqwest::header::{ACCEPT, CONTENT_RANGE, HeaderMap, RANGE};
+use reqwest::header::{ACCEPT, CONTENT_LENGTH, CONTENT_RANGE, HeaderMap, RANGE};
 use reqwest::{Method, StatusCode};
 
 use super::super::error::Error;
@@ -106,8 +106,20 @@ async fn connect(endpoint: &Endpoint, descriptor: &Descriptor, wanted: &Range<u6
         ask = ask.with(RANGE, &range);
     }
     let answer = endpoint.ask(&ask).await?;
-    let known = match answer.response.status() {
-        StatusCode::PARTIAL_CONTENT if is_part(answer.response.headers(), wanted, descriptor.size) => 0,
+    let (status, headers) = (answer.response.status(), answer.response.headers());
+    if let Some(size) = told_size(status, headers, wanted.start)
+        && size != descriptor.size
+    {
+        return Err(Failure::Final(Error::Corrupt {
+            image: endpoint.image().to_owned(),
+            reason: format!(
+                "its manifest says that the layer {} has {} bytes, and it has {size} there",
+                descriptor.digest, descriptor.size
+            ),
+        }));
+    }
+    let known = match status {
+        StatusCode::PARTIAL_CONTENT if is_part(headers, wanted) => 0,
         StatusCode::PARTIAL_CONTENT => {
             return Err(weather("it sent another part of a layer than asked for"));
         }
@@ -127,25 +139,39 @@ async fn connect(endpoint: &Endpoint, descriptor: &Descriptor, wanted: &Range<u6
 }
 
 /// Is the answer exactly the part that was asked for?
-fn is_part(headers: &HeaderMap, wanted: &Range<u64>, size: u64) -> bool {
-    let parts = |text: &str| -> Option<(u64, u64, Option<u64>)> {
-        let (range, total) = text.strip_prefix("bytes ")?.split_once('/')?;
-        let (first, last) = range.split_once('-')?;
-        let total = if total == "*" {
-            None
+fn is_part(headers: &HeaderMap, wanted: &Range<u64>) -> bool {
+    let part = content_range(headers).and_then(|(part, _)| part);
+    part.is_some_and(|(first, last)| first == wanted.start && last.checked_add(1) == Some(wanted.end))
+}
+
+/// How large the whole is, by an answer to who asked for what begins at `start`; none where it does not say, or may speak of
+/// something else.
+fn told_size(status: StatusCode, headers: &HeaderMap, start: u64) -> Option<u64> {
+    match (status, content_range(headers)) {
+        (StatusCode::PARTIAL_CONTENT, Some((Some((first, _)), total))) if first == start => total,
+        (StatusCode::RANGE_NOT_SATISFIABLE, Some((None, total))) => total,
+        (StatusCode::OK, _) => headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok(),
+        _ => None,
+    }
+}
+
+/// What a `Content-Range` says (RFC 9110 §14.4): the first and the last byte, and how many the whole has; none where it is none.
+fn content_range(headers: &HeaderMap) -> Option<(Option<(u64, u64)>, Option<u64>)> {
+    /// `*` where it is not said.
+    fn unless_open<T>(text: &str, read: impl FnOnce(&str) -> Option<T>) -> Option<Option<T>> {
+        if text == "*" {
+            Some(None)
         } else {
-            Some(total.parse().ok()?)
-        };
-        Some((first.parse().ok()?, last.parse().ok()?, total))
-    };
-    headers
-        .get(CONTENT_RANGE)
-        .and_then(|value| parts(value.to_str().ok()?))
-        .is_some_and(|(first, last, total)| {
-            first == wanted.start
-                && last.checked_add(1) == Some(wanted.end)
-                && total.is_none_or(|total| total == size)
-        })
+            read(text).map(Some)
+        }
+    }
+    let text = headers.get(CONTENT_RANGE)?.to_str().ok()?;
+    let (part, total) = text.strip_prefix("bytes ")?.split_once('/')?;
+    let part = unless_open(part, |part| {
+        let (first, last) = part.split_once('-')?;
+        Some((first.parse().ok()?, last.parse().ok()?))
+    })?;
+    Some((part, unless_open(total, |total| total.parse().ok())?))
 }
 
 #[cfg(test)]
@@ -157,11 +183,10 @@ mod tests {
     #[test]
     fn only_the_part_that_was_asked_for_is_taken() {
         let mut headers = HeaderMap::new();
-        assert!(!is_part(&headers, &(5..10), 20));
+        assert!(!is_part(&headers, &(5..10)));
         for (text, expected) in [
             ("bytes 5-9/20", true),
             ("bytes 5-9/*", true),
-            ("bytes 5-9/21", false),
             ("bytes 5-8/20", false),
             ("bytes 5-10/20", false),
             ("bytes 4-9/20", false),
@@ -169,10 +194,34 @@ mod tests {
             ("bytes 5-18446744073709551615/20", false),
             ("items 5-9/20", false),
             ("bytes 5-9", false),
+            ("bytes 5-9/x", false),
             ("", false),
         ] {
             headers.insert(CONTENT_RANGE, HeaderValue::from_static(text));
-            assert_eq!(is_part(&headers, &(5..10), 20), expected, "{text}");
+            assert_eq!(is_part(&headers, &(5..10)), expected, "{text}");
         }
+    }
+
+    #[test]
+    fn how_large_the_whole_is_is_heard_where_it_is_said_of_what_was_asked_for() {
+        const PART: StatusCode = StatusCode::PARTIAL_CONTENT;
+        for (status, text, expected) in [
+            (PART, "bytes 5-9/20", Some(20)),
+            (PART, "bytes 5-7/8", Some(8)),
+            (PART, "bytes 5-9/*", None),
+            // Of another part: who mixes up one number may mix up the other.
+            (PART, "bytes 6-9/20", None),
+            (PART, "bytes */20", None),
+            (StatusCode::RANGE_NOT_SATISFIABLE, "bytes */4", Some(4)),
+            (StatusCode::RANGE_NOT_SATISFIABLE, "bytes 5-9/20", None),
+            (StatusCode::OK, "bytes 5-9/20", Some(77)),
+            (StatusCode::NOT_FOUND, "bytes 5-9/20", None),
+        ] {
+            let mut headers = HeaderMap::new();
+            headers.insert(CONTENT_RANGE, HeaderValue::from_static(text));
+            headers.insert(CONTENT_LENGTH, HeaderValue::from_static("77"));
+            assert_eq!(told_size(status, &headers, 5), expected, "{status} {text}");
+        }
+        assert_eq!(told_size(StatusCode::OK, &HeaderMap::new(), 0), None);
     }
 }

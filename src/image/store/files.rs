@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
-use super::Store;
+use super::{SMALL, Store};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::kill::{self, Point};
@@ -86,7 +86,7 @@ impl Store {
     /// A new file in `partial/`, locked for as long as it is open: by that a sweep knows that it is still being written.
     pub(super) fn begin_small(&self) -> io::Result<(File, PathBuf)> {
         loop {
-            let path = self.partial().join(format!("small-{}", uuid::Uuid::new_v4()));
+            let path = self.partial().join(format!("{SMALL}{}", uuid::Uuid::new_v4()));
             let file = File::create_new(&path)?;
             file.lock()?;
             // A sweep may have come before the lock.

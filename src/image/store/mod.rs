@@ -23,6 +23,7 @@
 //! `partial/` whose lock the kernel has let go; whoever comes next sweeps it. What a crash of the whole host leaves is read once
 //! more before anybody gets it ([`unsynced`]).
 
+use std::collections::BTreeMap;
 use std::fs::{self, File, Permissions};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
@@ -35,9 +36,10 @@ use serde::{Deserialize, Serialize};
 use super::digest::Digest;
 use super::error::Error;
 use super::fetch::partial;
-use super::format::Format;
+use super::format::{self, Format};
 use super::hints::Hints;
 use super::inspect::DiskFormat;
+use super::manifest::{self, Document};
 use crate::kill::{self, Point};
 use crate::record::hidden;
 
@@ -155,6 +157,9 @@ const PARTIAL_TTL: Duration = Duration::from_secs(7 * 24 * 3600);
 pub(super) const KERNEL: &str = "kernel";
 pub(super) const INITRD: &str = "initrd";
 const RECORD: &str = "image.json";
+
+/// How the names of small files begin in `partial/` that are locked for as long as they are somebody's.
+pub(super) const SMALL: &str = "small-";
 
 /// The name of a disk's file.
 pub(super) fn disk_name(format: DiskFormat) -> &'static str {
@@ -290,10 +295,19 @@ impl Store {
         }
     }
 
-    /// A manifest or config that was kept.
-    pub(super) fn blob(&self, digest: &Digest) -> Result<Vec<u8>, Error> {
-        let path = self.dir.join("blobs/sha256").join(digest.hex());
-        fs::read(&path).map_err(Error::storage(&path))
+    /// The labels of an image of the store; none of a disk that is a file by itself, or whose documents are gone.
+    pub fn labels(&self, digest: &Digest) -> BTreeMap<String, String> {
+        let blob = |digest: &Digest| fs::read(self.dir.join("blobs/sha256").join(digest.hex())).ok();
+        let labels = || {
+            let Ok(Document::Image(manifest)) = manifest::parse(&blob(digest)?) else {
+                return None;
+            };
+            let kind = format::recognise(&manifest).ok()?;
+            let config = blob(&manifest.config.digest)?;
+            let config = format::parse_config(&config, format::described(kind, &manifest)).ok()?;
+            Some(config.labels)
+        };
+        labels().unwrap_or_default()
     }
 
     /// Turns a finished work folder into a disk of the store. The caller holds the digest's lock.
@@ -331,7 +345,7 @@ impl Store {
             let entry = entry.map_err(Error::storage(&dir))?;
             let name = entry.file_name();
             let Some(name) = name.to_str() else { continue };
-            if name.starts_with("small-") {
+            if name.starts_with(SMALL) {
                 // Held until it is removed, so that its writer, if there is one, notices. One that cannot be opened has got its
                 // name by now, or is for its owner to sweep.
                 if let Ok(file) = File::open(entry.path())

@@ -157,6 +157,14 @@ fn archives_that_can_be_read_in_two_ways_are_refused() {
     for archive in [
         [pax(&[("size", "512")]), after.clone()].concat(),
         [pax(&[("size", "3"), ("size", "4")]), after.clone()].concat(),
+        [pax(&[("path", "disk/a"), ("path", "disk/b")]), after.clone()].concat(),
+        [
+            head("long", EntryType::GNULongName, 8),
+            body(b"other/b\0"),
+            pax(&[("path", "disk/a")]),
+            after.clone(),
+        ]
+        .concat(),
         [vec![0; 512], after.clone()].concat(),
         [head("x", EntryType::Symlink, 3), body(b"abc")].concat(),
         [
