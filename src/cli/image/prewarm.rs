@@ -1,6 +1,6 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use serde::Serialize;
 
@@ -16,7 +16,9 @@ use crate::stage::images;
 
 /// How often it is looked whether a job is fetching.
 const TURN_POLL: Duration = Duration::from_secs(1);
-/// Longest wait for jobs that fetch, before each image. Where there is always one, prewarming must get on all the same.
+/// Looks in a row that must find one before a pull steps aside: a job whose image is in the cache is through in between.
+const LOOKS: u32 = 2;
+/// Longest time for which each image waits for jobs that fetch. Where there is always one, prewarming must get on all the same.
 const TURN_MAX: Duration = Duration::from_secs(600);
 
 /// Fetch images before a job asks for them, with the least priority and one at a time
@@ -70,8 +72,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     let credentials = images::credentials(&settings)?;
     let mut rows = Vec::new();
     for name in &wanted {
-        wait_for_jobs(&settings).await?;
-        let fetch = async {
+        let fetch = async || {
             let reference = reference(name)?;
             let request = images::request(
                 &settings,
@@ -84,7 +85,14 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             Ok::<_, Failure>(store.provide(&request, &Lines::new(&shown, &context.log)).await?)
         };
         let (mut digest, mut fetched_bytes, mut error) = (None, 0, None);
-        match fetch.await {
+        let jobs_fetch = || any_job_fetches(&settings);
+        let stepped_aside = || {
+            context.log.line(format!(
+                "{}: a job fetches its image; this one goes on afterwards.",
+                shown(name)
+            ));
+        };
+        match politely(stepped_aside, jobs_fetch, fetch).await {
             Ok(disk) => {
                 if arguments.format == Format::Text {
                     print(&format!("{} {}\n", disk.digest, shown(name)));
@@ -156,18 +164,47 @@ fn listed(text: &str) -> impl Iterator<Item = String> + '_ {
         .map(str::to_owned)
 }
 
-/// Waits while a job is fetching its image: it needs the network and the disk more.
-async fn wait_for_jobs(settings: &Settings) -> Result<(), Failure> {
-    let begin = Instant::now();
-    while begin.elapsed() < TURN_MAX {
-        let jobs = Jobs::look(&settings.state_dir).list()?;
-        let fetching = |job: &record::JobDir| matches!(job.read(), Ok(Some(record)) if record.state == State::Fetching && record.digest.is_none() && record.caller.is_alive());
-        if !jobs.iter().any(fetching) {
-            break;
+/// Fetches while no job does: jobs need the network and the disk more. A pull that has begun steps aside for one, and goes on with
+/// what it has brought; where that job wants the same image, it goes on with it itself.
+async fn politely<T>(
+    stepped_aside: impl Fn(),
+    jobs_fetch: impl Fn() -> Result<bool, Failure>,
+    fetch: impl AsyncFn() -> Result<T, Failure>,
+) -> Result<T, Failure> {
+    let mut waited = Duration::ZERO;
+    loop {
+        while waited < TURN_MAX && jobs_fetch()? {
+            tokio::time::sleep(TURN_POLL).await;
+            waited += TURN_POLL;
         }
-        tokio::time::sleep(TURN_POLL).await;
+        if waited >= TURN_MAX {
+            return fetch().await;
+        }
+        let disturbed = async {
+            let mut seen = 0;
+            while seen < LOOKS {
+                tokio::time::sleep(TURN_POLL).await;
+                seen = if jobs_fetch()? { seen + 1 } else { 0 };
+            }
+            Ok::<_, Failure>(())
+        };
+        tokio::select! {
+            fetched = fetch() => return fetched,
+            seen = disturbed => seen?,
+        }
+        stepped_aside();
     }
-    Ok(())
+}
+
+/// Is a job fetching its image now, or about to find that it has it?
+fn any_job_fetches(settings: &Settings) -> Result<bool, Failure> {
+    let fetches = |record: &record::Record| {
+        record.state == State::Fetching && record.digest.is_none() && record.caller.is_alive()
+    };
+    let jobs = Jobs::look(&settings.state_dir).list()?;
+    Ok(jobs
+        .iter()
+        .any(|job| matches!(job.read(), Ok(Some(record)) if fetches(&record))))
 }
 
 #[cfg(test)]
@@ -181,5 +218,30 @@ mod tests {
             listed(text).collect::<Vec<_>>(),
             ["r.example.com/vm:1", "r.example.com/vm:2"]
         );
+    }
+    /// A pull that needs ten seconds in one go, and jobs that fetch as the clock says.
+    async fn prewarm(jobs_fetch: impl Fn(u64) -> bool) -> (u64, usize) {
+        let begin = tokio::time::Instant::now();
+        let tries = std::cell::Cell::new(0);
+        let now = || begin.elapsed().as_secs();
+        let fetch = async || {
+            tries.set(tries.get() + 1);
+            tokio::time::sleep(Duration::from_secs(10)).await;
+            Ok(now())
+        };
+        let ended = politely(|| {}, || Ok(jobs_fetch(now())), fetch).await.unwrap();
+        (ended, tries.get())
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_pull_steps_aside_for_jobs_and_comes_to_an_end_all_the_same() {
+        assert_eq!(prewarm(|_| false).await, (10, 1));
+        // It waits for who is there, and for who comes.
+        assert_eq!(prewarm(|now| now < 30).await, (40, 1));
+        assert_eq!(prewarm(|now| (5..30).contains(&now)).await, (40, 2));
+        // A job whose image is in the cache disturbs nobody.
+        assert_eq!(prewarm(|now| now == 5).await, (10, 1));
+        // Where there is always one.
+        assert_eq!(prewarm(|_| true).await, (TURN_MAX.as_secs() + 10, 1));
     }
 }
