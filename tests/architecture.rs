@@ -79,7 +79,7 @@ fn rooms_import_only_what_the_plan_allows() {
         (
             "bench",
             &[
-                "settings", "machine", "guest", "start", "console", "outcome", "report",
+                "settings", "image", "machine", "guest", "start", "console", "outcome", "report",
             ],
         ),
         (

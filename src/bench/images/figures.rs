@@ -36,6 +36,7 @@ pub(super) struct Figures {
     pub(super) push_sarde: Figure,
     pub(super) push_native: Figure,
     pub(super) size: Figure,
+    pub(super) granted: Figure,
     pub(super) cached: Figure,
     pub(super) gzip_memory: Figure,
     pub(super) native_memory: Figure,
@@ -101,7 +102,16 @@ impl Figures {
                 Peer::None,
                 Goal::None,
             ),
-            cached: Figure::new("pull of an image that is in the cache", Peer::None, CACHED_GOAL),
+            granted: Figure::new(
+                "the image's part of prepare, in the cache and private, with a remembered grant",
+                Peer::None,
+                CACHED_GOAL,
+            ),
+            cached: Figure::new(
+                "pull of an image that is in the cache, as a command",
+                Peer::None,
+                CACHED_GOAL,
+            ),
             gzip_memory: Figure::of_bytes("memory of a pull of the containerDisk", Peer::None, MEMORY_GOAL),
             native_memory: Figure::of_bytes("memory of a pull in the native format", Peer::None, MEMORY_GOAL),
             push_memory: Figure::of_bytes("memory of a push in the native format", Peer::None, MEMORY_GOAL),
@@ -154,6 +164,7 @@ impl Figures {
         all.extend([self.pull_sarde, self.push_sarde, self.push_native, self.size]);
         all.extend(self.pairs);
         all.extend([
+            self.granted,
             self.cached,
             self.gzip_memory,
             self.native_memory,

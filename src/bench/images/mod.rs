@@ -12,6 +12,7 @@
 mod data;
 mod figures;
 mod floor;
+mod granted;
 mod registry;
 mod tool;
 
@@ -127,6 +128,13 @@ impl<'a> Bench<'a> {
                 figures.add(counting);
             }
         }
+        let granted = granted::measure(
+            &plan.cannery,
+            &plan.scratch.join("private"),
+            CACHED_CALLS * plan.runs,
+        )
+        .await?;
+        granted.into_iter().for_each(|time| figures.granted.took(time));
         for pair in &plan.pairs {
             figures.pairs.push(bench.pair(pair).await?);
         }

@@ -13,6 +13,11 @@ use crate::outcome::Failure;
 
 /// Debian's package of the CNCF's distribution registry.
 pub(super) const PROGRAM: &str = "docker-registry";
+/// The account of one that wants a login: it guards nothing.
+pub(super) const USER: &str = "bench";
+pub(super) const PASSWORD: &str = "sesame";
+/// What `htpasswd -Bbn` makes of it.
+const HASH: &str = "$2y$05$R2GuqIQ8cXG1CE83prtDBumZUJ2Y73fH0pdXocHSFAXqP8BMcYZSu";
 /// How long it may take to listen, and how often its log is looked at.
 const START: Duration = Duration::from_secs(10);
 const LOOK_EVERY: Duration = Duration::from_millis(20);
@@ -29,10 +34,26 @@ pub(super) struct Registry {
 impl Registry {
     /// Starts one with its files in `folder`. Port 0 is any that is free.
     pub(super) async fn start(folder: &Path, port: u16) -> Result<Self, Failure> {
+        Self::start_with(folder, port, "").await
+    }
+
+    /// One that lets in nobody but [`USER`] with [`PASSWORD`], on any port that is free.
+    pub(super) async fn start_private(folder: &Path) -> Result<Self, Failure> {
+        let users = folder.join("users");
+        std::fs::create_dir_all(folder).map_err(|e| cannot("make", folder, &e))?;
+        std::fs::write(&users, format!("{USER}:{HASH}\n")).map_err(|e| cannot("write", &users, &e))?;
+        let auth = format!(
+            "auth: {{htpasswd: {{realm: bench, path: {}}}}}\n",
+            users.display()
+        );
+        Self::start_with(folder, 0, &auth).await
+    }
+
+    async fn start_with(folder: &Path, port: u16, more: &str) -> Result<Self, Failure> {
         let data = folder.join("data");
         let (log, config) = (folder.join("log"), folder.join("config.yml"));
         let text = format!(
-            "version: 0.1\nlog: {{level: info}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"127.0.0.1:{port}\"}}\n",
+            "version: 0.1\nlog: {{level: info}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"127.0.0.1:{port}\"}}\n{more}",
             data.display()
         );
         std::fs::create_dir_all(folder).map_err(|e| cannot("make", folder, &e))?;
