@@ -24,6 +24,7 @@ mod codec;
 pub(super) mod decompress;
 mod done;
 mod gunzip;
+mod inflate;
 pub(super) mod ledger;
 pub(super) mod look;
 mod make;

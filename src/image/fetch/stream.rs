@@ -267,7 +267,8 @@ impl Unpacker {
             }
             Compression::Gzip => {
                 send(blocks, Block::Begin(Compression::Gzip))?;
-                self.gunzip(packed, Gunzip::new(), head, blocks)
+                let gunzip = Gunzip::new().map_err(|error| self.unreadable(error))?;
+                self.gunzip(packed, gunzip, head, blocks)
             }
             _ => {
                 let (compression, mut unpacked) =
@@ -314,7 +315,7 @@ impl Unpacker {
         blocks: &SyncSender<Block>,
     ) -> Result<(), Halt> {
         let (mut at, mut since, mut ended) = (0, 0, false);
-        let mut output = Vec::with_capacity(2 * BLOCK);
+        let (mut block, mut filled) = (vec![0; BLOCK], 0);
         loop {
             if at == input.len() && !ended {
                 match self.read(packed, READ)? {
@@ -325,22 +326,22 @@ impl Unpacker {
                     None => ended = true,
                 }
             }
-            let before = output.len();
             let step = gunzip
-                .step(&input[at..], &mut output)
+                .step(&input[at..], &mut block[filled..], since >= self.every)
                 .map_err(|error| self.unreadable(error))?;
             at += step.taken;
-            let idle = step.taken == 0 && output.len() == before && !step.between_blocks;
-            if output.len() >= BLOCK {
-                let full = std::mem::replace(&mut output, Vec::with_capacity(2 * BLOCK));
-                send(blocks, Block::Bytes(full))?;
+            filled += step.given;
+            let stopped = gunzip.stop();
+            if filled == BLOCK || stopped.is_some() {
+                block.truncate(filled);
+                send(
+                    blocks,
+                    Block::Bytes(std::mem::replace(&mut block, vec![0; BLOCK])),
+                )?;
+                filled = 0;
             }
-            if step.between_blocks
-                && since >= self.every
-                && let Some(stopped) = gunzip.stop()
-            {
+            if let Some(stopped) = stopped {
                 since = 0;
-                send(blocks, Block::Bytes(std::mem::take(&mut output)))?;
                 let mark = Mark {
                     position: packed.position(),
                     rest: hex::encode(&input[at..]),
@@ -348,14 +349,15 @@ impl Unpacker {
                 };
                 send(blocks, Block::Mark(Box::new(mark)))?;
             }
-            if ended && idle {
+            if ended && step.is_idle() {
                 break;
             }
         }
         if !gunzip.is_complete() {
             return Err(self.unreadable(io::ErrorKind::UnexpectedEof.into()));
         }
-        send(blocks, Block::Bytes(output))?;
+        block.truncate(filled);
+        send(blocks, Block::Bytes(block))?;
         send(blocks, Block::End)
     }
 
