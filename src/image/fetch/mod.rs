@@ -20,6 +20,7 @@
 
 mod access;
 mod batch;
+mod checkpoint;
 mod codec;
 pub(super) mod decompress;
 mod done;
@@ -40,4 +41,6 @@ mod site;
 pub(super) mod source;
 pub(super) mod sparse;
 mod stream;
+mod unpacked;
+mod unpacker;
 mod verified;
