@@ -81,6 +81,7 @@ impl Stream<'_> {
         let (sender, reader) = relay(PIECES_IN_FLIGHT);
         let (seen_sender, seen) = sync_channel(PIECES);
         let (blocks, unpacked_blocks) = sync_channel(BLOCKS);
+        let (used, used_blocks) = sync_channel(BLOCKS);
         let (taker, takers_word) = channel();
         let (unpackers, unpackers_word) = channel();
         let cancelled = CancelledOnDrop::default();
@@ -96,13 +97,14 @@ impl Stream<'_> {
             every: self.every,
             place: self.place.clone(),
             blocks,
+            used: used_blocks,
             _held: Arc::clone(&self.held),
         };
         let unpacking = blocking(move || unpacker.run(packed, from, &takers_word, &unpackers));
         let (number, diff_id) = (self.number, self.diff_id);
         let hasher = diff_id.map(|_| hasher.unwrap_or_default());
         let (place, held) = (self.place.clone(), Arc::clone(&self.held));
-        let mut unpacked = Unpacked::new(number, unpacked_blocks, segments, hasher, place, held);
+        let mut unpacked = Unpacked::new(number, (unpacked_blocks, used), segments, hasher, place, held);
         let taking = blocking(move || {
             let result = unpacked.taken_by(take);
             let result = result.and_then(|value| unpacked.finish(diff_id).map(|()| value));

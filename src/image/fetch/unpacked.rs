@@ -4,7 +4,7 @@ use std::any::Any;
 use std::collections::VecDeque;
 use std::io::{self, Read};
 use std::sync::Arc;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, SyncSender};
 
 use super::checkpoint::{Checkpoint, Mark};
 use super::decompress::{Compression, unreadable};
@@ -19,6 +19,8 @@ use crate::image::format::Workplace;
 pub(super) struct Unpacked {
     layer: usize,
     blocks: Receiver<Block>,
+    /// Where blocks go that were used.
+    used: SyncSender<Vec<u8>>,
     block: Vec<u8>,
     /// Bytes of the block that were given, and those of them that the ledger knows.
     given: usize,
@@ -49,7 +51,7 @@ impl Unpacked {
     /// `segments` is what an earlier process has read, and `hasher` has its hash, if there is a digest to compare with.
     pub(super) fn new(
         layer: usize,
-        blocks: Receiver<Block>,
+        (blocks, used): (Receiver<Block>, SyncSender<Vec<u8>>),
         segments: Vec<Segment>,
         hasher: Option<Hasher>,
         place: Workplace,
@@ -58,6 +60,7 @@ impl Unpacked {
         Self {
             layer,
             blocks,
+            used,
             block: Vec::new(),
             given: 0,
             noted: 0,
@@ -152,7 +155,10 @@ impl Read for Unpacked {
                     if let Some(hasher) = &mut self.hasher {
                         hasher.update(&block);
                     }
-                    (self.block, self.given, self.noted) = (block, 0, 0);
+                    let used = std::mem::replace(&mut self.block, block);
+                    // Where nobody wants it, it goes.
+                    drop(self.used.try_send(used));
+                    (self.given, self.noted) = (0, 0);
                 }
                 Ok(Block::Mark(mark)) => self.save(*mark).map_err(io::Error::other)?,
                 Ok(Block::End) => self.ended = true,

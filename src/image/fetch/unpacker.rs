@@ -115,6 +115,8 @@ pub(super) struct Unpacker {
     pub(super) every: u64,
     pub(super) place: Workplace,
     pub(super) blocks: SyncSender<Block>,
+    /// Blocks that were used, to be filled again.
+    pub(super) used: Receiver<Vec<u8>>,
     pub(super) _held: Arc<dyn Any + Send + Sync>,
 }
 
@@ -187,7 +189,7 @@ impl Unpacker {
     fn gunzip(&self, packed: &mut Packed, mut gunzip: Gunzip) -> Result<(), Halt> {
         self.send(Block::Begin(Compression::Gzip))?;
         let (mut input, mut since, mut ended) = (Bytes::new(), 0, false);
-        let (mut block, mut filled) = (vec![0; BLOCK], 0);
+        let (mut block, mut filled) = (self.empty(), 0);
         loop {
             if input.is_empty() && !ended {
                 match packed.piece().map_err(|error| self.unreadable(error))? {
@@ -206,7 +208,7 @@ impl Unpacker {
             let stopped = gunzip.stop();
             if filled == BLOCK || stopped.is_some() {
                 block.truncate(filled);
-                self.send(Block::Bytes(std::mem::replace(&mut block, vec![0; BLOCK])))?;
+                self.send(Block::Bytes(std::mem::replace(&mut block, self.empty())))?;
                 filled = 0;
             }
             if stopped.is_some() {
@@ -232,6 +234,13 @@ impl Unpacker {
             rest,
             gunzip,
         })))
+    }
+
+    /// A block to fill. One that was full before need not be cleared.
+    fn empty(&self) -> Vec<u8> {
+        let mut block = self.used.try_recv().unwrap_or_default();
+        block.resize(BLOCK, 0);
+        block
     }
 
     fn send(&self, block: Block) -> Result<(), Halt> {
