@@ -173,6 +173,51 @@ fn header_length(seen: &[u8]) -> io::Result<Option<usize>> {
     Ok((seen.len() >= at).then_some(at))
 }
 
+/// Unpacks hostile bytes, once in one go and once stopped between blocks: both must come to the same, whatever it is.
+#[cfg(any(test, fuzzing))]
+pub(in crate::image) fn fuzz(bytes: &[u8]) {
+    // Of output, and of stops, after which a stream has shown what it can do.
+    const OUTPUT_MAX: usize = 1 << 20;
+    const STOPS_MAX: usize = 50;
+    let unpack = |mut stops: usize| {
+        let (mut input, mut output, mut block) = (bytes, Vec::new(), vec![0; 5000]);
+        let Ok(mut gunzip) = Gunzip::new() else {
+            return (output, None);
+        };
+        while output.len() < OUTPUT_MAX {
+            let Ok(step) = gunzip.step(input, &mut block, stops > 0) else {
+                return (output, None);
+            };
+            output.extend_from_slice(&block[..step.given]);
+            input = &input[step.taken..];
+            if let Some(stopped) = gunzip.stop() {
+                stops -= 1;
+                match Gunzip::resume(&stopped) {
+                    Some(resumed) => gunzip = resumed,
+                    None => panic!("it was stopped at no place between blocks: {stopped:?}"),
+                }
+            } else if step.is_idle() && input.is_empty() {
+                break;
+            }
+        }
+        output.truncate(OUTPUT_MAX);
+        (output, Some(gunzip.is_complete()))
+    };
+    let ((whole, whole_end), (stopped, stopped_end)) = (unpack(0), unpack(STOPS_MAX));
+    // A step that fails gives nothing, and the steps are not the same.
+    assert!(
+        whole.starts_with(&stopped) || stopped.starts_with(&whole),
+        "stopping changes what is unpacked"
+    );
+    if whole.len().max(stopped.len()) < OUTPUT_MAX {
+        assert_eq!(whole_end, stopped_end, "stopping changes how it ends");
+        assert!(
+            whole_end.is_none() || whole == stopped,
+            "stopping changes how much is unpacked"
+        );
+    }
+}
+
 fn broken(reason: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, reason)
 }

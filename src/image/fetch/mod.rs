@@ -44,3 +44,6 @@ mod stream;
 mod unpacked;
 mod unpacker;
 mod verified;
+
+#[cfg(any(test, fuzzing))]
+pub(super) use gunzip::fuzz as fuzz_gunzip;
