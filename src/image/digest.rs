@@ -87,7 +87,7 @@ impl<'de> Deserialize<'de> for Digest {
     }
 }
 
-/// A digest in the making, fed piece by piece.
+/// A digest in the making, fed piece by piece. Written down, it is its state in hexadecimal digits.
 #[derive(Clone, Default)]
 pub(super) struct Hasher(Sha256);
 
@@ -105,17 +105,21 @@ impl Hasher {
     pub(super) fn finish(self) -> Digest {
         Digest(self.0.finalize().into())
     }
+}
 
-    /// The state in between, in hexadecimal digits, for [`Hasher::resume`].
-    pub(super) fn stop(&self) -> String {
-        hex::encode(SerializableState::serialize(&self.0))
+impl Serialize for Hasher {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&hex::encode(SerializableState::serialize(&self.0)))
     }
+}
 
-    /// Goes on where another hasher was stopped; none if the text is no such state.
-    pub(super) fn resume(text: &str) -> Option<Self> {
-        let bytes = hex::decode(text).ok()?;
-        let state = bytes.as_slice().try_into().ok()?;
-        Sha256::deserialize(&state).ok().map(Self)
+impl<'de> Deserialize<'de> for Hasher {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let bytes = hex::decode(String::deserialize(deserializer)?).map_err(serde::de::Error::custom)?;
+        let state = bytes.as_slice().try_into().map_err(serde::de::Error::custom)?;
+        Sha256::deserialize(&state)
+            .map(Self)
+            .map_err(serde::de::Error::custom)
     }
 }
 
@@ -151,11 +155,14 @@ mod tests {
         for at in [0, 1, 64, 100, 999] {
             let mut hasher = Hasher::default();
             hasher.update(&bytes[..at]);
-            let mut resumed = Hasher::resume(&hasher.stop()).unwrap();
+            let written = serde_json::to_string(&hasher).unwrap();
+            let mut resumed: Hasher = serde_json::from_str(&written).unwrap();
             resumed.update(&bytes[at..]);
             assert_eq!(resumed.finish(), Digest::of(&bytes));
         }
-        assert!(Hasher::resume("00").is_none() && Hasher::resume("x").is_none());
+        for text in ["\"00\"", "\"x\"", "\"\"", "7"] {
+            assert!(serde_json::from_str::<Hasher>(text).is_err(), "{text}");
+        }
     }
 
     #[test]

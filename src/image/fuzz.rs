@@ -10,7 +10,7 @@ use super::platform::Platform;
 use super::reference::Reference;
 use super::registry::challenge;
 use super::registry::credentials::{Credentials, Origin};
-use super::{decompress, format, hints, inspect, lz4, native, policy, registry};
+use super::{decompress, fetch, format, hints, inspect, lz4, native, policy, registry};
 
 /// Largest virtual disk that the targets allow, in bytes.
 const DISK_MAX: u64 = 1 << 40;
@@ -27,6 +27,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("challenge", challenge),
     ("config", config),
     ("domain", format::fuzz::domain),
+    ("gunzip", fetch::fuzz_gunzip),
     ("labels", labels),
     ("lz4_apple", lz4_apple),
     ("lz4_frame", lz4_frame),

@@ -5,18 +5,9 @@
 
 use std::io;
 
-use miniz_oxide::inflate::TINFLStatus;
-use miniz_oxide::inflate::core::inflate_flags::{
-    TINFL_FLAG_HAS_MORE_INPUT, TINFL_FLAG_STOP_ON_BLOCK_BOUNDARY,
-};
-use miniz_oxide::inflate::core::{BlockBoundaryState, DecompressorOxide, decompress};
 use serde::{Deserialize, Serialize};
 
-/// How far back deflate refers, in bytes.
-const WINDOW: usize = 32 << 10;
-
-/// Where the decoder writes, round and round: a power of two, and several windows so that it rarely turns.
-const RING: usize = 256 << 10;
+use super::inflate::{self, Boundary, Inflate, Place};
 
 /// Longest header of a member, in bytes: its extra field alone may have 64 KiB.
 const HEADER_MAX: usize = 192 << 10;
@@ -24,10 +15,7 @@ const HEADER_MAX: usize = 192 << 10;
 /// A decoder of members that follow each other.
 pub(super) struct Gunzip {
     stage: Stage,
-    inflate: Box<DecompressorOxide>,
-    ring: Vec<u8>,
-    /// Where in the ring the next byte goes.
-    at: usize,
+    inflate: Inflate,
     /// Bytes that this member has given.
     given: u64,
 }
@@ -45,8 +33,8 @@ enum Stage {
 pub(super) struct Step {
     /// Bytes taken from the input.
     pub(super) taken: usize,
-    /// Can the decoder be stopped here?
-    pub(super) between_blocks: bool,
+    /// Bytes given to the output.
+    pub(super) given: usize,
 }
 
 /// A decoder between two blocks.
@@ -60,54 +48,42 @@ pub(super) struct Stopped {
 }
 
 impl Gunzip {
-    pub(super) fn new() -> Self {
-        Self {
+    pub(super) fn new() -> io::Result<Self> {
+        Ok(Self {
             stage: Stage::Header(Vec::new()),
-            inflate: Box::default(),
-            ring: vec![0; RING],
-            at: 0,
+            inflate: Inflate::new()?,
             given: 0,
-        }
+        })
     }
 
     /// Goes on where another decoder was stopped; none if that is no such place.
     pub(super) fn resume(stopped: &Stopped) -> Option<Self> {
-        let window = hex::decode(&stopped.window).ok()?;
-        if window.len() > WINDOW || stopped.bit_count > 7 {
-            return None;
-        }
-        let state = BlockBoundaryState {
-            num_bits: stopped.bit_count,
-            bit_buf: stopped.bits,
-            ..BlockBoundaryState::default()
+        let boundary = Boundary {
+            bits: stopped.bits,
+            bit_count: stopped.bit_count,
+            window: hex::decode(&stopped.window).ok()?,
         };
-        let mut ring = vec![0; RING];
-        ring[..window.len()].copy_from_slice(&window);
         Some(Self {
             stage: Stage::Body,
-            inflate: Box::new(DecompressorOxide::from_block_boundary_state(&state)),
-            at: window.len(),
-            ring,
+            inflate: Inflate::at(&boundary).ok()??,
             given: stopped.given,
         })
     }
 
-    /// What [`Gunzip::resume`] needs, after a step that ended between two blocks.
+    /// What [`Gunzip::resume`] needs, if the last step has stopped between two blocks.
     pub(super) fn stop(&self) -> Option<Stopped> {
-        let state = self.inflate.block_boundary_state()?;
-        let length = usize::try_from(self.given).unwrap_or(WINDOW).min(WINDOW);
-        let begin = (self.at + RING - length) % RING;
-        let window: Vec<u8> = (0..length).map(|n| self.ring[(begin + n) % RING]).collect();
+        let boundary = self.inflate.boundary()?;
         Some(Stopped {
-            bits: state.bit_buf,
-            bit_count: state.num_bits,
-            window: hex::encode(window),
+            bits: boundary.bits,
+            bit_count: boundary.bit_count,
+            window: hex::encode(boundary.window),
             given: self.given,
         })
     }
 
-    /// Takes some of the input and appends what it gives.
-    pub(super) fn step(&mut self, input: &[u8], output: &mut Vec<u8>) -> io::Result<Step> {
+    /// Takes some of the input and puts what it gives to the beginning of the output. With `stop` it goes no further than to the
+    /// end of a block.
+    pub(super) fn step(&mut self, input: &[u8], output: &mut [u8], stop: bool) -> io::Result<Step> {
         match &mut self.stage {
             Stage::Header(seen) => {
                 let before = seen.len();
@@ -119,11 +95,18 @@ impl Gunzip {
                     return Ok(Step::took(input.len()));
                 };
                 self.stage = Stage::Body;
-                self.inflate.init();
+                self.inflate.again()?;
                 self.given = 0;
                 Ok(Step::took(length - before))
             }
-            Stage::Body => self.inflate(input, output),
+            Stage::Body => {
+                let inflate::Step { taken, given, place } = self.inflate.step(input, output, stop)?;
+                self.given += given as u64;
+                if place == Place::End {
+                    self.stage = Stage::Trailer(Vec::new());
+                }
+                Ok(Step { taken, given })
+            }
             Stage::Trailer(seen) => {
                 let taken = input.len().min(8 - seen.len());
                 seen.extend_from_slice(&input[..taken]);
@@ -141,26 +124,6 @@ impl Gunzip {
         }
     }
 
-    fn inflate(&mut self, input: &[u8], output: &mut Vec<u8>) -> io::Result<Step> {
-        let flags = TINFL_FLAG_HAS_MORE_INPUT | TINFL_FLAG_STOP_ON_BLOCK_BOUNDARY;
-        let (status, taken, given) = decompress(&mut self.inflate, input, &mut self.ring, self.at, flags);
-        output.extend_from_slice(&self.ring[self.at..self.at + given]);
-        self.at = (self.at + given) % RING;
-        self.given += given as u64;
-        match status {
-            TINFLStatus::NeedsMoreInput | TINFLStatus::HasMoreOutput => Ok(Step::took(taken)),
-            TINFLStatus::BlockBoundary => Ok(Step {
-                taken,
-                between_blocks: true,
-            }),
-            TINFLStatus::Done => {
-                self.stage = Stage::Trailer(Vec::new());
-                Ok(Step::took(taken))
-            }
-            _ => Err(broken("its gzip data is broken")),
-        }
-    }
-
     /// May the input end here?
     pub(super) fn is_complete(&self) -> bool {
         matches!(&self.stage, Stage::Header(seen) if seen.is_empty())
@@ -168,11 +131,13 @@ impl Gunzip {
 }
 
 impl Step {
+    /// Without more input nothing comes any more.
+    pub(super) fn is_idle(&self) -> bool {
+        (self.taken, self.given) == (0, 0)
+    }
+
     fn took(taken: usize) -> Self {
-        Self {
-            taken,
-            between_blocks: false,
-        }
+        Self { taken, given: 0 }
     }
 }
 
@@ -208,6 +173,51 @@ fn header_length(seen: &[u8]) -> io::Result<Option<usize>> {
     Ok((seen.len() >= at).then_some(at))
 }
 
+/// Unpacks hostile bytes, once in one go and once stopped between blocks: both must come to the same, whatever it is.
+#[cfg(any(test, fuzzing))]
+pub(in crate::image) fn fuzz(bytes: &[u8]) {
+    // Of output, and of stops, after which a stream has shown what it can do.
+    const OUTPUT_MAX: usize = 1 << 20;
+    const STOPS_MAX: usize = 50;
+    let unpack = |mut stops: usize| {
+        let (mut input, mut output, mut block) = (bytes, Vec::new(), vec![0; 5000]);
+        let Ok(mut gunzip) = Gunzip::new() else {
+            return (output, None);
+        };
+        while output.len() < OUTPUT_MAX {
+            let Ok(step) = gunzip.step(input, &mut block, stops > 0) else {
+                return (output, None);
+            };
+            output.extend_from_slice(&block[..step.given]);
+            input = &input[step.taken..];
+            if let Some(stopped) = gunzip.stop() {
+                stops -= 1;
+                match Gunzip::resume(&stopped) {
+                    Some(resumed) => gunzip = resumed,
+                    None => panic!("it was stopped at no place between blocks: {stopped:?}"),
+                }
+            } else if step.is_idle() && input.is_empty() {
+                break;
+            }
+        }
+        output.truncate(OUTPUT_MAX);
+        (output, Some(gunzip.is_complete()))
+    };
+    let ((whole, whole_end), (stopped, stopped_end)) = (unpack(0), unpack(STOPS_MAX));
+    // A step that fails gives nothing, and the steps are not the same.
+    assert!(
+        whole.starts_with(&stopped) || stopped.starts_with(&whole),
+        "stopping changes what is unpacked"
+    );
+    if whole.len().max(stopped.len()) < OUTPUT_MAX {
+        assert_eq!(whole_end, stopped_end, "stopping changes how it ends");
+        assert!(
+            whole_end.is_none() || whole == stopped,
+            "stopping changes how much is unpacked"
+        );
+    }
+}
+
 fn broken(reason: &'static str) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, reason)
 }
@@ -216,6 +226,7 @@ fn broken(reason: &'static str) -> io::Error {
 mod tests {
     use std::io::Write as _;
 
+    use flate2::{Compress, FlushCompress};
     use proptest::prelude::*;
 
     use super::*;
@@ -246,20 +257,46 @@ mod tests {
         bytes
     }
 
-    /// Unpacks in reads of some bytes; stopped and resumed between any two blocks if asked.
+    /// A member whose stream is flushed behind pieces of these lengths: that ends a block, and puts an empty one behind it.
+    fn flushed(bytes: &[u8], level: u32, pieces: &[(usize, FlushCompress)]) -> Vec<u8> {
+        let mut compress = Compress::new(flate2::Compression::new(level), false);
+        let mut packed = vec![0x1f, 0x8b, 8, 0, 0, 0, 0, 0, 0, 255];
+        let mut rest = bytes;
+        for (length, flush) in pieces.iter().chain(&[(usize::MAX, FlushCompress::Finish)]) {
+            let (mut piece, behind) = rest.split_at(rest.len().min(*length));
+            rest = behind;
+            loop {
+                packed.reserve(1 << 16);
+                let before = compress.total_in();
+                compress.compress_vec(piece, &mut packed, *flush).unwrap();
+                piece = &piece[usize::try_from(compress.total_in() - before).unwrap()..];
+                if piece.is_empty() && packed.len() < packed.capacity() {
+                    break;
+                }
+            }
+        }
+        packed.extend([0; 4]);
+        packed.extend(u32::try_from(bytes.len()).unwrap().to_le_bytes());
+        packed
+    }
+
+    /// Unpacks in reads and writes of some bytes; stopped and resumed between any two blocks if asked.
     fn unpack(packed: &[u8], reads: usize, stopping: bool) -> io::Result<(Vec<u8>, usize)> {
-        let mut gunzip = Gunzip::new();
+        let mut gunzip = Gunzip::new()?;
         let (mut output, mut at, mut stops) = (Vec::new(), 0, 0);
+        let mut block = vec![0; 3 * reads];
         while at < packed.len() || !gunzip.is_complete() {
             let end = (at + reads).min(packed.len());
-            let step = gunzip.step(&packed[at..end], &mut output)?;
-            if step.taken == 0 && at == packed.len() && !step.between_blocks {
+            let step = gunzip.step(&packed[at..end], &mut block, stopping)?;
+            output.extend_from_slice(&block[..step.given]);
+            if step.is_idle() && at == packed.len() {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
             at += step.taken;
-            if step.between_blocks && stopping {
+            if let Some(stopped) = gunzip.stop() {
+                assert!(stopping);
                 stops += 1;
-                let written = serde_json::to_string(&gunzip.stop().unwrap()).unwrap();
+                let written = serde_json::to_string(&stopped).unwrap();
                 gunzip = Gunzip::resume(&serde_json::from_str(&written).unwrap()).unwrap();
             }
         }
@@ -271,7 +308,10 @@ mod tests {
         let bytes = text(300_000);
         let packed = [gzip(&bytes[..100], 6), gzip(&[], 1), gzip(&bytes[100..], 9)].concat();
         for reads in [1, 100, 1 << 20] {
-            assert!(unpack(&packed, reads, false).unwrap().0 == bytes, "{reads}");
+            for stopping in [false, true] {
+                let (output, _) = unpack(&packed, reads, stopping).unwrap();
+                assert!(output == bytes, "{reads} {stopping}");
+            }
         }
     }
 
@@ -291,14 +331,93 @@ mod tests {
             &garbage,
             &body,
         ] {
-            assert!(unpack(bad, 4096, false).is_err());
+            for reads in [1, 4096] {
+                assert!(unpack(bad, reads, false).is_err());
+                assert!(unpack(bad, reads, true).is_err());
+            }
         }
         let endless = [&[0x1f, 0x8b, 8, 8, 0, 0, 0, 0, 0, 0][..], &[1; HEADER_MAX]].concat();
         assert!(unpack(&endless, 4096, false).is_err());
     }
 
+    #[test]
+    fn what_is_no_place_between_blocks_is_refused() {
+        let mut gunzip = Gunzip::new().unwrap();
+        let bytes = text(300_000);
+        let (packed, mut block, mut at) = (gzip(&bytes, 6), vec![0; bytes.len()], 0);
+        assert_eq!(gunzip.stop(), None);
+        let stopped = loop {
+            let step = gunzip.step(&packed[at..], &mut block, true).unwrap();
+            at += step.taken;
+            if let Some(stopped) = gunzip.stop() {
+                break stopped;
+            }
+        };
+        assert!(Gunzip::resume(&stopped).is_some());
+        let long = hex::encode(&bytes[..(32 << 10) + 1]);
+        for (bits, bit_count, window) in [
+            (0, 8, stopped.window.as_str()),
+            (4, 2, &stopped.window),
+            (1, 0, &stopped.window),
+            (0, 0, &long),
+            (0, 0, "x"),
+        ] {
+            let window = window.to_owned();
+            let given = stopped.given;
+            let none = Stopped {
+                bits,
+                bit_count,
+                window,
+                given,
+            };
+            assert!(Gunzip::resume(&none).is_none(), "{bits} {bit_count}");
+        }
+    }
+
+    #[test]
+    fn a_member_refers_to_nothing_in_front_of_it() {
+        let bytes = text(100);
+        let twice = flushed(&bytes.repeat(2), 9, &[(100, FlushCompress::Sync)]);
+        assert!(unpack(&twice, 4096, false).unwrap().0 == bytes.repeat(2));
+        let (mut gunzip, mut block, mut at) = (Gunzip::new().unwrap(), vec![0; 4096], 0);
+        // Up to the end of what the flush has written, which is that of a byte.
+        while gunzip
+            .stop()
+            .is_none_or(|stopped| stopped.given < 100 || stopped.bit_count > 0)
+        {
+            at += gunzip.step(&twice[at..], &mut block, true).unwrap().taken;
+        }
+        // The second half as a member of its own, behind one that has all the bytes it refers to.
+        let body = &twice[at..twice.len() - 4];
+        let orphan = [&gzip(&bytes, 9), &twice[..10], body, &100_u32.to_le_bytes()].concat();
+        let error = unpack(&orphan, 4096, false).unwrap_err();
+        assert_eq!(error.to_string(), "its gzip data is broken");
+    }
+
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(24))]
+
+        #[test]
+        fn stopping_between_blocks_of_all_kinds_changes_nothing(
+            length in 0_usize..300_000,
+            level in 0_u32..10,
+            reads in prop_oneof![1_usize..20, 20_usize..100_000],
+            pieces in prop::collection::vec((0_usize..60_000, prop::sample::select(vec![
+                FlushCompress::None,
+                FlushCompress::Partial,
+                FlushCompress::Sync,
+                FlushCompress::Full,
+            ])), 0..12),
+        ) {
+            let bytes = text(length);
+            let packed = flushed(&bytes, level, &pieces);
+            let packed = [packed.clone(), packed].concat();
+            let bytes = [bytes.clone(), bytes].concat();
+            for stopping in [false, true] {
+                let (output, _) = unpack(&packed, reads, stopping).unwrap();
+                prop_assert!(output == bytes, "{stopping}");
+            }
+        }
 
         #[test]
         fn stopping_between_any_two_blocks_changes_nothing(

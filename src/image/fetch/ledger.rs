@@ -10,8 +10,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
-use crate::image::digest::Digest;
 use crate::image::error::Error;
+use crate::image::store::sum::Sum;
 
 /// Most bytes that are kept word for word. Headers of an archive have some KiB; a layer with a whole operating system in front
 /// of its disk has more, and starts again when it is cut off.
@@ -53,7 +53,7 @@ struct Inner {
     /// What an earlier process has of each file.
     there: BTreeMap<String, u64>,
     /// Sums of the files that are finished, also those of earlier layers.
-    sums: BTreeMap<String, Digest>,
+    sums: BTreeMap<String, Sum>,
 }
 
 /// A ledger at one moment.
@@ -89,12 +89,12 @@ impl Ledger {
     }
 
     /// A file is finished, and this is its sum.
-    pub(super) fn summed(&self, path: &Path, sum: Digest) {
+    pub(super) fn summed(&self, path: &Path, sum: Sum) {
         self.lock().sums.insert(name(path), sum);
     }
 
     /// The sum of a file, where all of it was written by this process.
-    pub(super) fn sum_of(&self, path: &Path) -> Option<Digest> {
+    pub(super) fn sum_of(&self, path: &Path) -> Option<Sum> {
         self.lock().sums.get(&name(path)).copied()
     }
 

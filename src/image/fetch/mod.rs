@@ -11,7 +11,8 @@
 //! | in which order | [`provide`], [`make`] |
 //! | who may have what is here | [`access`] |
 //! | where bytes come from | [`source`] |
-//! | how a stream is unpacked | [`decompress`], [`sparse`] |
+//! | how a stream is unpacked | `stream` starts the threads, `verified` counts and hashes, `unpacker` unpacks ([`decompress`], `gunzip`, `inflate`), `unpacked` is what formats read, [`sparse`] writes |
+//! | how a stream goes on in another process | [`ledger`], `checkpoint` |
 //! | how pieces are fetched | [`pieces`] brings them, `batch` divides them, `site` and `codec` unpack, `placed` writes, `done` remembers |
 //! | who else makes the same image, and what is there of it | [`partial`], [`sight`] |
 //! | whether there is room beside what others will take | [`room`], [`sight`] |
@@ -20,10 +21,12 @@
 
 mod access;
 mod batch;
+mod checkpoint;
 mod codec;
 pub(super) mod decompress;
 mod done;
 mod gunzip;
+mod inflate;
 pub(super) mod ledger;
 pub(super) mod look;
 mod make;
@@ -39,4 +42,9 @@ mod site;
 pub(super) mod source;
 pub(super) mod sparse;
 mod stream;
+mod unpacked;
+mod unpacker;
 mod verified;
+
+#[cfg(any(test, fuzzing))]
+pub(super) use gunzip::fuzz as fuzz_gunzip;

@@ -68,8 +68,7 @@ pub(super) fn relay(pieces: usize) -> (mpsc::Sender<Piece>, ChannelReader) {
     let (sender, receiver) = mpsc::channel(pieces);
     let reader = ChannelReader {
         receiver,
-        piece: None,
-        given: 0,
+        piece: Bytes::new(),
         ended: false,
     };
     (sender, reader)
@@ -106,39 +105,48 @@ pub(super) enum Piece {
 /// Reads what a task sends.
 pub(super) struct ChannelReader {
     receiver: mpsc::Receiver<Piece>,
-    piece: Option<Bytes>,
-    given: usize,
+    /// What is left of the piece in hand.
+    piece: Bytes,
     ended: bool,
+}
+
+impl ChannelReader {
+    /// What came next, as it came; none behind the last.
+    pub(super) fn piece(&mut self) -> io::Result<Option<Bytes>> {
+        if !self.piece.is_empty() {
+            return Ok(Some(std::mem::take(&mut self.piece)));
+        }
+        if self.ended {
+            return Ok(None);
+        }
+        match self.receiver.blocking_recv() {
+            Some(Piece::Bytes(bytes)) => Ok(Some(bytes)),
+            Some(Piece::End) => {
+                self.ended = true;
+                Ok(None)
+            }
+            None => Err(cut()),
+        }
+    }
 }
 
 impl Read for ChannelReader {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        loop {
-            if let Some(piece) = &self.piece {
-                let left = &piece[self.given..];
-                if !left.is_empty() {
-                    let count = left.len().min(buffer.len());
-                    buffer[..count].copy_from_slice(&left[..count]);
-                    self.given += count;
-                    return Ok(count);
-                }
-                self.piece = None;
-            }
-            if self.ended {
-                return Ok(0);
-            }
-            match self.receiver.blocking_recv() {
-                Some(Piece::Bytes(bytes)) => (self.piece, self.given) = (Some(bytes), 0),
-                Some(Piece::End) => self.ended = true,
-                None => {
-                    return Err(io::Error::new(
-                        io::ErrorKind::ConnectionAborted,
-                        "the transfer was cut",
-                    ));
-                }
+        while self.piece.is_empty() {
+            match self.piece()? {
+                Some(piece) => self.piece = piece,
+                None => return Ok(0),
             }
         }
+        let count = self.piece.len().min(buffer.len());
+        buffer[..count].copy_from_slice(&self.piece.split_to(count));
+        Ok(count)
     }
+}
+
+/// The error of a thread whose bytes end too early.
+pub(super) fn cut() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "the transfer was cut")
 }
 
 #[cfg(test)]

@@ -15,10 +15,10 @@ use rustix::process::Uid;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use super::checkpoint::CHECKPOINT;
 use super::done::PIECES;
 use super::progress::{Event, Progress};
 use super::sight::{Sight, is_held};
-use super::stream::CHECKPOINT;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::store::{SMALL, inherited_mode, remove};

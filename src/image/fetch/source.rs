@@ -19,7 +19,7 @@ use tokio::sync::mpsc;
 
 use super::part::{CancelledOnDrop, Part, Piece, blocking, relay};
 use super::progress::{Event, Meter, Progress};
-use super::verified::Verified;
+use super::verified::{Check, Position, Verified};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::layout::Layout;
@@ -271,7 +271,8 @@ impl Source {
         let cancelled = CancelledOnDrop::default();
         let flag = Arc::clone(&cancelled.0);
         blocking(move || {
-            let mut verified = Verified::new(reader, &blobs, &meter, &flag, &image);
+            let check = Check::new(&blobs, Position::default(), &meter, &image);
+            let mut verified = Verified::new(reader, check, &flag);
             let result = work(&mut verified);
             match result {
                 // Bytes that make no sense may simply have been damaged on their way: that is for the digest

@@ -11,28 +11,24 @@ use crate::image::digest::{Digest, Hasher};
 use crate::image::error::Error;
 use crate::image::manifest::Descriptor;
 
-/// Reads blobs that follow each other, and checks each at its end.
-pub(super) struct Verified<'a, R> {
-    inner: R,
+/// Counts and hashes blobs that follow each other, and checks each at its end.
+pub(super) struct Check<'a> {
     blobs: &'a [Descriptor],
-    /// Which of them is being read; their number after the last.
-    blob: usize,
-    hasher: Hasher,
-    /// Bytes of it that were read.
-    count: u64,
+    position: Position,
     /// There was a byte behind the last blob.
     too_long: bool,
     meter: &'a Meter,
-    cancelled: &'a AtomicBool,
     image: &'a str,
 }
 
-/// How far a reader is, for another process.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+/// How far the bytes of blobs that follow each other have come; also for another process.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
 pub(super) struct Position {
+    /// Which of them is in hand; their number after the last.
     blob: usize,
+    /// Bytes of it that were seen, and their hash.
     count: u64,
-    hash: String,
+    hash: Hasher,
 }
 
 impl Position {
@@ -44,104 +40,86 @@ impl Position {
     }
 }
 
-impl<R: Read> Read for Verified<'_, R> {
-    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
-        CancelledOnDrop::check(self.cancelled)?;
-        self.pass().map_err(io::Error::other)?;
-        let Some(blob) = self.blobs.get(self.blob) else {
-            // Once seen, it is seen each time: the byte itself is gone.
-            self.too_long = self.too_long || self.inner.read(&mut [0])? > 0;
-            if self.too_long {
-                return Err(io::Error::other(
-                    self.corrupt("there are more bytes than announced".to_owned()),
-                ));
-            }
-            return Ok(0);
-        };
-        let left = blob.size - self.count;
-        let most = usize::try_from(left).unwrap_or(usize::MAX).min(buffer.len());
-        let count = self.inner.read(&mut buffer[..most])?;
-        self.hasher.update(&buffer[..count]);
-        self.count += count as u64;
-        self.meter.add_fetched(blob, count);
-        if count == 0 && most > 0 {
-            let reason = format!(
-                "the layer {} has {} bytes instead of {}",
-                blob.digest, self.count, blob.size
-            );
-            return Err(io::Error::other(self.corrupt(reason)));
+impl<'a> Check<'a> {
+    /// Begins at a position that another has come to, or at the beginning.
+    pub(super) fn new(blobs: &'a [Descriptor], position: Position, meter: &'a Meter, image: &'a str) -> Self {
+        for blob in blobs.iter().take(position.blob) {
+            meter.add_layer(blob, blob.size);
         }
-        Ok(count)
-    }
-}
-
-impl<'a, R: Read> Verified<'a, R> {
-    pub(super) fn new(
-        inner: R,
-        blobs: &'a [Descriptor],
-        meter: &'a Meter,
-        cancelled: &'a AtomicBool,
-        image: &'a str,
-    ) -> Self {
+        if let Some(blob) = blobs.get(position.blob) {
+            meter.add_layer(blob, position.count);
+        }
         Self {
-            inner,
             blobs,
-            blob: 0,
-            hasher: Hasher::default(),
-            count: 0,
+            position,
             too_long: false,
             meter,
-            cancelled,
             image,
         }
     }
 
-    /// Goes on at a position that another reader had; false if there is no such place.
-    pub(super) fn go_to(&mut self, position: &Position) -> bool {
-        let Some(hasher) = Hasher::resume(&position.hash) else {
-            return false;
-        };
-        (self.blob, self.count, self.hasher) = (position.blob, position.count, hasher);
-        for blob in self.blobs.iter().take(self.blob) {
-            self.meter.add_layer(blob, blob.size);
-        }
-        if let Some(blob) = self.blobs.get(self.blob) {
-            self.meter.add_layer(blob, self.count);
-        }
-        true
-    }
-
-    pub(super) fn position(&self) -> Position {
-        Position {
-            blob: self.blob,
-            count: self.count,
-            hash: self.hasher.stop(),
-        }
-    }
-
-    /// Goes on to the blob that is to be read next, and checks those that it passes.
-    fn pass(&mut self) -> Result<(), Error> {
-        while let Some(blob) = self.blobs.get(self.blob).filter(|blob| blob.size == self.count) {
-            let found: Digest = std::mem::take(&mut self.hasher).finish();
-            if found != blob.digest {
-                let reason = format!("the layer {} has the digest {found}", blob.digest);
-                return Err(self.corrupt(reason));
-            }
-            (self.blob, self.count) = (self.blob + 1, 0);
+    /// The next bytes.
+    pub(super) fn take(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
+        while !bytes.is_empty() {
+            self.pass()?;
+            let Some(blob) = self.blobs.get(self.position.blob) else {
+                self.too_long = true;
+                return self.end();
+            };
+            let left = usize::try_from(blob.size - self.position.count).unwrap_or(usize::MAX);
+            let (own, rest) = bytes.split_at(left.min(bytes.len()));
+            self.position.hash.update(own);
+            self.position.count += own.len() as u64;
+            self.meter.add_fetched(blob, own.len());
+            bytes = rest;
         }
         Ok(())
     }
 
-    /// Reads what is left and compares.
-    pub(super) fn finish(mut self) -> Result<(), Error> {
-        let Err(error) = io::copy(&mut self, &mut io::sink()) else {
-            return Ok(());
-        };
-        Err(error.downcast::<Error>().unwrap_or_else(|error| {
-            let blob = self.blobs.get(self.blob);
-            let which = blob.map_or_else(String::new, |blob| format!(" {}", blob.digest));
-            self.corrupt(format!("the layer{which} cannot be read to its end ({error})"))
-        }))
+    /// Checks that no bytes are missing.
+    pub(super) fn end(&mut self) -> Result<(), Error> {
+        self.pass()?;
+        match self.blobs.get(self.position.blob) {
+            Some(blob) => Err(self.corrupt(format!(
+                "the layer {} has {} bytes instead of {}",
+                blob.digest, self.position.count, blob.size
+            ))),
+            None if self.too_long => Err(self.corrupt("there are more bytes than announced".to_owned())),
+            None => Ok(()),
+        }
+    }
+
+    /// Behind all bytes that were taken.
+    pub(super) fn position(&self) -> &Position {
+        &self.position
+    }
+
+    /// Goes on to the blob that comes next, and checks those that it passes.
+    fn pass(&mut self) -> Result<(), Error> {
+        let position = &mut self.position;
+        while let Some(blob) = self
+            .blobs
+            .get(position.blob)
+            .filter(|blob| blob.size == position.count)
+        {
+            let found: Digest = position.hash.clone().finish();
+            if found != blob.digest {
+                let reason = format!("the layer {} has the digest {found}", blob.digest);
+                return Err(self.corrupt(reason));
+            }
+            *position = Position {
+                blob: position.blob + 1,
+                ..Position::default()
+            };
+        }
+        Ok(())
+    }
+
+    /// The bytes did not come.
+    pub(super) fn failed(&self, error: &io::Error) -> Error {
+        let blob = self.blobs.get(self.position.blob);
+        let which = blob.map_or_else(String::new, |blob| format!(" {}", blob.digest));
+        self.corrupt(format!("the layer{which} cannot be read to its end ({error})"))
     }
 
     fn corrupt(&self, reason: String) -> Error {
@@ -149,6 +127,44 @@ impl<'a, R: Read> Verified<'a, R> {
             image: self.image.to_owned(),
             reason,
         }
+    }
+}
+
+/// Reads blobs that follow each other, and checks each at its end.
+pub(super) struct Verified<'a, R> {
+    inner: R,
+    check: Check<'a>,
+    cancelled: &'a AtomicBool,
+}
+
+impl<R: Read> Read for Verified<'_, R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        CancelledOnDrop::check(self.cancelled)?;
+        let count = self.inner.read(buffer)?;
+        self.check.take(&buffer[..count]).map_err(io::Error::other)?;
+        if count == 0 && !buffer.is_empty() {
+            self.check.end().map_err(io::Error::other)?;
+        }
+        Ok(count)
+    }
+}
+
+impl<'a, R: Read> Verified<'a, R> {
+    pub(super) fn new(inner: R, check: Check<'a>, cancelled: &'a AtomicBool) -> Self {
+        Self {
+            inner,
+            check,
+            cancelled,
+        }
+    }
+
+    /// Reads what is left and compares.
+    pub(super) fn finish(mut self) -> Result<(), Error> {
+        let Err(error) = io::copy(&mut self, &mut io::sink()) else {
+            return Ok(());
+        };
+        let ours = error.downcast::<Error>();
+        Err(ours.unwrap_or_else(|error| self.check.failed(&error)))
     }
 }
 
@@ -169,7 +185,8 @@ mod tests {
     fn verify(bytes: &[u8], blobs: &[(u64, Digest)]) -> Result<String, Error> {
         let blobs: Vec<Descriptor> = blobs.iter().map(|&(size, digest)| blob(size, digest)).collect();
         let (meter, cancelled) = (Meter::default(), AtomicBool::new(false));
-        let mut verified = Verified::new(bytes, &blobs, &meter, &cancelled, "vm");
+        let check = Check::new(&blobs, Position::default(), &meter, "vm");
+        let mut verified = Verified::new(bytes, check, &cancelled);
         let mut out = String::new();
         drop(verified.read_to_string(&mut out));
         verified.finish().map(|()| out)

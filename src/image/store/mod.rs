@@ -144,7 +144,7 @@ pub(super) struct RecordedFile {
     pub(super) length: u64,
     /// What its data hashes to, as [`sum`] defines it; filled in when the image is put into the store, unless it is known.
     #[serde(default)]
-    pub(super) sum: Option<Digest>,
+    pub(super) sum: Option<sum::Sum>,
     /// Where it has no sum: does [`listed`] say what its chunks hash to?
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub(super) listed: bool,

@@ -2,9 +2,13 @@
 //!
 //! A disk may have a thousand times more holes than data, so the sum is defined over the data alone: the file is looked at in
 //! blocks of 1 MiB (the last may be shorter); for each block that has any byte other than zero, in order, the number of the
-//! block (64 bits, little-endian) and the SHA-256 of its bytes are fed to a SHA-256, whose digest is the sum. It does not matter
+//! block (64 bits, little-endian) and the hash of its bytes are fed to another hash, whose value is the sum. It does not matter
 //! which zeros are written and which are holes.
+//!
+//! The hash is BLAKE3. No registry ever sees a sum, and every byte of a stream is hashed by SHA-256 for its digest anyway, which
+//! takes several times as long. Images of earlier versions have sums of SHA-256, by which they are compared.
 
+use std::fmt;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
@@ -14,6 +18,7 @@ use std::thread;
 
 use rustix::fs::SeekFrom;
 use rustix::io::Errno;
+use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
 use crate::image::digest::{Digest, Hasher};
 
@@ -26,12 +31,75 @@ const BATCH: usize = 256;
 /// Most threads that hash one file. More would only take the machine from its guests.
 const THREADS_MAX: usize = 4;
 
+/// The sum of a file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::image) enum Sum {
+    /// `blake3:` and 64 hexadecimal digits.
+    Blake3(blake3::Hash),
+    /// `sha256:` and as many.
+    Sha256(Digest),
+}
+
+impl fmt::Display for Sum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Blake3(hash) => write!(f, "blake3:{hash}"),
+            Self::Sha256(digest) => digest.fmt(f),
+        }
+    }
+}
+
+impl Serialize for Sum {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Sum {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        use serde::de::Error;
+        let text = String::deserialize(deserializer)?;
+        match text.strip_prefix("blake3:") {
+            Some(digits) => blake3::Hash::from_hex(digits)
+                .map(Self::Blake3)
+                .map_err(D::Error::custom),
+            None => text.parse().map(Self::Sha256).map_err(D::Error::custom),
+        }
+    }
+}
+
+/// A hash of which sums are made.
+trait Hash: Default {
+    fn feed(&mut self, bytes: &[u8]);
+    fn value(self) -> [u8; 32];
+}
+
+impl Hash for blake3::Hasher {
+    fn feed(&mut self, bytes: &[u8]) {
+        self.update(bytes);
+    }
+
+    fn value(self) -> [u8; 32] {
+        self.finalize().into()
+    }
+}
+
+impl Hash for Hasher {
+    fn feed(&mut self, bytes: &[u8]) {
+        self.update(bytes);
+    }
+
+    fn value(self) -> [u8; 32] {
+        *self.finish().as_bytes()
+    }
+}
+
 /// The sum of a file that is written from its beginning to its end, so that nobody need read it again for that.
 #[derive(Debug, Default)]
 pub(in crate::image) struct Running {
-    sum: Hasher,
+    sum: blake3::Hasher,
     /// The block in hand: what of it is hashed, and how many zeros behind that are not.
-    block: Hasher,
+    block: blake3::Hasher,
     zeros: u64,
     /// Has the block any other byte?
     has_data: bool,
@@ -68,11 +136,11 @@ impl Running {
     }
 
     /// The sum, now that nothing follows.
-    pub(in crate::image) fn finish(mut self) -> Digest {
+    pub(in crate::image) fn finish(mut self) -> Sum {
         if !self.length.is_multiple_of(BLOCK) {
             self.end_block(self.length / BLOCK);
         }
-        self.sum.finish()
+        Sum::Blake3(self.sum.finalize())
     }
 
     /// Bytes up to the end of the block.
@@ -103,17 +171,30 @@ impl Running {
         if std::mem::take(&mut self.has_data) {
             self.catch_up();
             self.sum.update(&number.to_le_bytes());
-            self.sum
-                .update(std::mem::take(&mut self.block).finish().as_bytes());
+            self.sum.update(self.block.finalize().as_bytes());
+            self.block.reset();
         }
         self.zeros = 0;
     }
 }
 
 /// The sum of a file, read by as many threads as the machine has cores, within reason. Holes are not read.
-pub(super) fn of_file(file: &File) -> io::Result<Digest> {
+pub(super) fn of_file(file: &File) -> io::Result<Sum> {
+    let value = hashed::<blake3::Hasher>(file)?;
+    Ok(Sum::Blake3(value.into()))
+}
+
+/// Is it still the sum of a file? Reads it as [`of_file`] does.
+pub(super) fn is_of_file(sum: &Sum, file: &File) -> io::Result<bool> {
+    match sum {
+        Sum::Blake3(_) => of_file(file).map(|found| found == *sum),
+        Sum::Sha256(digest) => hashed::<Hasher>(file).map(|found| found == *digest.as_bytes()),
+    }
+}
+
+fn hashed<H: Hash>(file: &File) -> io::Result<[u8; 32]> {
     let length = file.metadata()?.len();
-    let mut sum = Hasher::default();
+    let mut sum = H::default();
     let mut blocks = Blocks {
         file,
         length,
@@ -127,23 +208,27 @@ pub(super) fn of_file(file: &File) -> io::Result<Digest> {
         {
             batch.push(block);
         }
-        for (block, digest) in hash(file, length, &batch)? {
-            sum.update(&block.to_le_bytes());
-            sum.update(digest.as_bytes());
+        for (block, value) in hash::<H>(file, length, &batch)? {
+            sum.feed(&block.to_le_bytes());
+            sum.feed(&value);
         }
         if batch.len() < BATCH {
-            return Ok(sum.finish());
+            return Ok(sum.value());
         }
     }
 }
 
-/// The digests of those of these blocks that are not all zeros, in order.
-fn hash(file: &File, length: u64, blocks: &[u64]) -> io::Result<Vec<(u64, Digest)>> {
+/// The hashes of those of these blocks that are not all zeros, in order.
+fn hash<H: Hash>(file: &File, length: u64, blocks: &[u64]) -> io::Result<Vec<(u64, [u8; 32])>> {
     let mut all = on_threads(blocks, |&block, buffer| {
         let at = block * BLOCK;
         buffer.resize(usize::try_from((length - at).min(BLOCK)).unwrap_or(usize::MAX), 0);
         file.read_exact_at(buffer, at)?;
-        Ok((!is_zero(buffer)).then(|| (block, Digest::of(buffer))))
+        Ok((!is_zero(buffer)).then(|| {
+            let mut hash = H::default();
+            hash.feed(buffer);
+            (block, hash.value())
+        }))
     })?;
     all.sort_unstable_by_key(|(block, _)| *block);
     Ok(all)
@@ -230,18 +315,33 @@ mod tests {
     use super::*;
 
     /// As the page above defines it, with the whole file in memory.
-    fn by_definition(bytes: &[u8]) -> Digest {
-        let mut sum = Hasher::default();
-        for (number, block) in bytes.chunks(1 << 20).enumerate() {
-            if block.iter().any(|b| *b != 0) {
-                sum.update(&(number as u64).to_le_bytes());
-                sum.update(Digest::of(block).as_bytes());
-            }
+    fn by_definition(bytes: &[u8]) -> Sum {
+        let mut fed = Vec::new();
+        for (number, block) in data(bytes) {
+            fed.extend(number.to_le_bytes());
+            fed.extend(blake3::hash(block).as_bytes());
         }
-        sum.finish()
+        Sum::Blake3(blake3::hash(&fed))
     }
 
-    fn of(bytes: &[u8], sparse: bool) -> Digest {
+    /// As earlier versions defined it.
+    fn by_sha256(bytes: &[u8]) -> Sum {
+        let mut fed = Vec::new();
+        for (number, block) in data(bytes) {
+            fed.extend(number.to_le_bytes());
+            fed.extend(Digest::of(block).as_bytes());
+        }
+        Sum::Sha256(Digest::of(&fed))
+    }
+
+    /// The blocks that have any data, with their numbers.
+    fn data(bytes: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
+        (0..)
+            .zip(bytes.chunks(1 << 20))
+            .filter(|(_, block)| block.iter().any(|b| *b != 0))
+    }
+
+    fn of(bytes: &[u8], sparse: bool) -> Sum {
         let mut file = tempfile::tempfile().unwrap();
         if sparse {
             file.set_len(bytes.len() as u64).unwrap();
@@ -253,7 +353,30 @@ mod tests {
         } else {
             file.write_all(bytes).unwrap();
         }
-        of_file(&file).unwrap()
+        let sum = of_file(&file).unwrap();
+        for (of_it, expected) in [
+            (sum, true),
+            (by_sha256(bytes), true),
+            (by_sha256(b"other"), false),
+        ] {
+            assert_eq!(is_of_file(&of_it, &file).unwrap(), expected, "{of_it}");
+        }
+        sum
+    }
+
+    #[test]
+    fn a_sum_says_by_which_hash_it_is() {
+        for (sum, begins) in [(by_definition(b"a"), "\"blake3:"), (by_sha256(b"a"), "\"sha256:")] {
+            let written = serde_json::to_string(&sum).unwrap();
+            assert!(
+                written.starts_with(begins) && written.len() == begins.len() + 65,
+                "{written}"
+            );
+            assert_eq!(serde_json::from_str::<Sum>(&written).unwrap(), sum);
+        }
+        for text in ["blake3:00", "blake3:", "md5:00", ""] {
+            assert!(serde_json::from_value::<Sum>(text.into()).is_err(), "{text}");
+        }
     }
 
     #[test]
@@ -310,7 +433,7 @@ mod tests {
     fn more_blocks_than_a_batch_are_summed_in_order() {
         let file = tempfile::tempfile().unwrap();
         file.set_len(700 << 20).unwrap();
-        let mut expected = Hasher::default();
+        let mut expected = blake3::Hasher::new();
         for number in (0..700_u64).filter(|number| number % 2 == 0) {
             let at = number << 20;
             file.write_all_at(&number.to_le_bytes(), at + 8).unwrap();
@@ -318,9 +441,9 @@ mod tests {
                 let mut block = vec![0; 1 << 20];
                 block[8..16].copy_from_slice(&number.to_le_bytes());
                 expected.update(&number.to_le_bytes());
-                expected.update(Digest::of(&block).as_bytes());
+                expected.update(blake3::hash(&block).as_bytes());
             }
         }
-        assert_eq!(of_file(&file).unwrap(), expected.finish());
+        assert_eq!(of_file(&file).unwrap(), Sum::Blake3(expected.finalize()));
     }
 }

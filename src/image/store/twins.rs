@@ -5,6 +5,7 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use super::sum::Sum;
 use super::{INITRD, KERNEL, Store, Verdict, disk_name};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
@@ -21,7 +22,7 @@ pub(in crate::image) struct Twin {
     /// Its files, in the folder.
     pub(in crate::image) files: Selected,
     /// Their sums.
-    pub(in crate::image) sums: Vec<(PathBuf, Digest)>,
+    pub(in crate::image) sums: Vec<(PathBuf, Sum)>,
 }
 
 impl Store {
@@ -85,11 +86,7 @@ impl Store {
 }
 
 /// Links files of an image into `dir`; none, and none of them, where one cannot have another name.
-fn link(
-    image: &Path,
-    sums: Vec<(&str, Digest)>,
-    dir: &Path,
-) -> Result<Option<Vec<(PathBuf, Digest)>>, Error> {
+fn link(image: &Path, sums: Vec<(&str, Sum)>, dir: &Path) -> Result<Option<Vec<(PathBuf, Sum)>>, Error> {
     let mut linked = Vec::new();
     for (name, sum) in sums {
         let link = dir.join(format!("{PREFIX}{name}"));

@@ -75,7 +75,7 @@ impl Store {
             return damaged(format!("{name} has {length} bytes instead of {}", file.length));
         }
         let same = match file.sum {
-            Some(expected) => sum::of_file(&opened).map(|found| found == expected),
+            Some(expected) => sum::is_of_file(&expected, &opened),
             None if file.listed => {
                 let sums = File::open(self.disk_dir(digest).join(listed::NAME));
                 sums.and_then(|sums| listed::holds(&opened, &sums))
