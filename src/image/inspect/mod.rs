@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{Error, quoted};
 
-pub(super) use layer::layer;
+pub(super) use layer::{Said, layer};
 
 /// How a disk's bytes are to be read. QEMU is always told, and never left to guess.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]

@@ -1,69 +1,17 @@
-//! The disk that is about to be written: a guest's bytes, and the file as it is.
+//! The disk that is about to be written: a guest's bytes, or the file as it is.
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-
-use rustix::fs::SeekFrom;
 
 use super::draft::Draft;
 use super::feed::Read;
 use super::qcow2;
 use crate::image::error::Error;
 use crate::image::inspect::DiskFormat;
+use crate::image::view::{Guest, Raw};
 use crate::record::Unnamed;
-
-/// What a guest sees of a disk.
-pub(in crate::image) trait Guest {
-    /// Bytes.
-    fn size(&self) -> u64;
-    /// Fills `buffer` from `offset`; all of it lies within the disk.
-    fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
-    /// The first stretch at or behind `from` that may hold anything but zeros.
-    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>>;
-}
-
-/// A raw disk, holes and all.
-#[derive(Debug)]
-pub(in crate::image) struct Raw {
-    file: File,
-    size: u64,
-}
-
-impl Raw {
-    pub(in crate::image) fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        let size = file.metadata()?.len();
-        Ok(Self { file, size })
-    }
-}
-
-impl Guest for Raw {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(buffer, offset)
-    }
-
-    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
-        if from >= self.size {
-            return Ok(None);
-        }
-        let start = match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {
-            Ok(start) => start,
-            Err(rustix::io::Errno::NXIO) => return Ok(None),
-            // A file system that knows no holes.
-            Err(rustix::io::Errno::INVAL) => return Ok(Some(from..self.size)),
-            Err(error) => return Err(error.into()),
-        };
-        let end = rustix::fs::seek(&self.file, SeekFrom::Hole(start))?;
-        Ok((start < self.size).then(|| start..end.min(self.size)))
-    }
-}
 
 /// A piece that is read at a time, in bytes.
 const PIECE: usize = 1 << 20;
@@ -77,8 +25,9 @@ static ZEROS: [u8; PIECE] = [0; PIECE];
 pub(super) fn copy(file: &Raw, read: &Read, out: &mut dyn Write) -> io::Result<()> {
     let mut buffer = vec![0; PIECE];
     let mut at = 0;
-    while at < file.size {
-        let data = file.next_data(at)?.unwrap_or(file.size..file.size);
+    while at < file.size() {
+        let data = file.next_data(at..file.size())?;
+        let data = data.unwrap_or(file.size()..file.size());
         while at < data.end {
             let hole = data.start.saturating_sub(at);
             let left = if hole > 0 { hole } else { data.end - at };
@@ -134,7 +83,7 @@ impl Body {
     /// What is written, in bytes.
     pub(super) fn length(&self) -> u64 {
         match self {
-            Self::Is(file) => file.size,
+            Self::Is(file) => file.size(),
             Self::Made(_, plan) => plan.length(),
         }
     }
@@ -198,7 +147,7 @@ pub(super) fn make(draft: &Draft, format: DiskFormat, dir: &Path, read: &Read) -
 fn fill_raw(guest: &dyn Guest, file: &File, read: &Read) -> io::Result<()> {
     let mut buffer = vec![0; PIECE];
     let mut next = 0;
-    while let Some(data) = guest.next_data(next)? {
+    while let Some(data) = guest.next_data(next..guest.size())? {
         let mut at = data.start;
         while at < data.end {
             let take = usize::try_from(data.end - at).unwrap_or(PIECE).min(PIECE);
@@ -219,20 +168,3 @@ fn fill_raw(guest: &dyn Guest, file: &File, read: &Read) -> io::Result<()> {
 
 /// Zeros of this length become a hole, in bytes.
 const HOLE: usize = 64 << 10;
-
-#[cfg(test)]
-impl<T: AsRef<[u8]>> Guest for T {
-    fn size(&self) -> u64 {
-        self.as_ref().len() as u64
-    }
-
-    fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        let start = usize::try_from(offset).unwrap();
-        buffer.copy_from_slice(&self.as_ref()[start..start + buffer.len()]);
-        Ok(())
-    }
-
-    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
-        Ok((from < self.size()).then(|| from..self.size()))
-    }
-}

@@ -4,7 +4,6 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::disk::{Guest, Raw};
 use super::documents::{self, Document};
 use super::{Work, feed, size};
 use crate::image::error::Error;
@@ -16,6 +15,7 @@ use crate::image::native;
 use crate::image::platform::Platform;
 use crate::image::reference::Reference;
 use crate::image::registry::{Purpose, Session, Target};
+use crate::image::view::{Guest, Raw};
 
 /// How an image of our own format is written.
 #[derive(Debug, Clone, Copy)]
