@@ -12,6 +12,7 @@
 //! | who may have what is here | [`access`] |
 //! | where bytes come from | [`source`] |
 //! | how a stream is unpacked | [`decompress`], [`sparse`] |
+//! | how several files become one disk | `flatten`; `beginning` hears their names |
 //! | how pieces are fetched | [`pieces`] brings them, `batch` divides them, `site` and `codec` unpack, `placed` writes, `done` remembers |
 //! | who else makes the same image, and what is there of it | [`partial`], [`sight`] |
 //! | whether there is room beside what others will take | [`room`], [`sight`] |
@@ -20,9 +21,11 @@
 
 mod access;
 mod batch;
+mod beginning;
 mod codec;
 pub(super) mod decompress;
 mod done;
+mod flatten;
 mod gunzip;
 pub(super) mod ledger;
 pub(super) mod look;

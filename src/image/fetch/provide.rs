@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::part::blocking;
 use super::progress::{Event, Progress};
 use super::room::Limits;
-use super::source::Source;
+use super::source::{Kind, Source};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::format::{self, Config, Facts, Format, Recipe};
@@ -230,8 +230,10 @@ impl Pull<'_> {
     /// The same place, asked for another of its images.
     pub(super) async fn source_of(&self, version: String) -> Result<Source, Error> {
         match &self.request.reference {
-            Reference::Layout { dir, tag } => Ok(Source::Layout(Layout::new(&self.image, dir, tag))),
-            Reference::File { path, digest } => Ok(Source::File(LocalFile::new(&self.image, path, *digest))),
+            Reference::Layout { dir, tag } => Ok(Kind::Layout(Layout::new(&self.image, dir, tag)).into()),
+            Reference::File { path, digest } => {
+                Ok(Kind::File(LocalFile::new(&self.image, path, *digest)).into())
+            }
             Reference::Web {
                 plain,
                 host,
@@ -245,7 +247,7 @@ impl Pull<'_> {
                     path,
                 };
                 let file = WebFile::open(&address, *digest, &self.request.registries)?;
-                Ok(Source::Web(Box::new(file)))
+                Ok(Kind::Web(Box::new(file)).into())
             }
             Reference::Registry {
                 registry, repository, ..
@@ -260,7 +262,7 @@ impl Pull<'_> {
                     purpose: Purpose::Read,
                 })
                 .await?;
-                Ok(Source::Registry(Box::new(session)))
+                Ok(Kind::Registry(Box::new(session)).into())
             }
         }
     }
@@ -318,7 +320,7 @@ impl Pull<'_> {
         let config = self.config(source, manifest, format).await?;
         let mut documents = Vec::new();
         for descriptor in format::documents(format, manifest) {
-            documents.push(source.config(descriptor).await?);
+            documents.push(source.document(descriptor).await?);
         }
         let facts = Facts {
             image: &self.image,

@@ -251,7 +251,8 @@ fn unpack_zstd(packed: &[u8], size: usize) -> io::Result<Vec<u8>> {
     let mut decoder = zstd::stream::Decoder::with_buffer(packed)?.single_frame();
     // A frame that holds one cluster needs no window that is larger.
     decoder.window_log_max(WINDOW_LOG_MAX)?;
-    decoder.take(size as u64).read_to_end(&mut cluster)?;
+    let unpacked = decoder.take(size as u64).read_to_end(&mut cluster);
+    unpacked.map_err(|_| damaged("a compressed cluster cannot be unpacked"))?;
     if cluster.len() != size {
         return Err(damaged("a compressed cluster is too short"));
     }

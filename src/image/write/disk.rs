@@ -92,23 +92,36 @@ impl Body {
         match self {
             Self::Is(file) => copy(file, read, out),
             Self::Made(guest, plan) => {
-                let mut counted = Counted { inner: out, read };
-                plan.write(&**guest, &mut counted)
+                let mut told = Told {
+                    inner: out,
+                    each: &mut added(read),
+                };
+                plan.write(&**guest, &mut told)
             }
         }
     }
 }
 
-/// Counts what passes through.
-struct Counted<'a> {
-    inner: &'a mut dyn Write,
-    read: &'a Read,
+/// Told how many bytes were used since it was last told; its error ends the writing.
+type Each<'a> = dyn FnMut(usize) -> io::Result<()> + 'a;
+
+fn added(read: &Read) -> impl FnMut(usize) -> io::Result<()> + '_ {
+    |count| {
+        read.add(count);
+        Ok(())
+    }
 }
 
-impl Write for Counted<'_> {
+/// Tells what passes through.
+struct Told<'a> {
+    inner: &'a mut dyn Write,
+    each: &'a mut Each<'a>,
+}
+
+impl Write for Told<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.inner.write(bytes)?;
-        self.read.add(written);
+        (self.each)(written)?;
         Ok(written)
     }
 
@@ -137,14 +150,37 @@ pub(super) fn make(draft: &Draft, format: DiskFormat, dir: &Path, read: &Read) -
         }
         DiskFormat::Raw => {
             let guest = draft.guest()?;
-            written(&|file| fill_raw(&*guest, file, read))
+            written(&|file| fill_raw(&*guest, file, &mut added(read)))
         }
     };
     made.map_err(Error::storage(dir))
 }
 
+/// Writes what a guest sees of a disk into an empty file; zeros take no room in it.
+pub(in crate::image) fn fill(
+    guest: &dyn Guest,
+    format: DiskFormat,
+    file: &File,
+    each: &mut Each<'_>,
+) -> io::Result<()> {
+    match format {
+        DiskFormat::Raw => fill_raw(guest, file, each),
+        DiskFormat::Qcow2 => {
+            let plan = qcow2::Plan::of(guest)?;
+            let mut inner = file;
+            let told = Told {
+                inner: &mut inner,
+                each,
+            };
+            let mut out = io::BufWriter::with_capacity(PIECE, told);
+            plan.write(guest, &mut out)?;
+            out.flush()
+        }
+    }
+}
+
 /// Writes a guest's bytes sector by sector; zeros become holes.
-fn fill_raw(guest: &dyn Guest, file: &File, read: &Read) -> io::Result<()> {
+fn fill_raw(guest: &dyn Guest, file: &File, each: &mut Each<'_>) -> io::Result<()> {
     let mut buffer = vec![0; PIECE];
     let mut next = 0;
     while let Some(data) = guest.next_data(next..guest.size())? {
@@ -158,7 +194,7 @@ fn fill_raw(guest: &dyn Guest, file: &File, read: &Read) -> io::Result<()> {
                     file.write_all_at(block, at + (number * HOLE) as u64)?;
                 }
             }
-            read.add(take);
+            each(take)?;
             at += take as u64;
         }
         next = data.end;

@@ -44,6 +44,7 @@ use disk::Body;
 use documents::{Document, Unpacked};
 use feed::Read;
 
+pub(super) use disk::fill;
 pub use draft::Draft;
 pub use native::Native;
 pub use pack::Packing;

@@ -8,7 +8,7 @@ use super::documents::{self, Document};
 use super::{Work, feed, size};
 use crate::image::error::Error;
 use crate::image::fetch::progress::Meter;
-use crate::image::fetch::source::Source;
+use crate::image::fetch::source::{Kind, Source};
 use crate::image::layout::Layout;
 use crate::image::manifest::{self, Document as Found, Manifest};
 use crate::image::native;
@@ -155,7 +155,7 @@ impl Work<'_> {
 
     async fn source(&self, reference: &Reference, image: &str) -> Result<Source, Error> {
         match reference {
-            Reference::Layout { dir, tag } => Ok(Source::Layout(Layout::new(image, dir, tag))),
+            Reference::Layout { dir, tag } => Ok(Kind::Layout(Layout::new(image, dir, tag)).into()),
             Reference::Registry {
                 registry, repository, ..
             } => {
@@ -169,7 +169,7 @@ impl Work<'_> {
                     purpose: Purpose::Read,
                 })
                 .await?;
-                Ok(Source::Registry(Box::new(session)))
+                Ok(Kind::Registry(Box::new(session)).into())
             }
             // Nothing is written there, and no manifest is there to build upon.
             Reference::File { .. } | Reference::Web { .. } => Err(Error::Unnameable {
