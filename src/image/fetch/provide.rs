@@ -215,6 +215,11 @@ impl Pull<'_> {
             None => self.make_with_room(&source, &digest, manifest).await?,
         };
         self.note_access(&source, &digest).await?;
+        if let Kind::Web(file) = &source.kind
+            && let Some(sum) = file.learned()
+        {
+            self.store.note_sha512(&digest, sum)?;
+        }
         if let Some(verdict) = verdict {
             verdict.keep(self.store)?;
         }
@@ -225,6 +230,15 @@ impl Pull<'_> {
 
     pub(super) async fn source(&self) -> Result<Source, Error> {
         self.source_of(self.request.reference.version()).await
+    }
+
+    /// What the reference led to before: the SHA-512 of the bytes, where they were seen to have it, and their digest.
+    fn seen_there(&self) -> Result<Option<(String, Digest)>, Error> {
+        let (reference, architecture) = (&self.request.reference, &self.request.architecture);
+        let Some(digest) = self.store.reference(reference, architecture)? else {
+            return Ok(None);
+        };
+        Ok(self.store.sha512(&digest)?.map(|sum| (sum, digest)))
     }
 
     /// The same place, asked for another of its images.
@@ -247,7 +261,7 @@ impl Pull<'_> {
                     path,
                 };
                 let file = WebFile::open(&address, *digest, &self.request.registries)?;
-                Ok(Kind::Web(Box::new(file)).into())
+                Ok(Kind::Web(Box::new(file.knowing(self.seen_there()?))).into())
             }
             Reference::Registry {
                 registry, repository, ..
