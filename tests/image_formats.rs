@@ -5,10 +5,11 @@
 #[path = "support/image_fixture.rs"]
 #[allow(dead_code, reason = "shared with other tests")]
 mod image_fixture;
+#[path = "support/web_fixture.rs"]
+mod web_fixture;
 
 use std::io::Write as _;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
 
 use cannery::image::{
     Addressee, Asker, Credentials, Disk, DiskBus, DiskFormat, Draft, Error, Firmware, Format, Limits, Nic,
@@ -16,6 +17,7 @@ use cannery::image::{
 };
 use image_fixture::{Image, Layout, gzip, noise, qcow2_disk, raw_disk, sha256, zstd};
 use serde_json::json;
+use web_fixture::Web;
 
 struct Bench {
     dir: tempfile::TempDir,
@@ -375,61 +377,6 @@ fn pieces_that_are_not_what_they_say_are_refused() {
     }
 }
 
-/// A web server with these files, which answers ranges as they are asked for; and what was asked.
-struct Web {
-    host: String,
-    asked: Arc<Mutex<Vec<String>>>,
-}
-
-impl Web {
-    fn new(files: Vec<(&'static str, Vec<u8>)>) -> Self {
-        use axum::http::{HeaderMap, Method, StatusCode, Uri, header};
-        let asked = Arc::new(Mutex::new(Vec::new()));
-        let log = Arc::clone(&asked);
-        let answer = move |method: Method, uri: Uri, headers: HeaderMap| {
-            let range = headers
-                .get(header::RANGE)
-                .map(|range| range.to_str().unwrap().to_owned());
-            log.lock().unwrap().push(format!("{method} {}", uri.path()));
-            let bytes = files
-                .iter()
-                .find(|(path, _)| *path == uri.path())
-                .map(|(_, bytes)| bytes.clone());
-            async move {
-                let Some(bytes) = bytes else {
-                    return (StatusCode::NOT_FOUND, HeaderMap::new(), Vec::new());
-                };
-                let mut headers = HeaderMap::new();
-                let Some((first, last)) = range
-                    .as_deref()
-                    .and_then(|range| range.strip_prefix("bytes=")?.split_once('-'))
-                else {
-                    return (StatusCode::OK, headers, bytes);
-                };
-                let first: usize = first.parse().unwrap();
-                let last = last.parse().unwrap_or(bytes.len() - 1);
-                let part = format!("bytes {first}-{last}/{}", bytes.len());
-                headers.insert(header::CONTENT_RANGE, part.parse().unwrap());
-                (StatusCode::PARTIAL_CONTENT, headers, bytes[first..=last].to_vec())
-            }
-        };
-        let runtime = tokio::runtime::Builder::new_current_thread()
-            .enable_all()
-            .build()
-            .unwrap();
-        let listener = runtime
-            .block_on(tokio::net::TcpListener::bind("127.0.0.1:0"))
-            .unwrap();
-        let host = listener.local_addr().unwrap().to_string();
-        let app = axum::Router::new().fallback(answer);
-        // It serves until the test process ends.
-        std::thread::spawn(move || {
-            runtime.block_on(async move { axum::serve(listener, app).await.unwrap() })
-        });
-        Self { host, asked }
-    }
-}
-
 #[test]
 fn a_file_of_the_host_is_an_image() {
     let bench = Bench::new();
@@ -473,6 +420,40 @@ fn a_file_of_the_host_is_an_image() {
 }
 
 #[test]
+fn a_file_with_a_sha512_is_read_again_only_when_that_has_changed() {
+    let list = |disk: &[u8]| {
+        let sum = hex::encode(openssl::sha::sha512(disk));
+        format!("{sum}  disk.raw\n").into_bytes()
+    };
+    let (first, second) = (raw_disk(), noise(8, 1 << 20));
+    let web = Web::new(vec![("/disk.raw", first.clone()), ("/SHA512SUMS", list(&first))]);
+    let bench = Bench::new();
+    let provide = || bench.provide_from(&format!("http://{}/disk.raw", web.host), &web.host);
+    let lists = ["HEAD /disk.raw", "GET /SHA256SUMS", "GET /SHA512SUMS"];
+    let (learn, fetch) = ("GET /disk.raw", "GET /disk.raw");
+    assert!(read(&provide().unwrap().path) == first);
+    assert_eq!(web.asked(), [&lists[..], &[learn, fetch]].concat());
+    assert!(provide().unwrap().from_cache);
+    assert_eq!(web.asked(), lists);
+    // The list counts, as it does with SHA-256.
+    *web.files.lock().unwrap() = vec![("/disk.raw", second.clone()), ("/SHA512SUMS", list(&second))];
+    assert!(read(&provide().unwrap().path) == second);
+    assert_eq!(web.asked(), [&lists[..], &[learn, fetch]].concat());
+    assert!(provide().unwrap().from_cache);
+    assert_eq!(web.asked(), lists);
+    // Nothing is learned from bytes that are not those of the list.
+    *web.files.lock().unwrap() = vec![("/disk.raw", first.clone()), ("/SHA512SUMS", list(b"other"))];
+    for _ in 0..2 {
+        assert!(matches!(provide(), Err(Error::Corrupt { .. })));
+        assert_eq!(web.asked(), [&lists[..], &[learn]].concat());
+    }
+    // What it was before is known by its digest, and no longer what this name leads to.
+    *web.files.lock().unwrap() = vec![("/disk.raw", first.clone()), ("/SHA512SUMS", list(&first))];
+    assert!(provide().unwrap().from_cache);
+    assert_eq!(web.asked(), [&lists[..], &[learn]].concat());
+}
+
+#[test]
 fn a_file_on_a_web_server_is_an_image_where_its_sum_is_known() {
     let (raw, packed) = (raw_disk(), gzip(&raw_disk()));
     let long = hex::encode(openssl::sha::sha512(&packed));
@@ -500,12 +481,9 @@ fn a_file_on_a_web_server_is_an_image_where_its_sum_is_known() {
     assert!(read(&disk.path) == raw);
     assert_eq!(disk.digest.to_string(), sha256(&raw));
     // Asked again, the list alone says that nothing has changed.
-    web.asked.lock().unwrap().clear();
+    web.asked();
     assert!(provide("/new/disk.raw").unwrap().from_cache);
-    assert_eq!(
-        *web.asked.lock().unwrap(),
-        ["HEAD /new/disk.raw", "GET /new/SHA256SUMS"]
-    );
+    assert_eq!(web.asked(), ["HEAD /new/disk.raw", "GET /new/SHA256SUMS"]);
     let disk = provide("/old/disk.img.gz").unwrap();
     assert!(read(&disk.path) == raw);
     assert_eq!(disk.digest.to_string(), sha256(&packed));

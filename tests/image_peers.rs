@@ -252,3 +252,122 @@ fn cannery_reads_what_sarde_exports_and_pushes() {
         check(&desk, &image, &disk);
     }
 }
+
+/// A disk of a machine: its file in the test's folder, that file's format, and what it is in.
+type Drive<'a> = (&'a str, &'a str, &'a str);
+
+/// Defines a machine with these disks.
+fn defined(desk: &Desk, name: &str, drives: &[Drive<'_>]) -> Defined {
+    let mut disks = String::new();
+    for (number, (file, format, device)) in drives.iter().enumerate() {
+        let file = desk.path(file);
+        let letter = char::from(b'a' + u8::try_from(number).unwrap());
+        disks += &format!(
+            "<disk type='file' device='{device}'><driver name='qemu' type='{format}'/><source file='{file}'/><target dev='sd{letter}' bus='sata'/></disk>"
+        );
+    }
+    let xml = format!(
+        "<domain type='qemu'><name>{name}</name><memory unit='MiB'>320</memory><vcpu>1</vcpu>\
+         <os><type arch='x86_64' machine='q35'>hvm</type></os><devices>{disks}</devices></domain>"
+    );
+    fs::write(desk.at("machine.xml"), xml).unwrap();
+    let machine = Defined(name.to_owned());
+    desk.tool("virsh", &["-q", "-c", "qemu:///system", "define", "machine.xml"]);
+    machine
+}
+
+/// Lays a qcow2 over another file, with some bytes of its own.
+fn overlay(desk: &Desk, below: (&str, &str), name: &str, writes: &[&str]) {
+    let (file, format) = below;
+    desk.tool(
+        "qemu-img",
+        &["create", "-q", "-f", "qcow2", "-F", format, "-b", file, name],
+    );
+    for command in writes {
+        desk.tool("qemu-io", &["-f", "qcow2", "-c", command, name]);
+    }
+}
+
+#[test]
+#[ignore = "needs docker-registry, sarde (contrib/bench/sardinecake install), skopeo, libvirt and no guest"]
+fn cannery_reads_the_chains_that_sarde_exports() {
+    let registry = Registry::open();
+    let desk = desk(&registry);
+    allow_plain(&desk, &registry);
+    desk.raw();
+    desk.qcow2("base.qcow2", &["-c"]);
+    let (seven, nine) = ("write -P 7 5M 64k", "write -P 9 30M 3M");
+    overlay(&desk, ("base.qcow2", "qcow2"), "mid.qcow2", &[seven]);
+    overlay(
+        &desk,
+        ("mid.qcow2", "qcow2"),
+        "top.qcow2",
+        &["write -z 1M 1M", nine],
+    );
+    overlay(&desk, ("disk.raw", "raw"), "on-raw.qcow2", &[seven]);
+    desk.qcow2("b\u{e4}se.qcow2", &[]);
+    overlay(&desk, ("b\u{e4}se.qcow2", "qcow2"), "\u{fc}ber.qcow2", &[seven]);
+    desk.qcow2("\u{57fa}.qcow2", &[]);
+    overlay(&desk, ("\u{57fa}.qcow2", "qcow2"), "\u{4e0a}.qcow2", &[nine]);
+    overlay(&desk, ("base.qcow2", "qcow2"), "other.qcow2", &[nine]);
+    fs::write(desk.at("cd.iso"), vec![1; 1 << 20]).unwrap();
+    let disk = |file| (file, "qcow2", "disk");
+    let mut rows = Vec::new();
+    for (number, (what, drives, refusal)) in [
+        ("two files", vec![disk("mid.qcow2")], None),
+        ("three files", vec![disk("top.qcow2")], None),
+        ("a qcow2 on a raw disk", vec![disk("on-raw.qcow2")], None),
+        ("names in Latin-1", vec![disk("\u{fc}ber.qcow2")], None),
+        ("names that gzip cannot carry", vec![disk("\u{4e0a}.qcow2")], None),
+        (
+            "a CD in the machine",
+            vec![disk("mid.qcow2"), ("cd.iso", "raw", "cdrom")],
+            None,
+        ),
+        (
+            "two disks on one base",
+            vec![disk("mid.qcow2"), disk("other.qcow2")],
+            Some("both lie on `base.qcow2`, and a machine has one disk"),
+        ),
+        (
+            "two disks",
+            vec![disk("on-raw.qcow2"), disk("base.qcow2")],
+            Some("a machine has one disk, and it has 2: `on-raw.qcow2`, `base.qcow2`"),
+        ),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let name = format!("cannery-peer-{}-{number}", std::process::id());
+        let machine = defined(&desk, &name, &drives);
+        let (image, local) = (
+            format!("{}/cake/vm:{number}", registry.host),
+            format!("local:{number}"),
+        );
+        let export = ["export", "-q", "--chunksize", "700kB", "-d", "oci", &name, &local];
+        call_sarde(&desk, &[&["--connect", "qemu:///system"][..], &export].concat());
+        call_sarde(&desk, &["push", "-q", "-d", "oci", "-t", &image, &local]);
+        drop(machine);
+        let back = desk.path("back.raw");
+        let convert = ["image", "convert", "--quiet", &image, &back];
+        let outcome = match refusal {
+            None => {
+                desk.cannery(&convert);
+                desk.same((&back, "raw"), (&desk.path(drives[0].0), "qcow2"));
+                fs::remove_file(&back).unwrap();
+                "the same disk".to_owned()
+            }
+            Some(part) => {
+                let error = desk.refusal(&convert);
+                assert!(error.contains(part), "{what}: {error}");
+                format!("refused: {part}")
+            }
+        };
+        rows.push(vec![what.to_owned(), outcome]);
+    }
+    table::show(
+        "What cannery makes of machines that sarde exported",
+        &["machine", "image"],
+        &rows,
+    );
+}

@@ -10,6 +10,7 @@ mod faulty_registry;
 mod image_fixture;
 
 use std::fs;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -178,6 +179,71 @@ fn a_full_disk_is_told_in_numbers_and_leaves_nothing() {
         assert!(fs::read(&disk.path).unwrap() == bytes, "{tag}");
         assert_eq!(partial(&store), 0, "{tag}");
     }
+}
+
+/// A qcow2 of so many bytes that has none of its own, on a raw file.
+fn overlay(size: u64, below: &str) -> Vec<u8> {
+    const CLUSTER: usize = 64 << 10;
+    let mut file = vec![0; CLUSTER * 3];
+    let mut put = |at: usize, bytes: &[u8]| file[at..at + bytes.len()].copy_from_slice(bytes);
+    put(0, b"QFI\xfb\0\0\0\x03");
+    put(8, &200_u64.to_be_bytes());
+    put(16, &u32::try_from(below.len()).unwrap().to_be_bytes());
+    put(20, &16_u32.to_be_bytes());
+    put(24, &size.to_be_bytes());
+    put(36, &1_u32.to_be_bytes());
+    put(40, &(2 * CLUSTER as u64).to_be_bytes());
+    put(48, &(CLUSTER as u64).to_be_bytes());
+    put(56, &1_u32.to_be_bytes());
+    put(96, &4_u32.to_be_bytes());
+    put(100, &104_u32.to_be_bytes());
+    put(104, b"\xe2\x79\x2a\xca\0\0\0\x03raw");
+    put(200, below.as_bytes());
+    file
+}
+
+#[test]
+#[ignore = "needs root, to mount a file system of some MiB"]
+fn for_a_disk_of_several_files_room_is_asked_for_beside_them() {
+    const BASE: u64 = 14 << 20;
+    let registry = Registry::new();
+    let base = noise(1, 14 << 20);
+    let dir = tempfile::tempdir().unwrap();
+    let layout = Layout::new(dir.path());
+    let named = |bytes: &[u8], name: &str| {
+        let builder = flate2::GzBuilder::new().filename(name);
+        let mut encoder = builder.write(Vec::new(), flate2::Compression::fast());
+        encoder.write_all(bytes).unwrap();
+        encoder.finish().unwrap()
+    };
+    let domain = b"<domain><os><type arch='x86_64'>hvm</type></os></domain>".to_vec();
+    let image = Image::default()
+        .layer(domain, "application/vnd.libvirt.domain.config+xml", &[])
+        .layer(named(&base, "base"), "application/octet-stream+gzip", &[])
+        .layer(
+            named(&overlay(BASE, "base"), "top"),
+            "application/x-qemu-disk+gzip",
+            &[],
+        );
+    let digest = layout.add("stack", &image);
+    registry.add(&layout.dir, &digest, "stack");
+    let small = Small::new();
+    let store = small.store();
+    drop(Store::open(&store).unwrap());
+    let before = small.free();
+    let error = pull(&store, &registry, "stack").unwrap_err();
+    let Error::DiskFull { needed, free, .. } = &error else {
+        panic!("{error}")
+    };
+    assert_eq!(*needed, BASE + KEEP_FREE, "{error}");
+    // Nothing but the files was there by then.
+    assert!(before - free < BASE + (512 << 10), "{error}: {before}");
+    assert_eq!(partial(&store), 0);
+    assert!(before - small.free() < 64 << 10, "what was written is gone");
+    small.grow();
+    let disk = pull(&store, &registry, "stack").unwrap();
+    assert!(fs::read(&disk.path).unwrap() == base);
+    assert_eq!(partial(&store), 0);
 }
 
 #[test]

@@ -18,6 +18,7 @@
 //! | what it is | `manifest`, `platform`, `format`, `hints` |
 //! | how it is fetched and unpacked | `fetch`; for images in pieces by a `plan` |
 //! | whether it is harmless | `inspect` |
+//! | what a guest sees of it | `view` |
 //! | whether the operator wants it | [`Requirements`] |
 //! | where it stays | [`Store`], `fetch::partial` |
 //! | in which order | `fetch::provide` |
@@ -46,6 +47,7 @@ mod reference;
 mod registry;
 mod single;
 mod store;
+mod view;
 mod write;
 
 pub use fetch::look::{Part, Sight};

@@ -3,9 +3,10 @@
 use std::sync::Arc;
 
 use super::progress::{Event, Meter};
-use super::source::{Source, told};
+use super::source::{Kind, Source, told};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
+use crate::image::format;
 use crate::image::manifest::Manifest;
 use crate::image::reference::Reference;
 use crate::image::registry::credentials::Origin;
@@ -82,11 +83,11 @@ impl Pull<'_> {
     /// Remembers to whom the image was given, now that its source has given it.
     pub(super) async fn note_access(&self, source: &Source, digest: &Digest) -> Result<(), Error> {
         let (
-            Source::Registry(session),
+            Kind::Registry(session),
             Reference::Registry {
                 registry, repository, ..
             },
-        ) = (source, &self.request.reference)
+        ) = (&source.kind, &self.request.reference)
         else {
             return Ok(());
         };
@@ -128,7 +129,16 @@ impl Pull<'_> {
         }
         let meter = Arc::new(Meter::default());
         let total = packed_size(manifest);
+        let documents = format::recognise(manifest).map(|kind| format::documents(kind, manifest));
+        let documents = documents.unwrap_or_default();
         for descriptor in &manifest.layers {
+            if documents
+                .iter()
+                .any(|document| document.digest == descriptor.digest)
+            {
+                source.document(descriptor).await?;
+                continue;
+            }
             let image = self.image.clone();
             let read = move |packed: &mut dyn std::io::Read| match std::io::copy(packed, &mut std::io::sink())
             {
@@ -147,8 +157,8 @@ impl Pull<'_> {
 
     /// Remembers that all bytes of an image came from this source.
     pub(super) async fn note_origin(&self, source: &Source, digest: &Digest) -> Result<(), Error> {
-        let public = match source {
-            Source::Registry(session) => session.is_anonymous().await,
+        let public = match &source.kind {
+            Kind::Registry(session) => session.is_anonymous().await,
             // Whoever may not name the file or the server has no right to what came from there.
             _ => false,
         };

@@ -2,6 +2,7 @@
 
 use std::any::Any;
 use std::fs;
+use std::io::Read;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -9,6 +10,7 @@ use std::time::{Duration, Instant};
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
+use super::flatten::Named;
 use super::part::blocking;
 use super::partial::Work;
 use super::pieces;
@@ -37,15 +39,22 @@ struct Kept {
     contents: Contents,
 }
 
+/// Writes down that so many layers are done, and what they held.
+pub(super) fn keep(work: &Work, done: usize, contents: Contents) -> Result<Contents, Error> {
+    let kept = Kept { done, contents };
+    work.keep_layers(&kept)?;
+    Ok(kept.contents)
+}
+
 /// Hands events on, and shows those who wait how far we are.
-struct Shown<'a> {
+pub(super) struct Shown<'a> {
     progress: &'a dyn Progress,
     work: &'a Work,
     last: Mutex<Option<Instant>>,
 }
 
 impl<'a> Shown<'a> {
-    fn new(progress: &'a dyn Progress, work: &'a Work) -> Self {
+    pub(super) fn new(progress: &'a dyn Progress, work: &'a Work) -> Self {
         let last = Mutex::new(None);
         Self { progress, work, last }
     }
@@ -98,7 +107,16 @@ impl Pull<'_> {
             };
             let number = layer.number;
             let (boot, for_format) = (boot.clone(), place.clone());
+            let named = layer.is_one_of_several().then(|| Named::new(source, work));
             let carried = stream.carry(&shown, move |unpacked, compression| {
+                let mut heard;
+                let unpacked: &mut dyn Read = match named {
+                    Some(named) => {
+                        heard = named.heard(number, unpacked, &for_format.image)?;
+                        &mut heard
+                    }
+                    None => unpacked,
+                };
                 format::unpack(unpacked, compression, &layer, &boot, &for_format, contents)
             });
             contents = told(&shown, &place.meter, total, carried).await?;
@@ -108,12 +126,7 @@ impl Pull<'_> {
                 "a layer is unpacked"
             );
             kill::point(Point::LayerUnpacked);
-            let kept = Kept {
-                done: number + 1,
-                contents,
-            };
-            work.keep_layers(&kept)?;
-            contents = kept.contents;
+            contents = keep(work, number + 1, contents)?;
         }
         Ok(contents)
     }
@@ -248,7 +261,7 @@ impl Pull<'_> {
         let mut made_of = None;
         let (format, selected) = match recipe.parts {
             Parts::Streams(layers) => {
-                let same = *made_of.insert(format::made_of(&layers, &boot));
+                let same = *made_of.insert(format::made_of(&layers, &boot, &recipe.drives));
                 match self.twin(same, &place).await? {
                     Some(twin) => {
                         self.progress.event(Event::Reused { bytes: total });
@@ -256,6 +269,9 @@ impl Pull<'_> {
                     }
                     None => {
                         let contents = self.streams(source, layers, &boot, &place, work, total).await?;
+                        let contents = self
+                            .one_disk(contents, recipe.drives, &place, work, total)
+                            .await?;
                         (
                             contents.format(guess),
                             contents.select(&boot, &manifest, recipe.bootc, &place)?,

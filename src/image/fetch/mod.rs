@@ -13,6 +13,7 @@
 //! | where bytes come from | [`source`] |
 //! | how a stream is unpacked | `stream` starts the threads, `verified` counts and hashes, `unpacker` unpacks ([`decompress`], `gunzip`, `inflate`), `unpacked` is what formats read, [`sparse`] writes |
 //! | how a stream goes on in another process | [`ledger`], `checkpoint` |
+//! | how several files become one disk | `flatten`; `beginning` hears their names |
 //! | how pieces are fetched | [`pieces`] brings them, `batch` divides them, `site` and `codec` unpack, `placed` writes, `done` remembers |
 //! | who else makes the same image, and what is there of it | [`partial`], [`sight`] |
 //! | whether there is room beside what others will take | [`room`], [`sight`] |
@@ -21,10 +22,12 @@
 
 mod access;
 mod batch;
+mod beginning;
 mod checkpoint;
 mod codec;
 pub(super) mod decompress;
 mod done;
+mod flatten;
 mod gunzip;
 mod inflate;
 pub(super) mod ledger;

@@ -35,6 +35,9 @@ const WAIT_MAX: Duration = Duration::from_secs(3600);
 /// Layers that are done, and what they held.
 const LAYERS: &str = "layers-1.json";
 
+/// The names of files that have their place among others by them.
+const NAMES: &str = "names-1.json";
+
 /// Where the bytes in the folder come from: what one repository gave is nothing that another's readers may have.
 const PLACE: &str = "place-1";
 
@@ -175,6 +178,17 @@ impl Work {
         write(&path, layers).map_err(Error::storage(&path))?;
         kill::point(Point::LayerKept);
         Ok(())
+    }
+
+    /// What was written down about the names of files.
+    pub(in crate::image) fn names<T: DeserializeOwned>(&self) -> Option<T> {
+        read(&self.dir.join(NAMES))
+    }
+
+    /// Writes down what is to be known about the names of files, of which a layer in hand has told one.
+    pub(in crate::image) fn keep_names(&self, names: &impl Serialize) -> Result<(), Error> {
+        let path = self.dir.join(NAMES);
+        write(&path, names).map_err(Error::storage(&path))
     }
 
     /// Nobody is to go on from the layers any more: their files are about to get other names. What was written down in the

@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 use super::part::blocking;
 use super::progress::{Event, Progress};
 use super::room::Limits;
-use super::source::Source;
+use super::source::{Kind, Source};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::format::{self, Config, Facts, Format, Recipe};
@@ -233,6 +233,11 @@ impl Pull<'_> {
             None => self.make_with_room(&source, &digest, manifest).await?,
         };
         self.note_access(&source, &digest).await?;
+        if let Kind::Web(file) = &source.kind
+            && let Some(sum) = file.learned()
+        {
+            self.store.note_sha512(&digest, sum)?;
+        }
         if let Some(verdict) = verdict {
             verdict.keep(self.store)?;
         }
@@ -245,11 +250,22 @@ impl Pull<'_> {
         self.source_of(self.request.reference.version()).await
     }
 
+    /// What the reference led to before: the SHA-512 of the bytes, where they were seen to have it, and their digest.
+    fn seen_there(&self) -> Result<Option<(String, Digest)>, Error> {
+        let (reference, architecture) = (&self.request.reference, &self.request.architecture);
+        let Some(digest) = self.store.reference(reference, architecture)? else {
+            return Ok(None);
+        };
+        Ok(self.store.sha512(&digest)?.map(|sum| (sum, digest)))
+    }
+
     /// The same place, asked for another of its images.
     pub(super) async fn source_of(&self, version: String) -> Result<Source, Error> {
         match &self.request.reference {
-            Reference::Layout { dir, tag } => Ok(Source::Layout(Layout::new(&self.image, dir, tag))),
-            Reference::File { path, digest } => Ok(Source::File(LocalFile::new(&self.image, path, *digest))),
+            Reference::Layout { dir, tag } => Ok(Kind::Layout(Layout::new(&self.image, dir, tag)).into()),
+            Reference::File { path, digest } => {
+                Ok(Kind::File(LocalFile::new(&self.image, path, *digest)).into())
+            }
             Reference::Web {
                 plain,
                 host,
@@ -263,7 +279,7 @@ impl Pull<'_> {
                     path,
                 };
                 let file = WebFile::open(&address, *digest, &self.request.registries)?;
-                Ok(Source::Web(Box::new(file)))
+                Ok(Kind::Web(Box::new(file.knowing(self.seen_there()?))).into())
             }
             Reference::Registry {
                 registry, repository, ..
@@ -278,7 +294,7 @@ impl Pull<'_> {
                     purpose: Purpose::Read,
                 })
                 .await?;
-                Ok(Source::Registry(Box::new(session)))
+                Ok(Kind::Registry(Box::new(session)).into())
             }
         }
     }
@@ -346,7 +362,7 @@ impl Pull<'_> {
         let config = self.config(source, manifest, format).await?;
         let mut documents = Vec::new();
         for descriptor in format::documents(format, manifest) {
-            documents.push(source.config(descriptor).await?);
+            documents.push(source.document(descriptor).await?);
         }
         let facts = Facts {
             image: &self.image,

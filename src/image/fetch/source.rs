@@ -17,6 +17,7 @@ use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 use tokio::sync::mpsc;
 
+use super::beginning::Beginning;
 use super::part::{CancelledOnDrop, Part, Piece, blocking, relay};
 use super::progress::{Event, Meter, Progress};
 use super::verified::{Check, Position, Verified};
@@ -46,7 +47,15 @@ const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// Where one image comes from.
 #[derive(Debug)]
-pub(in crate::image) enum Source {
+pub(in crate::image) struct Source {
+    pub(in crate::image) kind: Kind,
+    /// How the stream began that was sent last.
+    beginning: Arc<Beginning>,
+}
+
+/// The kinds of places.
+#[derive(Debug)]
+pub(in crate::image) enum Kind {
     Registry(Box<Session>),
     Layout(Layout),
     /// A file of this host.
@@ -55,27 +64,36 @@ pub(in crate::image) enum Source {
     Web(Box<WebFile>),
 }
 
+impl From<Kind> for Source {
+    fn from(kind: Kind) -> Self {
+        Self {
+            kind,
+            beginning: Arc::default(),
+        }
+    }
+}
+
 impl Source {
     /// The manifest or index that the reference itself names, and its digest.
     pub(in crate::image) async fn root(&self) -> Result<(Digest, Vec<u8>), Error> {
-        match self {
-            Self::Registry(session) => session.root().await,
-            Self::Layout(layout) => layout.root(),
-            Self::File(file) => {
+        match &self.kind {
+            Kind::Registry(session) => session.root().await,
+            Kind::Layout(layout) => layout.root(),
+            Kind::File(file) => {
                 let file = file.clone();
                 blocking(move || file.root()).await
             }
-            Self::Web(file) => file.root().await,
+            Kind::Web(file) => file.root().await,
         }
     }
 
     /// A manifest by digest.
     pub(in crate::image) async fn manifest(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
         self.check_document(descriptor, "manifest")?;
-        let bytes = match self {
-            Self::Registry(session) => session.manifest(&descriptor.digest).await?,
-            Self::Layout(layout) => layout.document(&descriptor.digest)?,
-            Self::File(_) | Self::Web(_) => return Err(self.no_document()),
+        let bytes = match &self.kind {
+            Kind::Registry(session) => session.manifest(&descriptor.digest).await?,
+            Kind::Layout(layout) => layout.document(&descriptor.digest)?,
+            Kind::File(_) | Kind::Web(_) => return Err(self.no_document()),
         };
         self.verify(descriptor, &bytes, "its manifest")?;
         Ok(bytes)
@@ -83,13 +101,25 @@ impl Source {
 
     /// A small blob, whole.
     pub(in crate::image) async fn config(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
-        self.check_document(descriptor, "config")?;
-        let bytes = match self {
-            Self::Registry(session) => session.document(descriptor).await?,
-            Self::Layout(layout) => layout.document(&descriptor.digest)?,
-            Self::File(_) | Self::Web(_) => return Err(self.no_document()),
-        };
+        let bytes = self.document(descriptor).await?;
         self.verify(descriptor, &bytes, "its config")?;
+        Ok(bytes)
+    }
+
+    /// The same, with any length: sardinecake counts the characters of a document, which are fewer than its bytes where a file's
+    /// name is not in ASCII. The digest alone says what it is.
+    pub(super) async fn document(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
+        self.check_document(descriptor, "config")?;
+        let bytes = match &self.kind {
+            Kind::Registry(session) => session.document(descriptor).await?,
+            Kind::Layout(layout) => layout.document(&descriptor.digest)?,
+            Kind::File(_) | Kind::Web(_) => return Err(self.no_document()),
+        };
+        let found = Descriptor {
+            size: bytes.len() as u64,
+            ..descriptor.clone()
+        };
+        self.verify(&found, &bytes, "its config")?;
         Ok(bytes)
     }
 
@@ -133,28 +163,28 @@ impl Source {
 
     /// How many parts may be on their way at once.
     pub(super) fn width(&self) -> usize {
-        match self {
-            Self::Registry(session) => session.width().clamp(1, CONNECTIONS),
-            Self::Web(file) => file.session.width().clamp(1, CONNECTIONS),
-            Self::Layout(_) | Self::File(_) => 2,
+        match &self.kind {
+            Kind::Registry(session) => session.width().clamp(1, CONNECTIONS),
+            Kind::Web(file) => file.session.width().clamp(1, CONNECTIONS),
+            Kind::Layout(_) | Kind::File(_) => 2,
         }
     }
 
     /// A part of a blob. What comes is not verified.
     pub(super) fn range(&self, descriptor: &Descriptor, range: Range<u64>) -> Result<Part<'_>, Error> {
-        Ok(match self {
-            Self::Registry(session) => Part::Registry(Box::new(session.range(descriptor, range))),
-            Self::Layout(layout) => Part::File {
+        Ok(match &self.kind {
+            Kind::Registry(session) => Part::Registry(Box::new(session.range(descriptor, range))),
+            Kind::Layout(layout) => Part::File {
                 file: Arc::new(layout.open(descriptor)?),
                 left: range,
                 image: layout.image(),
             },
-            Self::File(file) => Part::File {
+            Kind::File(file) => Part::File {
                 file: Arc::new(file.open(descriptor)?),
                 left: range,
                 image: file.image(),
             },
-            Self::Web(file) => Part::Registry(Box::new(file.session.range(descriptor, range))),
+            Kind::Web(file) => Part::Registry(Box::new(file.session.range(descriptor, range))),
         })
     }
 
@@ -190,9 +220,11 @@ impl Source {
             stream::iter(divided(blobs, offset, PART)).map(|(blob, range)| self.collect(&blobs[blob], range));
         let mut parts = parts.buffered(width);
         let mut at = offset;
+        self.beginning.begin(offset);
         while let Some(Some(part)) = parts.try_next().await? {
             for bytes in part {
                 at += bytes.len() as u64;
+                self.beginning.add(&bytes);
                 if sink.send(Piece::Bytes(bytes)).await.is_err() {
                     return Ok(());
                 }
@@ -203,6 +235,7 @@ impl Source {
         for (blob, range) in divided(blobs, at, u64::MAX) {
             let mut part = self.range(&blobs[blob], range)?;
             while let Some(bytes) = part.next().await? {
+                self.beginning.add(&bytes);
                 if sink.send(Piece::Bytes(bytes)).await.is_err() {
                     return Ok(());
                 }
@@ -210,6 +243,11 @@ impl Source {
         }
         drop(sink.send(Piece::End).await);
         Ok(())
+    }
+
+    /// How the stream began that was sent last. What it holds is verified when the stream is.
+    pub(super) fn beginning(&self) -> Arc<Beginning> {
+        Arc::clone(&self.beginning)
     }
 
     /// A part of a blob, whole; none where the server would send more than the part.
@@ -227,10 +265,10 @@ impl Source {
 
     /// Does it send the whole of a blob where a part is asked for?
     fn ignores_ranges(&self) -> bool {
-        match self {
-            Self::Registry(session) => session.ignores_ranges(),
-            Self::Web(file) => file.session.ignores_ranges(),
-            Self::Layout(_) | Self::File(_) => false,
+        match &self.kind {
+            Kind::Registry(session) => session.ignores_ranges(),
+            Kind::Web(file) => file.session.ignores_ranges(),
+            Kind::Layout(_) | Kind::File(_) => false,
         }
     }
 
@@ -289,11 +327,11 @@ impl Source {
     }
 
     pub(super) fn image(&self) -> &str {
-        match self {
-            Self::Registry(session) => session.image(),
-            Self::Layout(layout) => layout.image(),
-            Self::File(file) => file.image(),
-            Self::Web(file) => file.session.image(),
+        match &self.kind {
+            Kind::Registry(session) => session.image(),
+            Kind::Layout(layout) => layout.image(),
+            Kind::File(file) => file.image(),
+            Kind::Web(file) => file.session.image(),
         }
     }
 }

@@ -1,8 +1,10 @@
 //! What a stranger's libvirt domain may wish for: memory, processors, firmware, and the models of disk and network card.
 //!
-//! Nothing in it reaches libvirt. Its paths, devices and arguments are not even looked at; a machine is always built from our own
-//! description, and these wishes stand below the operator's settings. Source: libvirt's `formatdomain`.
+//! Nothing in it reaches libvirt. Its devices and arguments are not even looked at, and of its paths only the names of the files
+//! that it has as disks, to tell which of an image's own files these are; a machine is always built from our own description, and
+//! these wishes stand below the operator's settings. Source: libvirt's `formatdomain`.
 
+use super::stack::Drive;
 use crate::image::error::quoted;
 use quick_xml::Reader;
 use quick_xml::XmlVersion;
@@ -22,6 +24,8 @@ pub(super) struct Found {
     pub(super) hints: Hints,
     /// As `<os><type arch=…>` says; empty when it does not.
     pub(super) architecture: String,
+    /// The files that it has as disks, CDs and floppies.
+    pub(super) drives: Vec<Drive>,
 }
 
 /// Reads a domain. The error is a reason.
@@ -102,6 +106,15 @@ impl Walk {
             }
             ["domain", "devices", "disk"] => {
                 self.disk = matches!(attribute(element, "device")?.as_deref(), None | Some("disk"));
+            }
+            ["domain", "devices", "disk", "source"] => {
+                if let Some(file) = attribute(element, "file")? {
+                    let name = file.rsplit('/').next().unwrap_or_default().to_owned();
+                    self.found.drives.push(Drive {
+                        disk: self.disk,
+                        name,
+                    });
+                }
             }
             ["domain", "devices", "disk", "target"] if self.disk && hints.disk_bus.is_none() => {
                 hints.disk_bus = match attribute(element, "bus")?.as_deref() {

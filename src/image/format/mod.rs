@@ -7,7 +7,7 @@
 //! | plain disk: a qcow2 or a raw disk, in one blob or in several that follow each other | [`plain`] |
 //! | tart, of Linux guests: pieces of a raw disk in Apple's LZ4 | [`tart`] |
 //! | vetu: kernel, initramfs and pieces of a raw disk in LZ4 frames | [`vetu`] |
-//! | sardinecake: a gzip file per disk, split by bytes, and a libvirt domain | [`sardinecake`], [`domain`] |
+//! | sardinecake: a gzip file per file of a disk, split by bytes, and a libvirt domain | [`sardinecake`], [`domain`], [`stack`] |
 //! | podman-machine: a plain disk, picked from an index by its `disktype` | [`crate::image::manifest::choose`] |
 //!
 //! [`recognise()`] names the format by the manifest alone; whether one layer is an archive or a disk, its unpacked bytes say.
@@ -21,6 +21,7 @@ mod domain;
 mod plain;
 mod recognise;
 mod sardinecake;
+pub(super) mod stack;
 mod tart;
 mod unpack;
 mod vetu;
@@ -37,9 +38,11 @@ pub use recognise::Format;
 
 pub(super) use config::{Config, has_image_config, parse_config};
 pub(super) use recognise::recognise;
+pub(super) use sardinecake::packed_name;
 pub(super) use unpack::{Contents, Layer, Selected, Workplace, made_of, packed, packed_max, unpack};
 
-use unpack::{Kind, PLAIN_DISK};
+use stack::Drive;
+use unpack::Kind;
 
 /// The files that a plan can name; the store's names for them.
 const RAW: &str = "disk.raw";
@@ -57,6 +60,8 @@ pub(super) struct Recipe {
     /// Is it a container that a tool of bootc can make a disk of?
     pub(super) bootc: bool,
     pub(super) parts: Parts,
+    /// What the image's own machine has its files as, where they may be several.
+    pub(super) drives: Vec<Drive>,
 }
 
 /// What has to be fetched.
@@ -163,6 +168,7 @@ pub(super) fn described(format: Format, manifest: &Manifest) -> usize {
 
 /// Says how the image becomes a disk.
 pub(super) fn recipe(format: Format, facts: &Facts<'_>) -> Result<Recipe, Error> {
+    let mut drives = Vec::new();
     let (labelled, mut boot) = hints::read(&facts.config.labels, facts.image)?;
     let (own, parts) = match format {
         Format::Native => {
@@ -178,7 +184,11 @@ pub(super) fn recipe(format: Format, facts: &Facts<'_>) -> Result<Recipe, Error>
             boot.cmdline = cmdline;
             (hints, pieces)
         }
-        Format::Sardinecake => sardinecake::recipe(facts)?,
+        Format::Sardinecake => {
+            let (hints, layers, found) = sardinecake::recipe(facts)?;
+            drives = found;
+            (hints, Parts::Streams(layers))
+        }
     };
     let bootc = ["containers.bootc", "ostree.bootable"];
     Ok(Recipe {
@@ -186,6 +196,7 @@ pub(super) fn recipe(format: Format, facts: &Facts<'_>) -> Result<Recipe, Error>
         boot,
         bootc: bootc.iter().any(|label| facts.config.labels.contains_key(*label)),
         parts,
+        drives,
     })
 }
 

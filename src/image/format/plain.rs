@@ -3,7 +3,7 @@
 use std::io::Read;
 
 use super::recognise::chunk;
-use super::{Contents, Error, Facts, Kind, Layer, PLAIN_DISK, Parts, Workplace};
+use super::{Contents, Error, Facts, Kind, Layer, Parts, Workplace};
 use crate::image::decompress::{Peeked, unreadable};
 use crate::image::inspect;
 use crate::image::sparse::SparseFile;
@@ -40,17 +40,18 @@ pub(super) fn streams(facts: &Facts<'_>) -> Result<Parts, Error> {
     Ok(Parts::Streams(layers.collect()))
 }
 
-/// Writes the disk. `length` is its number of bytes, where it is known before.
+/// Writes the disk, which stands at `path` among the contents. `length` is its number of bytes, where it is known before.
 pub(super) fn take(
     disk: &mut Peeked<impl Read>,
     length: Option<u64>,
     place: &Workplace,
+    path: &str,
     contents: &mut Contents,
 ) -> Result<(), Error> {
     let qcow2 = inspect::is_qcow2(disk.head());
     let file = contents.next_file(&place.dir);
     copy(disk, length, qcow2, "disk", place.limits.max_disk, place, &file)?;
-    contents.put(PLAIN_DISK, 0, file)
+    contents.put(path, 0, file)
 }
 
 /// Copies one file out of an image, within `limit` bytes.

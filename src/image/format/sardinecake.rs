@@ -4,18 +4,23 @@
 //! `application/x-qemu-disk+gzip`, the n-th that follows it the parameter `;chunk=n`. The parameter decides where a file begins, not
 //! gzip's magic number, which a later blob may begin with by chance. Neither sizes nor offsets are told.
 //!
+//! A machine's disk may be a stack of such files, each with the name of the file under it in its header. Their own names stand in
+//! gzip's headers, in Latin-1; the lowest comes first. A CD that was in the machine is there, too.
+//!
 //! Of the domain only what [`domain`] reads is heard. The password in the image is passed over: everybody who can pull the image
 //! knows it, and whoever wants to rely on it writes it as `guest.password` into the settings.
 //!
-//! Source: sardinecake 0.4 (`docs/oci.md`, its schema of `sardineconfig`).
+//! Source: sardinecake 0.4 (`docs/oci.md`, its schema of `sardineconfig`), and what its `sarde export` writes.
 
 use serde::Deserialize;
 
+use super::stack::Drive;
 use super::unpack::Kind;
-use super::{Facts, Layer, Parts, domain};
+use super::{Facts, Layer, domain};
 use crate::image::error::{Error, quoted};
 use crate::image::hints::{self, Hints};
 use crate::image::manifest::{Descriptor, Manifest};
+use crate::image::view::DEPTH_MAX;
 
 pub(super) const DOMAIN: &str = "application/vnd.libvirt.domain.config+xml";
 pub(super) const ACCESS: &str = "application/vnd.sardinecake.vm.config.v1+json";
@@ -60,7 +65,8 @@ pub(super) fn files(manifest: &Manifest) -> usize {
         .count()
 }
 
-pub(super) fn recipe(facts: &Facts<'_>) -> Result<(Hints, Parts), Error> {
+/// The wishes, the files of disks, and what the image's own machine has them as.
+pub(super) fn recipe(facts: &Facts<'_>) -> Result<(Hints, Vec<Layer>, Vec<Drive>), Error> {
     let layers = grouped(facts)?;
     let (domains, accesses) = (facts.layers(DOMAIN), facts.layers(ACCESS));
     let ([_], [] | [_]) = (domains.as_slice(), accesses.as_slice()) else {
@@ -79,11 +85,29 @@ pub(super) fn recipe(facts: &Facts<'_>) -> Result<(Hints, Parts), Error> {
     };
     match layers.len() {
         0 => Err(facts.malformed("a sardinecake image has at least one file of a disk")),
-        1 => Ok((Hints { user, ..found.hints }.bounded(), Parts::Streams(layers))),
+        1..=DEPTH_MAX => Ok((Hints { user, ..found.hints }.bounded(), layers, found.drives)),
         count => Err(facts.unsupported(format!(
-            "it has {count} files of disks, and a machine has one; flatten them with qemu-img convert before the export"
+            "it has {count} files of disks, and more than {DEPTH_MAX} are not taken"
         ))),
     }
+}
+
+/// The name of the file that was packed, as a gzip header says it. `head` are the first bytes of the stream.
+pub(in crate::image) fn packed_name(head: &[u8]) -> Option<String> {
+    const EXTRA: u8 = 4;
+    const NAME: u8 = 8;
+    let flags = *head.strip_prefix(&[0x1f, 0x8b, 8])?.first()?;
+    let mut rest = head.get(10..)?;
+    if flags & EXTRA != 0 {
+        let (length, behind) = rest.split_first_chunk::<2>()?;
+        rest = behind.get(usize::from(u16::from_le_bytes(*length))..)?;
+    }
+    if flags & NAME == 0 {
+        return None;
+    }
+    let end = rest.iter().position(|&byte| byte == 0)?;
+    // Latin-1: each byte is the character of its number.
+    (end > 0).then(|| rest[..end].iter().copied().map(char::from).collect())
 }
 
 /// The blobs of each file, in order.
@@ -99,7 +123,7 @@ fn grouped(facts: &Facts<'_>) -> Result<Vec<Layer>, Error> {
             Some(Role::First) => {
                 layers.push(Layer {
                     number: layers.len(),
-                    kind: Kind::Disk,
+                    kind: Kind::OneOfSeveral,
                     blobs: vec![descriptor.clone()],
                     diff_id: diff_ids.next().copied(),
                 });

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use super::recognise::{Format, listed, media_types};
+use super::stack::Drive;
 use super::{Error, archive, container_disk, plain, quoted};
 use crate::image::decompress::{Compression, Peeked, unreadable};
 use crate::image::digest::{Digest, Hasher};
@@ -85,7 +86,10 @@ pub(super) struct Taken {
 }
 
 /// The name under which a plain disk stands among [`Contents`].
-pub(super) const PLAIN_DISK: &str = "disk/plain";
+const PLAIN_DISK: &str = "disk/plain";
+
+/// How the names begin under which the files of one disk stand there, with the number of their layer behind.
+const ONE_OF_SEVERAL: &str = "several/";
 
 /// The files that a machine needs.
 #[derive(Debug, PartialEq, Eq)]
@@ -102,8 +106,10 @@ pub(super) enum Kind {
     Archive,
     /// Either an archive or the disk itself: its bytes say.
     ArchiveOrDisk,
-    /// A file of a disk, whatever it begins with.
+    /// A disk, whatever it begins with.
     Disk,
+    /// The same, and other files may lie under it, or upon it.
+    OneOfSeveral,
 }
 
 /// One stream to unpack.
@@ -117,9 +123,16 @@ pub(in crate::image) struct Layer {
     pub(in crate::image) diff_id: Option<Digest>,
 }
 
-/// What the files of an image depend on, as one digest: its layers and which of their files are taken. Two images with the same
-/// have the same files, whatever else they say.
-pub(in crate::image) fn made_of(layers: &[Layer], boot: &BootFiles) -> Digest {
+impl Layer {
+    /// Is it a file that may have its place among others by its name?
+    pub(in crate::image) fn is_one_of_several(&self) -> bool {
+        self.kind == Kind::OneOfSeveral
+    }
+}
+
+/// What the files of an image depend on, as one digest: its layers, which of their files are taken, and which of them its machine
+/// has as a disk. Two images with the same have the same files, whatever else they say.
+pub(in crate::image) fn made_of(layers: &[Layer], boot: &BootFiles, drives: &[Drive]) -> Digest {
     let mut hasher = Hasher::default();
     // Each part with its length, so that no two lists run together into the same bytes.
     let mut add = |part: &[u8]| {
@@ -135,6 +148,7 @@ pub(in crate::image) fn made_of(layers: &[Layer], boot: &BootFiles) -> Digest {
             Kind::Archive => "archive",
             Kind::ArchiveOrDisk => "archive-or-disk",
             Kind::Disk => "disk",
+            Kind::OneOfSeveral => "one-of-several",
         };
         add(kind.as_bytes());
         for blob in &layer.blobs {
@@ -143,6 +157,10 @@ pub(in crate::image) fn made_of(layers: &[Layer], boot: &BootFiles) -> Digest {
             add(blob.digest.as_bytes());
         }
         add(layer.diff_id.as_ref().map_or(&[][..], |id| id.as_bytes()));
+    }
+    for drive in drives {
+        add(if drive.disk { b"drive" } else { b"other-drive" });
+        add(drive.name.as_bytes());
     }
     hasher.finish()
 }
@@ -203,9 +221,14 @@ pub(in crate::image) fn unpack(
                 quoted(media_type)
             )));
         }
-        Kind::ArchiveOrDisk | Kind::Disk => {
+        Kind::ArchiveOrDisk | Kind::Disk | Kind::OneOfSeveral => {
             let length = (compression == Compression::None).then_some(size);
-            plain::take(&mut peeked, length, place, &mut contents)?;
+            let path = if layer.is_one_of_several() {
+                format!("{ONE_OF_SEVERAL}{}", layer.number)
+            } else {
+                PLAIN_DISK.to_owned()
+            };
+            plain::take(&mut peeked, length, place, &path, &mut contents)?;
         }
     }
     // To the end: the digest covers what follows the archive, too.
@@ -297,6 +320,26 @@ impl Contents {
         let kernel = pick(&boot.kernel, "io.cannery.kernel")?;
         let initrd = pick(&boot.initrd, "io.cannery.initrd")?;
         Ok(Selected { disk, kernel, initrd })
+    }
+
+    /// The files of several layers of which one disk is to be made, in their order, while there are any.
+    pub(in crate::image) fn several(&self) -> Vec<PathBuf> {
+        let number = |path: &str| path.strip_prefix(ONE_OF_SEVERAL)?.parse::<usize>().ok();
+        let mut found: Vec<(usize, &Taken)> = self
+            .files
+            .iter()
+            .filter_map(|(path, taken)| Some((number(path)?, taken)))
+            .collect();
+        found.sort_by_key(|(number, _)| *number);
+        found.into_iter().map(|(_, taken)| taken.file.clone()).collect()
+    }
+
+    /// The same, now that this file is the disk and the others are nothing.
+    pub(in crate::image) fn became(mut self, disk: PathBuf) -> Self {
+        self.files.retain(|path, _| !path.starts_with(ONE_OF_SEVERAL));
+        let taken = Taken { layer: 0, file: disk };
+        self.files.insert(PLAIN_DISK.to_owned(), taken);
+        self
     }
 
     /// A path for the next file in the work place.

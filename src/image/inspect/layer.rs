@@ -1,4 +1,5 @@
-//! A file of a chain that belongs to somebody on this host, not to an image: only there may a backing file be named.
+//! A file of a chain: of somebody on this host, or of an image whose files lie upon each other. Only there may a backing file be
+//! named, and whoever asks decides what the name may lead to.
 
 use std::fs::File;
 use std::io;
@@ -22,8 +23,16 @@ const EXTENSIONS_MAX: usize = 64;
 pub(in crate::image) struct Backing {
     /// As it is written there.
     pub(in crate::image) name: PathBuf,
-    /// None where the layer does not say, or says another format than qcow2 and raw.
-    pub(in crate::image) format: Option<DiskFormat>,
+    pub(in crate::image) format: Said,
+}
+
+/// What a layer says of the format of the file under it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(in crate::image) enum Said {
+    Nothing,
+    Format(DiskFormat),
+    /// Another than qcow2 and raw.
+    Foreign,
 }
 
 /// Checks one file of a chain as strictly as an image's disk, but for the backing file that it may name.
@@ -85,7 +94,7 @@ fn layer_of<R: ReadAt>(file: R) -> Result<(Alone<R>, Option<Backing>), super::Fi
     }
     let mut name = vec![0; usize::try_from(size).unwrap_or_default()];
     alone.file.fill(&mut name, offset)?;
-    let mut format = None;
+    let mut format = Said::Nothing;
     let mut at = match be32(&header, 4) {
         2 => 72,
         _ => u64::from(be32(&header, 100)),
@@ -105,9 +114,9 @@ fn layer_of<R: ReadAt>(file: R) -> Result<(Alone<R>, Option<Backing>), super::Fi
                 let text = &mut text[..usize::try_from(read).unwrap_or_default()];
                 alone.file.fill(text, at + 8)?;
                 format = match (&*text, size) {
-                    (b"qcow2", 5) => Some(DiskFormat::Qcow2),
-                    (b"raw", 3) => Some(DiskFormat::Raw),
-                    _ => None,
+                    (b"qcow2", 5) => Said::Format(DiskFormat::Qcow2),
+                    (b"raw", 3) => Said::Format(DiskFormat::Raw),
+                    _ => Said::Foreign,
                 };
                 alone.shown.push((at, MEANINGLESS.to_be_bytes().to_vec()));
                 break;
@@ -157,10 +166,10 @@ mod tests {
     #[test]
     fn a_layers_backing_file_is_named_and_everything_else_checked() {
         for (format, expected) in [
-            (Some(b"raw".as_slice()), Some(DiskFormat::Raw)),
-            (Some(b"qcow2"), Some(DiskFormat::Qcow2)),
-            (Some(b"vmdk"), None),
-            (None, None),
+            (Some(b"raw".as_slice()), Said::Format(DiskFormat::Raw)),
+            (Some(b"qcow2"), Said::Format(DiskFormat::Qcow2)),
+            (Some(b"vmdk"), Said::Foreign),
+            (None, Said::Nothing),
         ] {
             let (inspected, backing) = seen(&layer_bytes(b"../base.img", format)).unwrap();
             assert_eq!(inspected.virtual_size, 65536);

@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::{Error, quoted};
 
-pub(super) use layer::layer;
+pub(super) use layer::{Backing, Said, layer};
 
 /// How a disk's bytes are to be read. QEMU is always told, and never left to guess.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
@@ -140,6 +140,31 @@ pub(super) fn is_qcow2(head: &[u8]) -> bool {
 pub(super) fn disk(path: &Path, limit: u64, image: &str) -> Result<Inspected, Error> {
     let file = File::open(path).map_err(Error::storage(path))?;
     check(&file, limit).map_err(|finding| named(finding, path, limit, image))
+}
+
+/// Would these bytes be taken for a raw disk, if they were a file? `read` fills a buffer from an offset.
+pub(super) fn is_raw(length: u64, read: impl Fn(&mut [u8], u64) -> io::Result<()>) -> io::Result<bool> {
+    match check(&Read { length, read }, u64::MAX) {
+        Ok(seen) => Ok(seen.format == DiskFormat::Raw),
+        Err(Finding::Io(error)) => Err(error),
+        Err(_) => Ok(false),
+    }
+}
+
+/// Bytes that are no file.
+struct Read<F> {
+    length: u64,
+    read: F,
+}
+
+impl<F: Fn(&mut [u8], u64) -> io::Result<()>> ReadAt for Read<F> {
+    fn length(&self) -> io::Result<u64> {
+        Ok(self.length)
+    }
+
+    fn fill(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+        (self.read)(buffer, offset)
+    }
 }
 
 /// A finding as the error that says whose it is.

@@ -3,7 +3,7 @@
 use std::io;
 
 use super::chunk;
-use crate::image::write::Guest;
+use crate::image::view::Guest;
 
 /// Bytes that are read, and handed on, together. Small, because two of them are in memory for each processor.
 pub(super) const BATCH: usize = 1 << 20;
@@ -31,7 +31,7 @@ pub(super) fn cut<E: From<io::Error>>(
     let mut left: Vec<u8> = Vec::new();
     while at < end {
         if left.is_empty() {
-            let Some(data) = guest.next_data(at)? else {
+            let Some(data) = guest.next_data(at..end)? else {
                 return Ok(());
             };
             // Holes of the file are a hint; where chunks end must not depend on them.

@@ -11,7 +11,7 @@ use crate::image::destination::Destination;
 use crate::image::manifest::{self, Descriptor, Document, Manifest, OCI_IMAGE_MEDIA_TYPE};
 use crate::image::registry::Registries;
 use crate::image::registry::credentials::Credentials;
-use crate::image::write::Guest;
+use crate::image::view::Guest;
 use crate::image::{
     Asker, Digest, Disk, Error, Limits, PullPolicy, Reference, Request, Requirements, Silent, Store,
 };

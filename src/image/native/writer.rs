@@ -24,7 +24,7 @@ use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::fetch::progress::Meter;
 use crate::image::manifest::Descriptor;
-use crate::image::write::Guest;
+use crate::image::view::Guest;
 
 /// Least bytes of a file whose chunks have segments of their own: what did not change in a region costs no new segment.
 const REGION: u64 = 1 << 30;

@@ -8,7 +8,7 @@ use super::super::layout::Layout;
 use super::super::manifest::{self, Descriptor, Document};
 use super::super::reference::Reference;
 use super::super::registry::Referrer;
-use super::super::source::Source;
+use super::super::source::{Kind, Source};
 
 /// What signatures are called in a list of referrers. cosign 2 lists its bundles under an empty config's type where it writes
 /// the list itself.
@@ -24,9 +24,9 @@ pub(super) async fn tagged(
     reference: &Reference,
     tag: &str,
 ) -> Result<Option<Vec<u8>>, Error> {
-    match (source, reference) {
-        (Source::Registry(session), _) => session.tagged(tag).await,
-        (Source::Layout(layout), Reference::Layout { dir, .. }) => {
+    match (&source.kind, reference) {
+        (Kind::Registry(session), _) => session.tagged(tag).await,
+        (Kind::Layout(layout), Reference::Layout { dir, .. }) => {
             match Layout::new(layout.image(), dir, tag).root() {
                 Ok((_, bytes)) => Ok(Some(bytes)),
                 Err(Error::NotFound { .. }) => Ok(None),
@@ -34,7 +34,7 @@ pub(super) async fn tagged(
             }
         }
         // A single file has nothing beside it that could be signed.
-        (Source::Layout(_) | Source::File(_) | Source::Web(_), _) => Ok(None),
+        (Kind::Layout(_) | Kind::File(_) | Kind::Web(_), _) => Ok(None),
     }
 }
 
@@ -44,7 +44,7 @@ pub(super) async fn referrers(
     reference: &Reference,
     digest: &Digest,
 ) -> Result<Vec<Descriptor>, Error> {
-    if let Source::Registry(session) = source {
+    if let Kind::Registry(session) = &source.kind {
         let all = session.referrers(digest).await?;
         let may_sign = |one: &Referrer| {
             one.artifact_type

@@ -1,7 +1,10 @@
 //! A disk on a web server, with the list of sums that publishers of cloud images put beside it.
 //!
 //! Without a sum from the reference or from `SHA256SUMS` or `SHA512SUMS` in the same folder nothing is taken. What the whole room
-//! is built on is SHA-256; a file of which only the SHA-512 is published is read once more before, to learn it.
+//! is built on is SHA-256; a file of which only the SHA-512 is published is read once more before, to learn it, unless it was here
+//! before with the same SHA-512.
+
+use std::sync::OnceLock;
 
 use openssl::sha::Sha512;
 use reqwest::header::CONTENT_LENGTH;
@@ -44,6 +47,10 @@ pub(in crate::image) struct WebFile {
     pub(in crate::image) session: Session,
     path: String,
     expected: Option<Digest>,
+    /// Bytes that were here under this name: their SHA-512, and their digest.
+    known: Option<(String, Digest)>,
+    /// What was found by reading the file.
+    learned: OnceLock<String>,
 }
 
 impl WebFile {
@@ -72,7 +79,19 @@ impl WebFile {
             session: Session::with(image, endpoint),
             path: path.to_owned(),
             expected,
+            known: None,
+            learned: OnceLock::new(),
         })
+    }
+
+    /// The same, by somebody who has seen bytes with this SHA-512, in hexadecimal digits, and this digest.
+    pub(in crate::image) fn knowing(self, known: Option<(String, Digest)>) -> Self {
+        Self { known, ..self }
+    }
+
+    /// The SHA-512 of the file, in hexadecimal digits, where it had to be read for its digest and both are right.
+    pub(in crate::image) fn learned(&self) -> Option<&str> {
+        self.learned.get().map(String::as_str)
     }
 
     /// The digest of the file's bytes, and the manifest of an image that is this file.
@@ -82,7 +101,7 @@ impl WebFile {
             Some(digest) => digest,
             None => match self.published().await? {
                 Sum::Sha256(digest) => digest,
-                Sum::Sha512(sum) => self.learn(size, &sum).await?,
+                Sum::Sha512(sum) => self.digest_of(size, &sum).await?,
             },
         };
         Ok((digest, single::manifest(self.name(), &digest, size)))
@@ -146,6 +165,20 @@ impl WebFile {
                 Ok(Some(String::from_utf8_lossy(&bytes).into_owned()))
             })
             .await
+    }
+
+    /// The digest of bytes with this SHA-512.
+    async fn digest_of(&self, size: u64, sum: &[u8]) -> Result<Digest, Error> {
+        let digits = hex::encode(sum);
+        match &self.known {
+            Some((known, digest)) if *known == digits => Ok(*digest),
+            _ => {
+                let digest = self.learn(size, sum).await?;
+                // Once for each conversation: the list is asked for once.
+                self.learned.get_or_init(|| digits);
+                Ok(digest)
+            }
+        }
     }
 
     /// Reads the file, and compares it with its SHA-512.

@@ -15,10 +15,14 @@ use jiff::{SignedDuration, Timestamp};
 use super::Store;
 use super::files::{digest_of, entries, remove, sync_dir};
 use super::inventory::Shared;
+use super::published::SHA512;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::manifest::{self, Document};
 use crate::kill::{self, Point};
+
+/// What is noted about images beside their folders, by their digests.
+const TRACES: [&str; 4] = ["used", "damaged", "origins", SHA512];
 
 /// How a folder is called whose image is being removed.
 pub(super) const TRASH: &str = "trash-";
@@ -284,7 +288,7 @@ impl Store {
         // What is just being made has its notes before it can be seen.
         here.extend(entries(&self.dir.join("unsynced"))?.iter().filter_map(digest_of));
         self.forget_names(|digest| here.contains(digest))?;
-        for part in ["used", "damaged", "origins"] {
+        for part in TRACES {
             for entry in entries(&self.dir.join(part))? {
                 if digest_of(&entry).is_some_and(|digest| !here.contains(&digest)) {
                     remove(&entry.path())?;
@@ -296,7 +300,7 @@ impl Store {
 
     /// What is noted about an image beside its folder.
     pub(in crate::image) fn forget_traces(&self, digest: &Digest) -> Result<(), Error> {
-        for part in ["used", "damaged", "origins"] {
+        for part in TRACES {
             remove(&self.dir.join(part).join(digest.hex()))?;
         }
         Ok(())

@@ -1,69 +1,17 @@
-//! The disk that is about to be written: a guest's bytes, and the file as it is.
+//! The disk that is about to be written: a guest's bytes, or the file as it is.
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
-
-use rustix::fs::SeekFrom;
 
 use super::draft::Draft;
 use super::feed::Read;
 use super::qcow2;
 use crate::image::error::Error;
 use crate::image::inspect::DiskFormat;
+use crate::image::view::{Guest, Raw};
 use crate::record::Unnamed;
-
-/// What a guest sees of a disk.
-pub(in crate::image) trait Guest {
-    /// Bytes.
-    fn size(&self) -> u64;
-    /// Fills `buffer` from `offset`; all of it lies within the disk.
-    fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()>;
-    /// The first stretch at or behind `from` that may hold anything but zeros.
-    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>>;
-}
-
-/// A raw disk, holes and all.
-#[derive(Debug)]
-pub(in crate::image) struct Raw {
-    file: File,
-    size: u64,
-}
-
-impl Raw {
-    pub(in crate::image) fn open(path: &Path) -> io::Result<Self> {
-        let file = File::open(path)?;
-        let size = file.metadata()?.len();
-        Ok(Self { file, size })
-    }
-}
-
-impl Guest for Raw {
-    fn size(&self) -> u64 {
-        self.size
-    }
-
-    fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        self.file.read_exact_at(buffer, offset)
-    }
-
-    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
-        if from >= self.size {
-            return Ok(None);
-        }
-        let start = match rustix::fs::seek(&self.file, SeekFrom::Data(from)) {
-            Ok(start) => start,
-            Err(rustix::io::Errno::NXIO) => return Ok(None),
-            // A file system that knows no holes.
-            Err(rustix::io::Errno::INVAL) => return Ok(Some(from..self.size)),
-            Err(error) => return Err(error.into()),
-        };
-        let end = rustix::fs::seek(&self.file, SeekFrom::Hole(start))?;
-        Ok((start < self.size).then(|| start..end.min(self.size)))
-    }
-}
 
 /// A piece that is read at a time, in bytes.
 const PIECE: usize = 1 << 20;
@@ -77,8 +25,9 @@ static ZEROS: [u8; PIECE] = [0; PIECE];
 pub(super) fn copy(file: &Raw, read: &Read, out: &mut dyn Write) -> io::Result<()> {
     let mut buffer = vec![0; PIECE];
     let mut at = 0;
-    while at < file.size {
-        let data = file.next_data(at)?.unwrap_or(file.size..file.size);
+    while at < file.size() {
+        let data = file.next_data(at..file.size())?;
+        let data = data.unwrap_or(file.size()..file.size());
         while at < data.end {
             let hole = data.start.saturating_sub(at);
             let left = if hole > 0 { hole } else { data.end - at };
@@ -134,7 +83,7 @@ impl Body {
     /// What is written, in bytes.
     pub(super) fn length(&self) -> u64 {
         match self {
-            Self::Is(file) => file.size,
+            Self::Is(file) => file.size(),
             Self::Made(_, plan) => plan.length(),
         }
     }
@@ -143,23 +92,36 @@ impl Body {
         match self {
             Self::Is(file) => copy(file, read, out),
             Self::Made(guest, plan) => {
-                let mut counted = Counted { inner: out, read };
-                plan.write(&**guest, &mut counted)
+                let mut told = Told {
+                    inner: out,
+                    each: &mut added(read),
+                };
+                plan.write(&**guest, &mut told)
             }
         }
     }
 }
 
-/// Counts what passes through.
-struct Counted<'a> {
-    inner: &'a mut dyn Write,
-    read: &'a Read,
+/// Told how many bytes were used since it was last told; its error ends the writing.
+type Each<'a> = dyn FnMut(usize) -> io::Result<()> + 'a;
+
+fn added(read: &Read) -> impl FnMut(usize) -> io::Result<()> + '_ {
+    |count| {
+        read.add(count);
+        Ok(())
+    }
 }
 
-impl Write for Counted<'_> {
+/// Tells what passes through.
+struct Told<'a> {
+    inner: &'a mut dyn Write,
+    each: &'a mut Each<'a>,
+}
+
+impl Write for Told<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let written = self.inner.write(bytes)?;
-        self.read.add(written);
+        (self.each)(written)?;
         Ok(written)
     }
 
@@ -188,17 +150,40 @@ pub(super) fn make(draft: &Draft, format: DiskFormat, dir: &Path, read: &Read) -
         }
         DiskFormat::Raw => {
             let guest = draft.guest()?;
-            written(&|file| fill_raw(&*guest, file, read))
+            written(&|file| fill_raw(&*guest, file, &mut added(read)))
         }
     };
     made.map_err(Error::storage(dir))
 }
 
+/// Writes what a guest sees of a disk into an empty file; zeros take no room in it.
+pub(in crate::image) fn fill(
+    guest: &dyn Guest,
+    format: DiskFormat,
+    file: &File,
+    each: &mut Each<'_>,
+) -> io::Result<()> {
+    match format {
+        DiskFormat::Raw => fill_raw(guest, file, each),
+        DiskFormat::Qcow2 => {
+            let plan = qcow2::Plan::of(guest)?;
+            let mut inner = file;
+            let told = Told {
+                inner: &mut inner,
+                each,
+            };
+            let mut out = io::BufWriter::with_capacity(PIECE, told);
+            plan.write(guest, &mut out)?;
+            out.flush()
+        }
+    }
+}
+
 /// Writes a guest's bytes sector by sector; zeros become holes.
-fn fill_raw(guest: &dyn Guest, file: &File, read: &Read) -> io::Result<()> {
+fn fill_raw(guest: &dyn Guest, file: &File, each: &mut Each<'_>) -> io::Result<()> {
     let mut buffer = vec![0; PIECE];
     let mut next = 0;
-    while let Some(data) = guest.next_data(next)? {
+    while let Some(data) = guest.next_data(next..guest.size())? {
         let mut at = data.start;
         while at < data.end {
             let take = usize::try_from(data.end - at).unwrap_or(PIECE).min(PIECE);
@@ -209,7 +194,7 @@ fn fill_raw(guest: &dyn Guest, file: &File, read: &Read) -> io::Result<()> {
                     file.write_all_at(block, at + (number * HOLE) as u64)?;
                 }
             }
-            read.add(take);
+            each(take)?;
             at += take as u64;
         }
         next = data.end;
@@ -219,20 +204,3 @@ fn fill_raw(guest: &dyn Guest, file: &File, read: &Read) -> io::Result<()> {
 
 /// Zeros of this length become a hole, in bytes.
 const HOLE: usize = 64 << 10;
-
-#[cfg(test)]
-impl<T: AsRef<[u8]>> Guest for T {
-    fn size(&self) -> u64 {
-        self.as_ref().len() as u64
-    }
-
-    fn read(&self, buffer: &mut [u8], offset: u64) -> io::Result<()> {
-        let start = usize::try_from(offset).unwrap();
-        buffer.copy_from_slice(&self.as_ref()[start..start + buffer.len()]);
-        Ok(())
-    }
-
-    fn next_data(&self, from: u64) -> io::Result<Option<Range<u64>>> {
-        Ok((from < self.size()).then(|| from..self.size()))
-    }
-}

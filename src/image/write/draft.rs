@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use super::disk::Guest;
 use super::{chain, container_disk};
 use crate::image::error::Error;
 use crate::image::hints::{self, Firmware, Hints};
 use crate::image::inspect::{self, DiskFormat};
 use crate::image::platform::Platform;
 use crate::image::store::{Boot, Disk, Lease};
+use crate::image::view::Guest;
 
 /// A disk on its way to become an image.
 #[derive(Debug, Clone)]

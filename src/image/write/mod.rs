@@ -38,12 +38,13 @@ use super::progress::Progress;
 use super::reference::Reference;
 use super::registry::Registries;
 use super::registry::credentials::Credentials;
+use super::view::{Guest as _, Raw};
 use crate::record::{self, Unnamed};
-use disk::{Body, Raw};
+use disk::Body;
 use documents::{Document, Unpacked};
 use feed::Read;
 
-pub(super) use disk::Guest;
+pub(super) use disk::fill;
 pub use draft::Draft;
 pub use native::Native;
 pub use pack::Packing;

@@ -4,18 +4,18 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
-use super::disk::{Guest, Raw};
 use super::documents::{self, Document};
 use super::{Work, feed, size};
 use crate::image::error::Error;
 use crate::image::fetch::progress::Meter;
-use crate::image::fetch::source::Source;
+use crate::image::fetch::source::{Kind, Source};
 use crate::image::layout::Layout;
 use crate::image::manifest::{self, Document as Found, Manifest};
 use crate::image::native;
 use crate::image::platform::Platform;
 use crate::image::reference::Reference;
 use crate::image::registry::{Purpose, Session, Target};
+use crate::image::view::{Guest, Raw};
 
 /// How an image of our own format is written.
 #[derive(Debug, Clone, Copy)]
@@ -155,7 +155,7 @@ impl Work<'_> {
 
     async fn source(&self, reference: &Reference, image: &str) -> Result<Source, Error> {
         match reference {
-            Reference::Layout { dir, tag } => Ok(Source::Layout(Layout::new(image, dir, tag))),
+            Reference::Layout { dir, tag } => Ok(Kind::Layout(Layout::new(image, dir, tag)).into()),
             Reference::Registry {
                 registry, repository, ..
             } => {
@@ -169,7 +169,7 @@ impl Work<'_> {
                     purpose: Purpose::Read,
                 })
                 .await?;
-                Ok(Source::Registry(Box::new(session)))
+                Ok(Kind::Registry(Box::new(session)).into())
             }
             // Nothing is written there, and no manifest is there to build upon.
             Reference::File { .. } | Reference::Web { .. } => Err(Error::Unnameable {

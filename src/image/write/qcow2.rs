@@ -6,7 +6,7 @@
 
 use std::io::{self, Write};
 
-use super::disk::Guest;
+use crate::image::view::Guest;
 
 /// log₂ of a cluster's size.
 const CLUSTER_BITS: u32 = 16;
@@ -44,7 +44,7 @@ impl Plan {
         let mut used = Bits::new(disk.size().div_ceil(CLUSTER));
         let mut buffer = vec![0; 1 << 20];
         let mut at = 0;
-        while let Some(extent) = disk.next_data(at)? {
+        while let Some(extent) = disk.next_data(at..disk.size())? {
             // Whole clusters, so that none is looked at in halves.
             let mut offset = extent.start / CLUSTER * CLUSTER;
             while offset < extent.end {

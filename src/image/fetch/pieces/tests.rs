@@ -94,7 +94,11 @@ impl Scene {
 
     /// Bytes fetched, and what became of it.
     fn fetch_knowing(&self, known: Option<Arc<dyn Known>>) -> (u64, Result<(), Error>) {
-        let source = Source::Layout(Layout::new("vm", self.dir.path(), "vm"));
+        let source = Source::from(crate::image::source::Kind::Layout(Layout::new(
+            "vm",
+            self.dir.path(),
+            "vm",
+        )));
         let place = Workplace {
             image: "vm".to_owned(),
             dir: self.dir.path().join("work"),

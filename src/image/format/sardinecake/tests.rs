@@ -76,6 +76,59 @@ fn blobs_that_do_not_follow_each_other_are_refused() {
 }
 
 #[test]
+fn of_several_files_their_machine_says_which_are_disks() {
+    let drives = "<devices><disk type='file'><source file='/vms/top.qcow2'/></disk><disk type='file' device='cdrom'>\
+        <source file='cd.iso'/></disk><disk type='block'><source dev='/dev/sdb'/></disk></devices></domain>";
+    let xml = XML.replace("</domain>", drives);
+    let recipe = |files: &[&str]| recipe_of(&image(files), &Config::default(), &[&xml, LOGIN]);
+    let several = recipe(&[FILE, FILE, "application/x-qemu-disk+gzip;chunk=1"]).unwrap();
+    let drive = |disk: bool, name: &str| Drive {
+        disk,
+        name: name.to_owned(),
+    };
+    assert_eq!(several.drives, [drive(true, "top.qcow2"), drive(false, "cd.iso")]);
+    let streams = streams(several);
+    assert_eq!(streams.len(), 2);
+    assert!(streams.iter().all(Layer::is_one_of_several));
+    assert!(recipe(&[FILE; DEPTH_MAX]).is_ok());
+    assert!(
+        recipe(&[FILE; DEPTH_MAX + 1])
+            .unwrap_err()
+            .contains("it has 65 files")
+    );
+}
+
+#[test]
+fn a_files_name_stands_in_its_gzip_header() {
+    let packed = |builder: flate2::GzBuilder| {
+        builder
+            .write(Vec::new(), flate2::Compression::fast())
+            .finish()
+            .unwrap()
+    };
+    let builder = flate2::GzBuilder::new;
+    let name = |head: &[u8]| packed_name(head);
+    assert_eq!(
+        name(&packed(builder().filename("a.qcow2"))).as_deref(),
+        Some("a.qcow2")
+    );
+    assert_eq!(
+        name(&packed(builder().filename(&b"b\xe4se"[..]))).as_deref(),
+        Some("b\u{e4}se")
+    );
+    let extra = packed(builder().extra(vec![1; 300]).filename("a").comment("c"));
+    assert_eq!(name(&extra).as_deref(), Some("a"));
+    assert_eq!(name(&packed(builder().comment("c"))), None);
+    assert_eq!(name(&packed(builder().filename(""))), None);
+    // Cut anywhere, or something else.
+    let whole = packed(builder().extra(vec![1; 30]).filename("name"));
+    for end in 0..whole.len().min(10 + 32 + 5) {
+        assert_eq!(name(&whole[..end]), None, "{end}");
+    }
+    assert_eq!(name(b"QFI\xfb"), None);
+}
+
+#[test]
 fn documents_are_strict_about_what_counts_and_lenient_about_the_rest() {
     let refused =
         |xml: &str, login: &str| recipe_of(&image(&[FILE]), &Config::default(), &[xml, login]).unwrap_err();

@@ -19,14 +19,14 @@ impl Guest for Memory {
         Ok(())
     }
 
-    fn next_data(&self, from: u64) -> io::Result<Option<std::ops::Range<u64>>> {
-        let start = usize::try_from(from).unwrap();
-        let Some(data) = self.0[start..].iter().position(|&byte| byte != 0) else {
+    fn next_data(&self, within: std::ops::Range<u64>) -> io::Result<Option<std::ops::Range<u64>>> {
+        let [start, end] = [within.start, within.end].map(|at| usize::try_from(at).unwrap());
+        let Some(data) = self.0[start..end].iter().position(|&byte| byte != 0) else {
             return Ok(None);
         };
         // As a file system would say it that knows holes of 512 bytes.
         let start = (start + data) / 512 * 512;
-        Ok(Some(start as u64..self.size()))
+        Ok(Some((start as u64).max(within.start)..within.end))
     }
 }
 
