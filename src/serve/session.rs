@@ -154,9 +154,7 @@ impl Sessions {
         if all.len() >= self.most {
             return Ok(Err(Full::Host));
         }
-        let with_ticket = all
-            .values()
-            .filter(|s| s.ticket == redeemed.id && s.job == redeemed.job);
+        let with_ticket = all.values().filter(|session| session.is_by(&redeemed));
         if u32::try_from(with_ticket.count()).unwrap_or(u32::MAX) >= redeemed.grant.viewers {
             return Ok(Err(Full::Ticket));
         }
@@ -289,6 +287,11 @@ impl Sessions {
 }
 
 impl Session {
+    /// Was it opened with this ticket?
+    pub(super) fn is_by(&self, redeemed: &Redeemed) -> bool {
+        self.ticket == redeemed.id && self.job == redeemed.job
+    }
+
     /// Has nobody ended it?
     pub(super) fn is_live(&self) -> bool {
         self.end.borrow().is_none()

@@ -3,7 +3,7 @@
 //! | request | for whom | what |
 //! |---|---|---|
 //! | `GET /jobs/KEY` | anybody | the page, the same for all: it says nothing about the job |
-//! | `POST /jobs/KEY/session` | a ticket, in the body | a cookie for this machine |
+//! | `POST /jobs/KEY/session` | a ticket, in the body | a cookie for this machine; nothing new (200) where the cookie is of the same ticket |
 //! | `GET`, `DELETE /jobs/KEY/session` | the cookie | what may be seen; leaves |
 //! | `GET /jobs/KEY/terminal`, `/serial` | the cookie | WebSockets |
 //! | `GET /jobs/KEY/login`, `/oauth/callback` | anybody; Developers of the job's project | to GitLab; a cookie for this machine |
@@ -39,7 +39,7 @@ use super::{House, api, login, screen, serial, terminal};
 use crate::record::JobKey;
 use crate::report;
 use crate::secret::Secret;
-use crate::ticket::{self, Mode};
+use crate::ticket::{self, Mode, Redeemed};
 
 /// The cookie's name. With this beginning, browsers take it over TLS only.
 const COOKIE: &str = "__Secure-cannery";
@@ -255,11 +255,16 @@ async fn enter(
     State(house): State<Arc<House>>,
     Extension(Peer(from)): Extension<Peer>,
     uri: Uri,
+    headers: HeaderMap,
     Json(shows): Json<Shows>,
 ) -> Result<Response, Refused> {
     let key = key_of(&uri)?;
-    let cookie = admit(&house, &key, shows.ticket.reveal().trim(), from, Instant::now())?;
-    let cookie = machine_cookie(&key, &cookie);
+    let redeemed = redeem(&house, &key, shows.ticket.reveal().trim(), from, Instant::now())?;
+    // The same ticket in the same browser is the same viewer, in however many of its tabs.
+    if session_of(&house, &uri, &headers).is_ok_and(|session| session.is_by(&redeemed)) {
+        return Ok(StatusCode::OK.into_response());
+    }
+    let cookie = machine_cookie(&key, &begin(&house, redeemed, from)?);
     Ok((StatusCode::NO_CONTENT, [(header::SET_COOKIE, cookie)]).into_response())
 }
 
@@ -275,25 +280,29 @@ pub(super) fn may_try(house: &House, from: IpAddr, now: Instant) -> Result<(), R
     ))
 }
 
-/// The session of whoever shows this text at this time, unless it is no ticket or too many were not.
-pub(super) fn admit(
+/// What whoever shows this text at this time may have, unless it is no ticket or too many were not.
+pub(super) fn redeem(
     house: &House,
     key: &JobKey,
     text: &str,
     from: IpAddr,
     now: Instant,
-) -> Result<Secret, Refused> {
+) -> Result<Redeemed, Refused> {
     may_try(house, from, now)?;
     let redeemed = match house.jobs.find(key) {
         Some(job) => ticket::redeem_for(&job, text, Timestamp::now())?,
         // No other answer than for a wrong ticket: who has none learns nothing about jobs.
         None => Err(ticket::Refusal::Unknown),
     };
-    let redeemed = redeemed.map_err(|refusal| {
+    redeemed.map_err(|refusal| {
         house.guesses.wrong(from, now);
         house.counts.refused_ticket.add(1);
         Refused::new(StatusCode::FORBIDDEN, refusal.to_string())
-    })?;
+    })
+}
+
+/// The cookie of a new session, unless there are too many.
+pub(super) fn begin(house: &House, redeemed: Redeemed, from: IpAddr) -> Result<Secret, Refused> {
     house.sessions.open(redeemed, from)?.map_err(|full| {
         house.counts.refused_full.add(1);
         Refused::new(StatusCode::CONFLICT, full.to_string())

@@ -50,7 +50,8 @@ impl Place {
 
     /// The status that a browser gets for this text.
     fn show(&self, text: &str, from: IpAddr, now: Instant) -> u16 {
-        match site::admit(&self.house, self.job.key(), text, from, now) {
+        let redeemed = site::redeem(&self.house, self.job.key(), text, from, now);
+        match redeemed.and_then(|redeemed| site::begin(&self.house, redeemed, from)) {
             Ok(_) => 204,
             Err(refused) => refused.0.as_u16(),
         }
@@ -59,8 +60,9 @@ impl Place {
     /// The session that a ticket opens.
     pub(super) fn session(&self) -> Arc<session::Session> {
         let ticket = self.ticket();
-        let cookie = site::admit(&self.house, self.job.key(), ticket.reveal(), HERE, Instant::now());
-        let session = self.house.sessions.of(cookie.unwrap().reveal(), self.job.key());
+        let redeemed = site::redeem(&self.house, self.job.key(), ticket.reveal(), HERE, Instant::now());
+        let cookie = site::begin(&self.house, redeemed.unwrap(), HERE).unwrap();
+        let session = self.house.sessions.of(cookie.reveal(), self.job.key());
         session.unwrap()
     }
 

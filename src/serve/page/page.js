@@ -15,14 +15,18 @@ async function ask(method, body) {
   return { status: answer.status, value };
 }
 
+// Is the machine shown already?
+let shown = false;
+
 async function enter(ticket) {
   const { status, value } = await ask("POST", { ticket });
-  if (status !== 204) {
+  if (status >= 400) {
     say(`This did not work: ${value.error}.`);
-    return false;
+    return;
   }
   say("");
-  return true;
+  // What is open belongs to the session before; the same ticket (200) opens no other.
+  if (shown && status === 204) location.reload();
 }
 
 // One window of text that a WebSocket fills.
@@ -111,6 +115,7 @@ function choose(name, mode) {
 }
 
 function show(job) {
+  shown = true;
   find("entry").hidden = true;
   find("tabs").hidden = false;
   find("title").textContent = job.name;
@@ -145,6 +150,7 @@ async function begin() {
   // Neither the history nor whoever looks at the screen keeps it.
   if (location.hash) history.replaceState(null, "", here);
   if (handed) await enter(handed);
+  if (shown) return;
   const { status, value } = await ask("GET");
   if (status === 200) {
     show(value);
@@ -161,8 +167,12 @@ find("entry").onsubmit = async (event) => {
   const field = find("ticket");
   const ticket = field.value.trim();
   field.value = "";
-  if (await enter(ticket)) await begin();
+  await enter(ticket);
+  await begin();
 };
+
+// A ticket that is put behind the address of a page that is open loads no page anew.
+window.onhashchange = () => { if (location.hash) begin(); };
 
 if (typeof Terminal === "undefined") {
   say("The terminal's program is not installed: the operator runs contrib/console-assets.");
