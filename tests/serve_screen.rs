@@ -197,7 +197,7 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
     // All of it ends with the ticket, while the machine lives on.
     host.expect(&["console", "end", &key]);
     chromium
-        .until("document.getElementById('message').innerText.includes('The screen was closed')")
+        .until("document.getElementById('message').innerText.includes('closed: this console session was ended by the operator.')")
         .await;
     assert_eq!(host.machines().len(), 1);
     assert_eq!(browser.enter(&key, &mint(&["--quiet"])).await, 204);

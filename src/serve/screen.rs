@@ -94,8 +94,8 @@ fn number_of(name: &str) -> Option<u64> {
 pub(super) fn end(proxy: &Proxy, session: &Session, why: End) {
     let why = match why {
         End::Left => console::End::ViewerLeft,
-        End::Revoked => console::End::MachineGone,
-        End::Admin | End::Time => console::End::Revoked,
+        End::Gone => console::End::MachineGone,
+        End::Revoked | End::Admin | End::Time => console::End::Revoked,
         End::Stopping => console::End::Stopped,
     };
     proxy.end(Whose::Ticket(&name_of(session)), &why);

@@ -31,8 +31,10 @@ const IDLE: Duration = Duration::from_secs(120);
 pub(super) enum End {
     /// The viewer left.
     Left,
-    /// The ticket was taken away, or the machine is being removed.
+    /// The ticket was taken away.
     Revoked,
+    /// The machine is being removed.
+    Gone,
     /// An admin ended it.
     Admin,
     /// Nothing was open for a while, or something for far too long.
@@ -45,7 +47,8 @@ impl fmt::Display for End {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             End::Left => "you have left",
-            End::Revoked => "the machine is gone, or the ticket was taken away",
+            End::Revoked => "the ticket was taken away",
+            End::Gone => "the machine is gone",
             End::Admin => "the host's operator has ended this session",
             End::Time => "the session's time is over",
             End::Stopping => "the console is being restarted",
@@ -244,8 +247,9 @@ impl Sessions {
         let sessions: Vec<_> = self.all().values().cloned().collect();
         for session in sessions {
             // What cannot be read holds nobody's door open.
-            let holds = ticket::holds(&session.job, &session.ticket).unwrap_or(false);
-            if !holds {
+            if !ticket::is_live(&session.job).unwrap_or(false) {
+                self.end(&session, End::Gone);
+            } else if !ticket::holds(&session.job, &session.ticket).unwrap_or(false) {
                 self.end(&session, End::Revoked);
             } else if session.is_over(now) {
                 self.end(&session, End::Time);

@@ -341,7 +341,7 @@ async fn shown(State(house): State<Arc<House>>, uri: Uri, headers: HeaderMap) ->
         Err(refused) => return Err(refused),
     };
     let record = session.job.read().map_err(ticket::Error::from)?;
-    let record = record.ok_or_else(|| Refused::new(StatusCode::GONE, End::Revoked.to_string()))?;
+    let record = record.ok_or_else(|| Refused::new(StatusCode::GONE, End::Gone.to_string()))?;
     let shown = Shown {
         project: report::line(&record.project, LONGEST_NAME),
         name: report::line(&record.job, LONGEST_NAME),

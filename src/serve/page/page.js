@@ -82,16 +82,23 @@ async function screen() {
     say(`The screen cannot be shown: ${value.error}.`);
     return;
   }
+  let why = "the connection has ended";
   const viewer = new SpiceMainConn({
     uri: `wss://${location.host}${here}/screen`,
     screen_id: "screen",
     password: value.password,
-    onerror: () => {
+    onerror: (error) => {
       delete views.screen;
       viewer.stop();
-      say("The screen was closed: the machine is gone, or somebody else looks at it. Choose the tab again to see it.");
+      say(error.message === "Permission denied."
+        ? "The screen is not shown: somebody who may type looks at it, or it was taken over too often in the last minute."
+        : `The screen was closed: ${why}. Choose the tab again to see it.`);
     },
   });
+  // Of what its main channel warns of, all that is not its own is the console's last word.
+  viewer.log_warn = (text) => {
+    if (!/^Unimplemented|Unknown message/.test(text)) why = text;
+  };
 }
 
 const views = {};
