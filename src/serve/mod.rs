@@ -29,7 +29,7 @@ use tokio::sync::mpsc;
 
 use crate::console::{Certificate, Proxy};
 use crate::outcome::Failure;
-use crate::record::Jobs;
+use crate::record::{Jobs, Served};
 use crate::secret::Secret;
 use crate::settings::{ConsoleSettings, Settings};
 
@@ -140,9 +140,13 @@ pub async fn serve(
     })?;
     let certificate = Arc::new(certificate);
     allow_descriptors();
+    let state_dir = settings.state_dir.clone();
     let house = Arc::new(House::new(settings, console)?);
     let door = door::Door::open(Arc::clone(&house), Arc::clone(&certificate)).await?;
     let spice = door::Spice::open(&house, Arc::clone(&certificate)).await?;
+    // Job logs name pages that are there.
+    let _served = Served::begin(&state_dir)
+        .map_err(|e| Failure::system(format!("cannot lock in {}: {e}", state_dir.display())))?;
     ready(door.address());
     let looking = async {
         loop {
