@@ -15,7 +15,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
-use super::audit::{Audit, Event};
+use super::audit::{Audit, Carried, Event, Whose};
 use super::count::Counts;
 use super::screen;
 use crate::console::Proxy;
@@ -68,7 +68,7 @@ pub(super) enum Full {
 /// Somebody at a machine.
 #[derive(Debug)]
 pub(super) struct Session {
-    /// Its number, for people.
+    /// Its number, for people and programs: a random one, so that it means no other session after a restart.
     pub(super) number: u64,
     pub(super) job: JobDir,
     pub(super) mode: Mode,
@@ -107,7 +107,6 @@ pub(super) struct Shown {
 #[derive(Debug)]
 pub(super) struct Sessions {
     by_cookie: Mutex<HashMap<[u8; 32], Arc<Session>>>,
-    next: AtomicU64,
     most: usize,
     audit: Arc<Audit>,
     counts: Arc<Counts>,
@@ -119,11 +118,17 @@ fn name_of(cookie: &str) -> [u8; 32] {
     Sha256::digest(cookie.as_bytes()).into()
 }
 
+/// 48 bits: JSON's numbers have no more than 53, and no host has so many sessions that two are the same.
+fn random_number() -> Result<u64, ticket::Error> {
+    let digits = ticket::random_text()?;
+    let digits = digits.reveal().get(..12).unwrap_or_default();
+    u64::from_str_radix(digits, 16).map_err(|e| ticket::Error::Random(e.to_string()))
+}
+
 impl Sessions {
     pub(super) fn new(most: usize, audit: Arc<Audit>, counts: Arc<Counts>) -> Self {
         Self {
             by_cookie: Mutex::default(),
-            next: AtomicU64::new(1),
             most,
             audit,
             counts,
@@ -153,6 +158,7 @@ impl Sessions {
         from: IpAddr,
     ) -> Result<Result<Secret, Full>, ticket::Error> {
         let cookie = ticket::random_text()?;
+        let number = random_number()?;
         let mut all = self.all();
         if all.len() >= self.most {
             return Ok(Err(Full::Host));
@@ -163,7 +169,7 @@ impl Sessions {
         }
         let now = Instant::now();
         let session = Arc::new(Session {
-            number: self.next.fetch_add(1, Ordering::Relaxed),
+            number,
             job: redeemed.job,
             mode: redeemed.grant.mode,
             ticket: redeemed.id,
@@ -181,12 +187,7 @@ impl Sessions {
         });
         self.counts.sessions.add(1);
         self.audit.note(&Event::SessionOpened {
-            session: session.number,
-            job: session.job.key(),
-            ticket: session.ticket.short(),
-            minted_by: &session.minted_by,
-            mode: session.mode,
-            from,
+            whose: session.whose(),
         });
         all.insert(name_of(cookie.reveal()), session);
         Ok(Ok(cookie))
@@ -259,7 +260,7 @@ impl Sessions {
 
     pub(super) fn list(&self) -> Vec<Shown> {
         let mut list: Vec<Shown> = self.all().values().map(|s| s.shown()).collect();
-        list.sort_by_key(|shown| shown.session);
+        list.sort_by_key(|shown| (shown.opened, shown.session));
         list
     }
 
@@ -275,7 +276,7 @@ impl Sessions {
         session.channels.fetch_add(1, Ordering::Relaxed);
         self.counts.channels.add(1);
         self.audit.note(&Event::ChannelOpened {
-            session: session.number,
+            whose: session.whose(),
             channel: name,
         });
         Channel {
@@ -311,13 +312,25 @@ impl Session {
             return;
         }
         audit.note(&Event::SessionClosed {
+            whose: self.whose(),
+            reason: &why.to_string(),
+            carried: Carried {
+                seconds: self.begin.elapsed().as_secs_f64(),
+                bytes_sent: self.sent.load(Ordering::Relaxed),
+                bytes_received: self.received.load(Ordering::Relaxed),
+            },
+        });
+    }
+
+    fn whose(&self) -> Whose<'_> {
+        Whose {
             session: self.number,
             job: self.job.key(),
-            reason: &why.to_string(),
-            seconds: self.begin.elapsed().as_secs_f64(),
-            bytes_sent: self.sent.load(Ordering::Relaxed),
-            bytes_received: self.received.load(Ordering::Relaxed),
-        });
+            ticket: self.ticket.short(),
+            minted_by: &self.minted_by,
+            mode: self.mode,
+            from: self.from,
+        }
     }
 
     fn is_over(&self, now: Instant) -> bool {
@@ -386,11 +399,13 @@ impl Drop for Channel {
     fn drop(&mut self) {
         *self.session.last.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
         self.audit.note(&Event::ChannelClosed {
-            session: self.session.number,
+            whose: self.session.whose(),
             channel: self.name,
-            seconds: self.begin.elapsed().as_secs_f64(),
-            bytes_sent: self.sent,
-            bytes_received: self.received,
+            carried: Carried {
+                seconds: self.begin.elapsed().as_secs_f64(),
+                bytes_sent: self.sent,
+                bytes_received: self.received,
+            },
         });
         self.session.channels.fetch_sub(1, Ordering::SeqCst);
         self.session.note_if_over(&self.audit);
@@ -398,151 +413,4 @@ impl Drop for Channel {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::record::{Caller, Jobs, Record};
-    use crate::ticket::Grant;
-
-    struct Place {
-        _folder: tempfile::TempDir,
-        job: JobDir,
-        sessions: Sessions,
-    }
-
-    impl Place {
-        fn new(most: usize) -> Self {
-            let folder = tempfile::tempdir().unwrap();
-            let jobs = Jobs::open(folder.path()).unwrap();
-            let now = Timestamp::now();
-            let key = JobKey::new("https://gitlab.example.com", 1, 0);
-            let record = Record::new(key, "/tmp/x".into(), Caller::this(), now, now);
-            Self {
-                job: jobs.create(record).unwrap(),
-                sessions: Sessions::new(most, Arc::default(), Arc::default()),
-                _folder: folder,
-            }
-        }
-
-        fn ticket(&self, viewers: u32) -> Redeemed {
-            let now = Timestamp::now();
-            let later = now.saturating_add(jiff::SignedDuration::from_mins(1)).unwrap();
-            let grant = Grant::new(Mode::Full, now, later, viewers, "root".into());
-            let (text, _) = ticket::mint(&self.job, &grant).unwrap();
-            ticket::redeem_for(&self.job, text.reveal(), now)
-                .unwrap()
-                .unwrap()
-        }
-
-        fn open(&self, ticket: &Redeemed) -> Result<Secret, Full> {
-            self.sessions.open(ticket.clone(), [127, 0, 0, 1].into()).unwrap()
-        }
-    }
-
-    #[test]
-    fn a_ticket_has_no_more_viewers_than_it_allows_and_a_place_that_is_left_is_free() {
-        let place = Place::new(10);
-        let ticket = place.ticket(2);
-        let first = place.open(&ticket).unwrap();
-        place.open(&ticket).unwrap();
-        assert_eq!(place.open(&ticket).unwrap_err(), Full::Ticket);
-        place.open(&place.ticket(1)).unwrap();
-        let session = place.sessions.of(first.reveal(), place.job.key()).unwrap();
-        place.sessions.end(&session, End::Left);
-        assert!(place.sessions.of(first.reveal(), place.job.key()).is_none());
-        place.open(&ticket).unwrap();
-    }
-
-    #[test]
-    fn a_host_has_no_more_sessions_than_it_allows() {
-        let place = Place::new(1);
-        place.open(&place.ticket(9)).unwrap();
-        assert_eq!(place.open(&place.ticket(9)).unwrap_err(), Full::Host);
-    }
-
-    #[test]
-    fn a_cookie_is_good_for_its_own_machine_only() {
-        let place = Place::new(10);
-        let cookie = place.open(&place.ticket(1)).unwrap();
-        let other = "aaaa1111-7-1".parse().unwrap();
-        assert!(place.sessions.of(cookie.reveal(), &other).is_none());
-        assert!(place.sessions.of("", place.job.key()).is_none());
-    }
-
-    #[tokio::test]
-    async fn taking_the_ticket_away_ends_its_sessions_and_no_other() {
-        let place = Place::new(10);
-        let (one, two) = (place.ticket(1), place.ticket(1));
-        let (first, second) = (place.open(&one).unwrap(), place.open(&two).unwrap());
-        let session = place.sessions.of(first.reveal(), place.job.key()).unwrap();
-        place.sessions.look(Instant::now());
-        assert_eq!(place.sessions.size().0, 2);
-        ticket::revoke(&place.job, &one.id).unwrap();
-        place.sessions.look(Instant::now());
-        assert_eq!(session.ended().await, End::Revoked);
-        assert!(place.sessions.of(second.reveal(), place.job.key()).is_some());
-    }
-
-    #[test]
-    fn an_expired_ticket_goes_with_the_last_session_of_it_and_one_that_is_good_stays() {
-        let place = Place::new(10);
-        let ticket = place.ticket(2);
-        let end = |cookie: &Secret| {
-            let session = place.sessions.of(cookie.reveal(), place.job.key()).unwrap();
-            place.sessions.end(&session, End::Left);
-        };
-        let holds = || ticket::holds(&place.job, &ticket.id).unwrap();
-        end(&place.open(&ticket).unwrap());
-        assert!(holds());
-        let mut expired = ticket.clone();
-        expired.grant.expires = expired.grant.minted;
-        let (one, two) = (place.open(&expired).unwrap(), place.open(&expired).unwrap());
-        end(&one);
-        assert!(holds(), "somebody is there by it");
-        end(&two);
-        assert!(!holds());
-    }
-
-    #[test]
-    fn a_sessions_end_is_noted_once_and_with_all_that_its_channels_carried() {
-        let mut place = Place::new(10);
-        let log = place._folder.path().join("audit.log");
-        place.sessions.audit = Arc::new(Audit::open(Some(&log)).unwrap());
-        let closed = || {
-            let text = std::fs::read_to_string(&log).unwrap();
-            let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
-            let closed = lines.filter(|line: &serde_json::Value| line["event"] == "session-closed");
-            closed.collect::<Vec<_>>()
-        };
-        let cookie = place.open(&place.ticket(1)).unwrap();
-        let session = place.sessions.of(cookie.reveal(), place.job.key()).unwrap();
-        let [mut one, mut two] = ["main", "display"].map(|name| place.sessions.channel(&session, name));
-        place.sessions.end(&session, End::Admin);
-        place.sessions.end(&session, End::Left);
-        // What a screen carried is known when it closes.
-        one.sent(1000);
-        drop(one);
-        two.received(7);
-        assert_eq!(closed().len(), 0);
-        drop(two);
-        let closed = closed();
-        assert_eq!(closed.len(), 1);
-        assert_eq!(closed[0]["bytes_sent"], 1000);
-        assert_eq!(closed[0]["bytes_received"], 7);
-        assert_eq!(closed[0]["reason"], End::Admin.to_string());
-    }
-
-    #[tokio::test]
-    async fn an_open_channel_keeps_a_session_and_without_one_it_ends_after_a_while() {
-        let place = Place::new(10);
-        let cookie = place.open(&place.ticket(1)).unwrap();
-        let session = place.sessions.of(cookie.reveal(), place.job.key()).unwrap();
-        let mut channel = place.sessions.channel(&session, "terminal");
-        channel.sent(5);
-        let later = Instant::now() + IDLE * 2;
-        place.sessions.look(later);
-        assert_eq!(place.sessions.size(), (1, 1));
-        drop(channel);
-        place.sessions.look(later);
-        assert_eq!(session.ended().await, End::Time);
-    }
-}
+mod tests;
