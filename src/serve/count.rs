@@ -51,14 +51,15 @@ impl Counts {
             Refusal::Crowded => &self.refused_connections,
             Refusal::Handshake(_) | Refusal::Tls(_) => &self.refused_handshake,
             Refusal::Denied(Denied::Used | Denied::Full) | Refusal::Full => &self.refused_full,
-            Refusal::NoTicket | Refusal::Denied(_) | Refusal::NoSession => &self.refused_ticket,
             // These had a ticket.
-            Refusal::NotAllowed(_)
+            Refusal::Denied(Denied::Taken)
+            | Refusal::NotAllowed(_)
             | Refusal::Taken
             | Refusal::TooManyTakeovers
             | Refusal::Ended(_)
             | Refusal::Machine(_)
             | Refusal::Less => &self.refused_screen,
+            Refusal::NoTicket | Refusal::Denied(_) | Refusal::NoSession => &self.refused_ticket,
         };
         count.add(1);
     }

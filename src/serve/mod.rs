@@ -14,6 +14,7 @@
 //! | `terminal`, `shell` | a shell in the guest over a WebSocket |
 //! | `serial` | the serial log over another |
 //! | `screen` | the SPICE proxy (`console`) with our tickets: over WebSockets, and at a port of its own for viewers |
+//! | `lease` | who has a screen, for other processes of this host |
 //! | `local` | the same for one viewer on this host, without the rest |
 //! | `login`, `gitlab` | who somebody is, and whether they are a Developer of the job's project |
 //! | `api` | sessions listed and ended, tickets minted, for programs |
@@ -38,6 +39,7 @@ mod audit;
 mod count;
 mod door;
 mod gitlab;
+mod lease;
 mod limit;
 mod local;
 mod login;

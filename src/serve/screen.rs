@@ -18,6 +18,7 @@ use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use super::lease::Leases;
 use super::session::{Channel, End, Full, Session, Sessions};
 use crate::console::backend::{Opened, from_descriptor};
 use crate::console::wire::Wire;
@@ -108,16 +109,18 @@ pub(super) fn proxy(
     passes: Arc<Passes>,
     most: usize,
 ) -> io::Result<Arc<Proxy>> {
-    let alone = Arc::new(Mutex::default());
+    let (alone, leases) = (Arc::new(Mutex::default()), Arc::<Leases>::default());
     let desk = Desk {
         jobs,
         sessions: Arc::clone(&sessions),
         passes,
         alone: Arc::clone(&alone),
+        leases: Arc::clone(&leases),
     };
     let notes = Notes {
         sessions,
         alone,
+        leases,
         open: Mutex::default(),
     };
     let limits = Limits {
@@ -155,6 +158,7 @@ struct Desk {
     sessions: Arc<Sessions>,
     passes: Arc<Passes>,
     alone: Arc<Mutex<HashSet<u64>>>,
+    leases: Arc<Leases>,
 }
 
 impl Desk {
@@ -201,6 +205,14 @@ impl Door for Desk {
     ) -> BoxFuture<'a, Result<Admission, Denied>> {
         Box::pin(async move {
             let session = self.session(password.reveal(), from)?;
+            let backend = screen(&session.job).ok_or(Denied::MachineGone);
+            let backend = backend.and_then(|backend| {
+                self.leases
+                    .take(&session)
+                    .then_some(backend)
+                    .ok_or(Denied::Taken)
+            });
+            let backend = backend.inspect_err(|_| end_if_alone(&self.sessions, &self.alone, session.number))?;
             Ok(Admission {
                 ticket: name_of(&session),
                 viewer: from.ip().to_string(),
@@ -210,7 +222,7 @@ impl Door for Desk {
                     Mode::ViewOnly => console::Mode::ViewOnly,
                 },
                 kinds: Kinds::default(),
-                backend: screen(&session.job).ok_or(Denied::MachineGone)?,
+                backend,
             })
         })
     }
@@ -221,6 +233,7 @@ struct Notes {
     sessions: Arc<Sessions>,
     /// Sessions that are a viewer's and nothing else: nobody comes back to them.
     alone: Arc<Mutex<HashSet<u64>>>,
+    leases: Arc<Leases>,
     /// By the proxy's numbers of a session and a channel.
     open: Mutex<HashMap<(u64, u64), Channel>>,
 }
@@ -229,12 +242,19 @@ impl Notes {
     /// A session of which the proxy has nothing any more is over where it was that viewer's alone: its ticket may be used again.
     fn gone(&self, name: &str) {
         let Some(number) = number_of(name) else { return };
-        let mut alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
-        let was_alone = alone.remove(&number);
-        drop(alone);
-        if was_alone {
-            self.sessions.end_number(number, End::Left);
-        }
+        self.leases.leave(number);
+        end_if_alone(&self.sessions, &self.alone, number);
+    }
+}
+
+/// Ends a session that was a viewer's alone, and whose viewer has no screen.
+fn end_if_alone(sessions: &Sessions, alone: &Mutex<HashSet<u64>>, number: u64) {
+    let was_alone = alone
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .remove(&number);
+    if was_alone {
+        sessions.end_number(number, End::Left);
     }
 }
 
@@ -382,6 +402,7 @@ mod tests {
         let notes = Notes {
             sessions: Arc::clone(&place.house.sessions),
             alone: Arc::default(),
+            leases: Arc::default(),
             open: Mutex::default(),
         };
         let name = name_of(&session);

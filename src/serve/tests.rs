@@ -42,9 +42,13 @@ impl Place {
 
     /// A ticket that outlasts every test.
     fn ticket(&self) -> Secret {
+        self.ticket_for(Mode::Full)
+    }
+
+    fn ticket_for(&self, mode: Mode) -> Secret {
         let now = Timestamp::now();
         let expires = now.saturating_add(SignedDuration::from_hours(1)).unwrap();
-        let grant = Grant::new(Mode::Full, now, expires, 9, "root".into());
+        let grant = Grant::new(mode, now, expires, 9, "root".into());
         crate::ticket::mint(&self.job, &grant).unwrap().0
     }
 
@@ -59,7 +63,12 @@ impl Place {
 
     /// The session that a ticket opens.
     pub(super) fn session(&self) -> Arc<session::Session> {
-        let ticket = self.ticket();
+        self.session_that(Mode::Full)
+    }
+
+    /// The session that a ticket of this mode opens.
+    pub(super) fn session_that(&self, mode: Mode) -> Arc<session::Session> {
+        let ticket = self.ticket_for(mode);
         let redeemed = site::redeem(&self.house, self.job.key(), ticket.reveal(), HERE, Instant::now());
         let cookie = site::begin(&self.house, redeemed.unwrap(), HERE).unwrap();
         let session = self.house.sessions.of(cookie.reveal(), self.job.key());
