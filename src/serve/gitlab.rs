@@ -295,7 +295,7 @@ impl GitLab {
         coordinator: &str,
         project: &str,
     ) -> Result<String, NotIn> {
-        if coordinator.trim_end_matches('/') != self.settings.url {
+        if !same(coordinator, &self.settings.url) {
             return Err(NotIn::Role);
         }
         let path = format!(
@@ -381,6 +381,16 @@ impl GitLab {
         }
         Ok(bytes)
     }
+}
+
+/// Do two addresses mean the same instance? Neither the host's capitals nor a port that is the usual one makes another of it.
+fn same(one: &str, other: &str) -> bool {
+    let parsed = |address: &str| {
+        Url::parse(address)
+            .ok()
+            .map(|url| url.as_str().trim_end_matches('/').to_owned())
+    };
+    parsed(one).is_some_and(|one| parsed(other) == Some(one))
 }
 
 /// Pairs as a query or a form.

@@ -87,3 +87,45 @@ fn a_projects_path_is_one_part_of_an_address() {
     );
     assert_eq!(escaped("a/../../b?c#d"), "a%2F%2E%2E%2F%2E%2E%2Fb%3Fc%23d");
 }
+
+#[test]
+fn an_instance_is_known_however_its_address_is_written_and_no_other_is() {
+    for (settings, coordinator, expected) in [
+        ("https://gitlab.example.com", "https://gitlab.example.com", true),
+        ("https://GitLab.Example.com", "https://gitlab.example.com", true),
+        (
+            "https://gitlab.example.com:443",
+            "https://gitlab.example.com",
+            true,
+        ),
+        (
+            "https://gitlab.example.com",
+            "https://gitlab.example.com:443/",
+            true,
+        ),
+        (
+            "https://gitlab.example.com:8443",
+            "https://gitlab.example.com",
+            false,
+        ),
+        (
+            "https://gitlab.example.com/gitlab",
+            "https://gitlab.example.com/gitlab/",
+            true,
+        ),
+        (
+            "https://gitlab.example.com/gitlab",
+            "https://gitlab.example.com",
+            false,
+        ),
+        ("https://gitlab.example.com", "http://gitlab.example.com", false),
+        (
+            "https://gitlab.example.com",
+            "https://gitlab.example.com.evil.net",
+            false,
+        ),
+        ("https://gitlab.example.com", "", false),
+    ] {
+        assert_eq!(same(coordinator, settings), expected, "{settings} {coordinator}");
+    }
+}
