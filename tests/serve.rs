@@ -535,6 +535,22 @@ async fn a_terminal_is_the_jobs_user_in_its_project_with_its_variables_until_cle
     let mut view = viewer.open(&terminal).await.unwrap();
     let (seen, _) = read_until(&mut view, "\nend2").await;
     assert!(seen.contains(project), "{seen}");
+    assert!(seen.contains(r#"{"size":{"columns":60,"rows":20}}"#), "{seen}");
+    // A newer one is shown as long as it is there.
+    let mut newer = author.open(&terminal).await.unwrap();
+    newer
+        .send(Message::text(r#"{"columns":90,"rows":25}"#))
+        .await
+        .unwrap();
+    type_in(&mut newer, "echo n\"\"ewer; echo e\"\"nd\n").await;
+    let (seen, _) = read_until(&mut view, "\nend\r").await;
+    assert!(
+        seen.contains("newer") && seen.contains(r#""columns":90"#),
+        "{seen}"
+    );
+    drop(newer);
+    let (seen, _) = read_until(&mut view, "\nend2").await;
+    assert!(seen.contains(project), "{seen}");
     type_in(&mut view, "touch /tmp/typed\n").await;
     type_in(
         &mut socket,

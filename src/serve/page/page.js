@@ -40,7 +40,8 @@ function view(name, mode, options) {
   socket.binaryType = "arraybuffer";
   const open = () => socket.readyState === WebSocket.OPEN;
   const resize = () => {
-    if (section.hidden) return;
+    // Somebody else's terminal is as large as its own window.
+    if (section.hidden || section.classList.contains("theirs")) return;
     fit.fit();
     if (name === "terminal" && mode === "full" && open()) {
       socket.send(JSON.stringify({ columns: terminal.cols, rows: terminal.rows }));
@@ -61,6 +62,10 @@ function view(name, mode, options) {
     const word = JSON.parse(data);
     if (word.end !== undefined) end(word.end);
     if (word.note !== undefined) say(word.note);
+    if (word.size !== undefined) {
+      section.classList.add("theirs");
+      terminal.resize(word.size.columns, word.size.rows);
+    }
   };
   socket.onclose = () => end("the connection has ended");
   if (name === "terminal" && mode === "full") {
