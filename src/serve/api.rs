@@ -22,8 +22,9 @@ use serde::{Deserialize, Serialize};
 use super::House;
 use super::audit::Event;
 use super::count::Now;
+use super::refused::Refused;
 use super::session::{End, Shown};
-use super::site::{Peer, Refused};
+use super::site::Peer;
 use crate::record::JobKey;
 use crate::ticket::{self, Grant, Mode};
 

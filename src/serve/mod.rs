@@ -10,6 +10,7 @@
 //! |---|---|
 //! | `door` | takes connections: TLS, deadlines, bounds on strangers |
 //! | `site` | which request may have what: host, origin, ticket, cookie |
+//! | `refused` | what those read who get nothing |
 //! | `session` | who is in, until when; ends what a ticket opened when the ticket or the machine goes |
 //! | `terminal`, `shell` | a shell in the guest over a WebSocket |
 //! | `serial` | the serial log over another |
@@ -43,6 +44,7 @@ mod lease;
 mod limit;
 mod local;
 mod login;
+mod refused;
 mod screen;
 mod serial;
 mod session;

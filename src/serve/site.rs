@@ -34,6 +34,7 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::limit::Place;
+use super::refused::{Refused, Told};
 use super::session::{End, Session};
 use super::{House, api, login, screen, serial, terminal};
 use crate::record::JobKey;
@@ -62,6 +63,7 @@ const ASSETS: [(&str, &str); 3] = [
     ("xterm.css", CSS),
     ("addon-fit.js", JAVASCRIPT),
 ];
+pub(super) const HTML: &str = "text/html; charset=utf-8";
 const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
 
@@ -69,42 +71,15 @@ const CSS: &str = "text/css; charset=utf-8";
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Peer(pub(super) IpAddr);
 
-/// A request that is not answered as asked, with the reason.
-#[derive(Debug)]
-pub(super) struct Refused(pub(super) StatusCode, pub(super) String);
-
-impl Refused {
-    pub(super) fn new(status: StatusCode, why: impl Into<String>) -> Self {
-        Self(status, why.into())
-    }
-}
-
-impl IntoResponse for Refused {
-    fn into_response(self) -> Response {
-        (self.0, Json(serde_json::json!({ "error": self.1 }))).into_response()
-    }
-}
-
-impl From<ticket::Error> for Refused {
-    fn from(e: ticket::Error) -> Self {
-        // Paths of this host are the operator's business.
-        tracing::error!("{e}");
-        Self::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "the host cannot read its own files",
-        )
-    }
-}
-
 pub(super) fn router(house: Arc<House>) -> Router {
     Router::new()
         .route(
             "/",
             get(async || {
-                Refused::new(
+                Told::from(Refused::new(
                     StatusCode::NOT_FOUND,
                     "the job log has the address of its console",
-                )
+                ))
             }),
         )
         .route("/jobs/{key}", get(page))
@@ -199,7 +174,7 @@ fn typed(kind: &'static str, text: &'static str) -> Response {
 }
 
 async fn page() -> Response {
-    typed("text/html; charset=utf-8", PAGE)
+    typed(HTML, PAGE)
 }
 
 async fn asset(State(house): State<Arc<House>>, uri: Uri) -> Result<Response, Refused> {
