@@ -29,7 +29,7 @@ use crate::secret::Secret;
 use crate::ticket::{self, Mode, Refusal};
 
 /// How long a pass is good: the page uses it at once, and whoever saves a viewer's file opens it soon.
-const GOOD_FOR: Duration = Duration::from_secs(300);
+pub(super) const GOOD_FOR: Duration = Duration::from_secs(300);
 /// Passes that are out; more push out those that are soonest over.
 const PASSES: usize = 1000;
 /// Bytes between the proxy and a WebSocket, each way: a full screen's worth is several of these.

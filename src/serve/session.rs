@@ -333,6 +333,12 @@ impl Session {
         }
     }
 
+    /// Keeps it for so long, though nothing be open: what it has handed out is good only while it lives.
+    pub(super) fn keep(&self, time: Duration, now: Instant) {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        *last = (*last).max(now + time.saturating_sub(IDLE));
+    }
+
     fn is_over(&self, now: Instant) -> bool {
         let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
         let idle = self.channels.load(Ordering::Relaxed) == 0 && now.saturating_duration_since(last) > IDLE;
@@ -397,7 +403,7 @@ impl Channel {
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        *self.session.last.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        self.session.keep(IDLE, Instant::now());
         self.audit.note(&Event::ChannelClosed {
             whose: self.session.whose(),
             channel: self.name,

@@ -426,7 +426,9 @@ async fn viewer_file(
     let name = record
         .map(|record| report::line(&record.job, LONGEST_NAME))
         .unwrap_or_default();
-    let pass = house.passes.hand_out(&session, Instant::now())?;
+    let now = Instant::now();
+    let pass = house.passes.hand_out(&session, now)?;
+    session.keep(screen::GOOD_FOR, now);
     let port = screen::Port::Tls(listen.port());
     let text = screen::viewer_file(house.console.host(), port, &name, &pass, authority.as_deref());
     let kind = [

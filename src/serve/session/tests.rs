@@ -146,3 +146,18 @@ async fn an_open_channel_keeps_a_session_and_without_one_it_ends_after_a_while()
     place.sessions.look(later);
     assert_eq!(session.ended().await, End::Time);
 }
+
+#[tokio::test]
+async fn a_session_outlives_its_page_for_as_long_as_the_file_is_good_that_it_handed_out() {
+    let place = Place::new(10);
+    let cookie = place.open(&place.ticket(1)).unwrap();
+    let session = place.sessions.of(cookie.reveal(), place.job.key()).unwrap();
+    let now = Instant::now();
+    session.keep(IDLE * 3, now);
+    // The page is closed.
+    drop(place.sessions.channel(&session, "terminal"));
+    place.sessions.look(now + IDLE * 3 - Duration::from_secs(1));
+    assert!(session.is_live());
+    place.sessions.look(now + IDLE * 3 + Duration::from_secs(1));
+    assert_eq!(session.ended().await, End::Time);
+}
