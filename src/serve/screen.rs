@@ -206,13 +206,10 @@ impl Door for Desk {
         Box::pin(async move {
             let session = self.session(password.reveal(), from)?;
             let backend = screen(&session.job).ok_or(Denied::MachineGone);
-            let backend = backend.and_then(|backend| {
-                self.leases
-                    .take(&session)
-                    .then_some(backend)
-                    .ok_or(Denied::Taken)
-            });
-            let backend = backend.inspect_err(|_| end_if_alone(&self.sessions, &self.alone, session.number))?;
+            let backend = backend
+                .and_then(|backend| self.leases.take(&session).then_some(backend).ok_or(Denied::Taken));
+            let backend =
+                backend.inspect_err(|_| end_if_alone(&self.sessions, &self.alone, session.number))?;
             Ok(Admission {
                 ticket: name_of(&session),
                 viewer: from.ip().to_string(),
@@ -353,6 +350,10 @@ pub(super) enum Port {
     Plain(u16),
 }
 
+/// What keys do in a viewer's own window: once a file names some, all others do nothing there.
+const HOT_KEYS: &str =
+    "toggle-fullscreen=shift+f11\nrelease-cursor=shift+f12\nsecure-attention=ctrl+alt+end\n";
+
 /// The file that starts a viewer at a machine (virt-viewer's own format), with a pass in it.
 pub(super) fn viewer_file(
     host: &str,
@@ -372,7 +373,7 @@ pub(super) fn viewer_file(
     });
     format!(
         "[virt-viewer]\ntype=spice\nhost={host}\n{port}\npassword={}\ntitle={title}\n\
-         delete-this-file=1\nenable-usbredir=0\n{authority}",
+         {HOT_KEYS}delete-this-file=1\nenable-usbredir=0\n{authority}",
         pass.reveal()
     )
 }
@@ -427,7 +428,8 @@ mod tests {
         assert_eq!(
             file,
             "[virt-viewer]\ntype=spice\nhost=ci.example.com\ntls-port=5901\nsecure-channels=all\npassword=secret\n\
-             title=apassword=x\ndelete-this-file=1\nenable-usbredir=0\nca=-----A\\nB\n"
+             title=apassword=x\ntoggle-fullscreen=shift+f11\nrelease-cursor=shift+f12\nsecure-attention=ctrl+alt+end\n\
+             delete-this-file=1\nenable-usbredir=0\nca=-----A\\nB\n"
         );
         let plain = viewer_file("127.0.0.1", Port::Plain(5900), "t", &pass, None);
         assert!(
