@@ -280,6 +280,8 @@ async fn gone(socket: &mut WebSocket) -> Option<End> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -323,6 +325,19 @@ mod tests {
         assert_eq!(size(r#"{"columns":132,"rows":50}"#), Some(Window::new(132, 50)));
         for text in ["", "{}", r#"{"columns":-1,"rows":5}"#, "ls"] {
             assert_eq!(size(text), None, "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_browser_says_is_a_size_that_programs_can_bear_or_none(
+            columns in any::<u16>(), rows in any::<u16>(), odd in ".*",
+        ) {
+            let text = serde_json::json!({"columns": columns, "rows": rows}).to_string();
+            prop_assert_eq!(size(&text), Some(Window::new(columns, rows)));
+            prop_assert_eq!(size(&odd), None);
+            // No part of it is one.
+            prop_assert!((0..text.len()).all(|end| size(&text[..end]).is_none()));
         }
     }
 }

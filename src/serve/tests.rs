@@ -157,3 +157,17 @@ async fn who_is_refused_a_screen_is_counted_but_never_written_down() {
     assert_eq!(place.house.counts.refused_handshake.get(), 3);
     assert_eq!(place.audit_log(), "");
 }
+
+proptest::proptest! {
+    #[test]
+    fn a_cookie_is_found_among_whatever_else_a_browser_sends(before in "[^;=]*", after in "[ -~]*", value in "[0-9a-f]{40}") {
+        let all = format!("{before}=x; mine={value};{after}");
+        let mut headers = axum::http::HeaderMap::new();
+        // What is no header never gets so far.
+        if let Ok(header) = axum::http::HeaderValue::from_bytes(all.as_bytes()) {
+            headers.append(axum::http::header::COOKIE, header);
+            let found = site::cookie(&headers, "mine").any(|found| found == value);
+            proptest::prop_assert!(found || !all.is_ascii());
+        }
+    }
+}

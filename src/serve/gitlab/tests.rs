@@ -1,3 +1,5 @@
+use proptest::prelude::*;
+
 use super::*;
 
 const HERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
@@ -127,5 +129,24 @@ fn an_instance_is_known_however_its_address_is_written_and_no_other_is() {
         ("https://gitlab.example.com", "", false),
     ] {
         assert_eq!(same(coordinator, settings), expected, "{settings} {coordinator}");
+    }
+}
+
+proptest! {
+    #[test]
+    fn an_id_token_says_what_its_middle_holds_and_nothing_else_is_one(
+        aud in ".*", nonce in ".*", sub in ".*", cut in any::<proptest::sample::Index>(), odd in ".*",
+    ) {
+        let payload = serde_json::json!({"aud": aud, "nonce": nonce, "sub": sub, "more": 1}).to_string();
+        let token = format!("e30.{}.x", BASE64.encode(&payload));
+        let read = claims(&token).unwrap();
+        prop_assert_eq!((read.aud, read.nonce, read.sub), (aud, nonce, sub));
+        // All of it is ASCII.
+        let part = &token[..cut.index(token.len() - "..x".len())];
+        prop_assert!(claims(part).is_none());
+        prop_assert!(claims(&odd).is_none());
+        let (inside, encoded) = (format!("a.{odd}.b"), format!("a.{}.b", BASE64.encode(&odd)));
+        prop_assert!(claims(&inside).is_none());
+        prop_assert!(claims(&encoded).is_none());
     }
 }
