@@ -271,6 +271,29 @@ async fn sockets_close_when_the_ticket_goes_or_the_job_is_cleaned_up() {
 }
 
 #[tokio::test]
+async fn a_session_has_so_many_terminals_and_logs_and_a_place_that_is_left_is_free() {
+    let scene = Scene::new();
+    let job = scene.job(1);
+    let mut browser = scene.place.browser();
+    let text = ticket(&job, Mode::Full, 5, 1);
+    assert_eq!(browser.enter(&job.key().to_string(), &text).await, 204);
+    let mut sockets = Vec::new();
+    for _ in 0..40 {
+        let mut socket = browser.open(&serial(&job)).await.unwrap();
+        read_until(&mut socket, "speaks").await;
+        sockets.push(socket);
+    }
+    assert_eq!(browser.open(&serial(&job)).await.err(), Some(429));
+    drop(sockets.pop());
+    let mut tries = 0;
+    while browser.open(&serial(&job)).await.is_err() {
+        tries += 1;
+        assert!(tries < 100, "its place stays taken");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
 async fn the_api_wants_its_secret_and_lists_ends_mints_and_counts() {
     let scene = Scene::new();
     let job = scene.job(1);
@@ -325,6 +348,7 @@ async fn the_api_wants_its_secret_and_lists_ends_mints_and_counts() {
     for line in [
         "cannery_console_sessions 1",
         "cannery_console_channels 1",
+        "cannery_console_screen_connections_waiting 0",
         "cannery_console_refused_total{reason=\"ticket\"} 4",
     ] {
         assert!(counts.lines().any(|l| l == line), "{line} in {counts}");

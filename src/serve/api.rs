@@ -165,5 +165,7 @@ async fn metrics(
         sessions,
         channels,
         connections: house.connections.len(),
+        waiting: house.proxy.waiting(),
+        keys: house.proxy.keys_ready(),
     }))
 }

@@ -42,6 +42,10 @@ pub(super) struct Now {
     pub(super) sessions: usize,
     pub(super) channels: usize,
     pub(super) connections: usize,
+    /// Connections for a screen that have shown no good ticket yet.
+    pub(super) waiting: usize,
+    /// RSA keys that are ready: each connection for a screen takes one.
+    pub(super) keys: usize,
 }
 
 impl Counts {
@@ -97,6 +101,18 @@ impl Counts {
             &[("", wide(now.connections))],
         );
         metric(
+            "screen_connections_waiting",
+            "gauge",
+            "Connections for a screen that have shown no good ticket yet.",
+            &[("", wide(now.waiting))],
+        );
+        metric(
+            "screen_keys_ready",
+            "gauge",
+            "Keys that are ready for further connections for a screen.",
+            &[("", wide(now.keys))],
+        );
+        metric(
             "sessions_total",
             "counter",
             "Sessions that were opened.",
@@ -147,6 +163,8 @@ mod tests {
             sessions: 2,
             channels: 3,
             connections: 4,
+            waiting: 5,
+            keys: 6,
         });
         assert!(
             text.contains("\ncannery_console_bytes_total{direction=\"sent\"} 5\n"),

@@ -267,7 +267,7 @@ impl Sessions {
     /// How many sessions there are, and how many channels in all.
     pub(super) fn size(&self) -> (usize, usize) {
         let all = self.all();
-        let channels = all.values().map(|s| s.channels.load(Ordering::Relaxed)).sum();
+        let channels = all.values().map(|session| session.channels()).sum();
         (all.len(), channels)
     }
 
@@ -295,6 +295,11 @@ impl Session {
     /// Was it opened with this ticket?
     pub(super) fn is_by(&self, redeemed: &Redeemed) -> bool {
         self.ticket == redeemed.id && self.job == redeemed.job
+    }
+
+    /// How many terminals, logs and channels of its screen are open.
+    pub(super) fn channels(&self) -> usize {
+        self.channels.load(Ordering::Relaxed)
     }
 
     /// Has nobody ended it?
@@ -341,7 +346,7 @@ impl Session {
 
     fn is_over(&self, now: Instant) -> bool {
         let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let idle = self.channels.load(Ordering::Relaxed) == 0 && now.saturating_duration_since(last) > IDLE;
+        let idle = self.channels() == 0 && now.saturating_duration_since(last) > IDLE;
         idle || now.saturating_duration_since(self.begin) > ticket::LONGEST_SESSION
     }
 
@@ -354,7 +359,7 @@ impl Session {
             mode: self.mode,
             from: self.from,
             opened: self.opened,
-            channels: self.channels.load(Ordering::Relaxed),
+            channels: self.channels(),
             bytes_sent: self.sent.load(Ordering::Relaxed),
             bytes_received: self.received.load(Ordering::Relaxed),
         }

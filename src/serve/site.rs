@@ -50,6 +50,8 @@ const LONGEST_BODY: usize = 4 << 10;
 const BODY: Duration = Duration::from_secs(20);
 /// A message from a browser: what somebody types, or a page of text that is pasted.
 const LONGEST_MESSAGE: usize = 256 << 10;
+/// Terminals and logs of a session, its screen's channels counted too: each terminal is a login in the guest.
+const MOST_CHANNELS: usize = 40;
 /// Characters of a name that a page shows.
 pub(super) const LONGEST_NAME: usize = 120;
 
@@ -335,6 +337,18 @@ async fn leave(State(house): State<Arc<House>>, uri: Uri, headers: HeaderMap) ->
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// The session of a request for one more terminal or log, which each session may have so many of.
+fn with_room(house: &House, uri: &Uri, headers: &HeaderMap) -> Result<Arc<Session>, Refused> {
+    let session = session_of(house, uri, headers)?;
+    if session.channels() >= MOST_CHANNELS {
+        return Err(Refused::new(
+            StatusCode::TOO_MANY_REQUESTS,
+            format!("this session has {MOST_CHANNELS} terminals and logs open already"),
+        ));
+    }
+    Ok(session)
+}
+
 /// A WebSocket whose messages from the browser have so many bytes at most.
 fn bounded(upgrade: WebSocketUpgrade, most: usize) -> WebSocketUpgrade {
     upgrade.max_message_size(most).max_frame_size(most)
@@ -347,7 +361,7 @@ async fn open_terminal(
     headers: HeaderMap,
     upgrade: WebSocketUpgrade,
 ) -> Result<Response, Refused> {
-    let session = session_of(&house, &uri, &headers)?;
+    let session = with_room(&house, &uri, &headers)?;
     Ok(bounded(upgrade, LONGEST_MESSAGE).on_upgrade(async move |socket| {
         let channel = house.sessions.channel(&session, "terminal");
         match session.mode {
@@ -365,7 +379,7 @@ async fn open_serial(
     headers: HeaderMap,
     upgrade: WebSocketUpgrade,
 ) -> Result<Response, Refused> {
-    let session = session_of(&house, &uri, &headers)?;
+    let session = with_room(&house, &uri, &headers)?;
     Ok(bounded(upgrade, LONGEST_BODY).on_upgrade(async move |socket| {
         serial::serve(socket, house.sessions.channel(&session, "serial")).await;
         drop(place);
