@@ -439,6 +439,12 @@ async fn the_command_line_mints_lists_and_ends() {
     assert_eq!(page, format!("{}/jobs/{key}", scene.place.origin()));
     let mut browser = scene.place.browser();
     assert_eq!(browser.enter(&key, text).await, 204);
+    let noted = scene.place.audit();
+    assert_eq!(
+        (&noted[0]["event"], &noted[0]["job"]),
+        (&json!("ticket-minted"), &json!(key))
+    );
+    assert!(!noted[0]["minted_by"].as_str().unwrap().is_empty());
     let list: Value = serde_json::from_str(&cannery(&["console", "list", "--format", "json"])).unwrap();
     assert_eq!(
         (&list[0]["mode"], &list[0]["viewers"]),

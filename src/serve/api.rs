@@ -135,7 +135,8 @@ async fn mint(
             "a ticket is for one viewer or more",
         ));
     }
-    let grant = Grant::new(mode, now, expires, viewers, "api".to_owned());
+    let by = "api";
+    let grant = Grant::new(mode, now, expires, viewers, by.to_owned());
     let (ticket, id) = ticket::mint(&job, &grant).map_err(|e| match e {
         ticket::Error::Gone(_) => gone(),
         e => e.into(),
@@ -143,8 +144,9 @@ async fn mint(
     house.audit.note(&Event::TicketMinted {
         job: job.key(),
         ticket: id.short(),
+        minted_by: by,
         mode,
-        from,
+        from: Some(from),
     });
     let minted = Minted {
         ticket: ticket.reveal().to_owned(),

@@ -42,12 +42,14 @@ pub(super) struct Carried {
 #[derive(Debug, Serialize)]
 #[serde(tag = "event", rename_all = "kebab-case")]
 pub(super) enum Event<'a> {
-    /// A ticket was minted over the API.
+    /// A ticket was minted: over the API, or by somebody on this host.
     TicketMinted {
         job: &'a JobKey,
         ticket: &'a str,
+        minted_by: &'a str,
         mode: Mode,
-        from: IpAddr,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        from: Option<IpAddr>,
     },
     /// Somebody came in.
     SessionOpened {
@@ -93,6 +95,18 @@ impl Audit {
     pub(super) fn open(path: Option<&Path>) -> io::Result<Self> {
         let open = |path| OpenOptions::new().create(true).append(true).mode(MODE).open(path);
         Ok(Self(path.map(open).transpose()?.map(Mutex::new)))
+    }
+
+    /// The log that `cannery serve` writes, for another process of this host. One that is not there yet is not made: it would be
+    /// another user's.
+    pub(super) fn beside(path: Option<&Path>) -> Self {
+        let open = |path: &Path| {
+            OpenOptions::new()
+                .append(true)
+                .open(path)
+                .inspect_err(|e| tracing::warn!("console.audit_log {} is not written: {e}", path.display()))
+        };
+        Self(path.and_then(|path| open(path).ok()).map(Mutex::new))
     }
 
     pub(super) fn note(&self, event: &Event<'_>) {

@@ -31,9 +31,10 @@ use tokio::sync::mpsc;
 
 use crate::console::{Certificate, Proxy};
 use crate::outcome::Failure;
-use crate::record::{Jobs, Served};
+use crate::record::{JobKey, Jobs, Served};
 use crate::secret::Secret;
 use crate::settings::{ConsoleSettings, Settings};
+use crate::ticket::{Grant, TicketId};
 
 mod api;
 mod audit;
@@ -177,6 +178,17 @@ pub async fn serve(
     house.sessions.end_all(End::Stopping);
     door.close().await;
     Ok(())
+}
+
+/// Notes in the console's audit log that somebody on this host has minted a ticket.
+pub fn note_ticket(console: &ConsoleSettings, job: &JobKey, ticket: &TicketId, grant: &Grant) {
+    Audit::beside(console.audit_log.as_deref()).note(&audit::Event::TicketMinted {
+        job,
+        ticket: ticket.short(),
+        minted_by: &grant.by,
+        mode: grant.mode,
+        from: None,
+    });
 }
 
 /// Each connection is a descriptor, and shells give their programs fewer than the system lets them have.
