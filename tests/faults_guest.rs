@@ -29,7 +29,9 @@ fn add_settings(host: &Host, text: &str) {
 #[test]
 #[ignore = "needs libvirt and a guest"]
 fn a_guest_that_never_answers_is_told_by_how_far_it_came() {
-    let host = Host::new(&[], &format!("{EMULATION}[guest]\nboot_timeout = \"25 s\"")).with_network();
+    let console = "[console]\nurl = \"https://ci.example.com\"\ncertificate = \"/c\"\nkey = \"/k\"\n";
+    let settings = format!("{EMULATION}[guest]\nboot_timeout = \"25 s\"\n{console}");
+    let host = Host::new(&[], &settings).with_network();
     let cases = [
         (
             "tiny.sshd=off",
@@ -57,6 +59,13 @@ fn a_guest_that_never_answers_is_told_by_how_far_it_came() {
                 );
                 let shown = call.log.lines().filter(|line| line.contains("  | ")).count();
                 assert!((1..=SERIAL_LINES).contains(&shown), "{shown} lines: {}", call.log);
+                // While it hung, its screen and its serial log could be looked at.
+                let (before, _) = call.log.split_once("The end of").unwrap();
+                assert_eq!(
+                    before.matches("Console: https://ci.example.com/jobs/").count(),
+                    1,
+                    "{before}"
+                );
                 println!("{option}: {}", call.last_line());
                 job.cleanup().ok();
             });

@@ -129,8 +129,9 @@ async fn only_the_right_ticket_opens_a_machine_and_nothing_else_says_anything_ab
         (&shown["project"], &shown["mode"]),
         (&json!("group/project"), &json!("full"))
     );
-    // Once more than it allows.
+    // Once more than it allows; but the same browser is in already.
     assert_eq!(scene.place.browser().enter(&key, &right).await, 409);
+    assert_eq!(browser.enter(&key, &right).await, 200);
     // The cookie is this machine's.
     assert_eq!(status(&browser, &session(&other)).await, 401);
     let answer = browser.ask(Method::DELETE, &session(&job), &[], None).await;
@@ -270,6 +271,29 @@ async fn sockets_close_when_the_ticket_goes_or_the_job_is_cleaned_up() {
 }
 
 #[tokio::test]
+async fn a_session_has_so_many_terminals_and_logs_and_a_place_that_is_left_is_free() {
+    let scene = Scene::new();
+    let job = scene.job(1);
+    let mut browser = scene.place.browser();
+    let text = ticket(&job, Mode::Full, 5, 1);
+    assert_eq!(browser.enter(&job.key().to_string(), &text).await, 204);
+    let mut sockets = Vec::new();
+    for _ in 0..40 {
+        let mut socket = browser.open(&serial(&job)).await.unwrap();
+        read_until(&mut socket, "speaks").await;
+        sockets.push(socket);
+    }
+    assert_eq!(browser.open(&serial(&job)).await.err(), Some(429));
+    drop(sockets.pop());
+    let mut tries = 0;
+    while browser.open(&serial(&job)).await.is_err() {
+        tries += 1;
+        assert!(tries < 100, "its place stays taken");
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+}
+
+#[tokio::test]
 async fn the_api_wants_its_secret_and_lists_ends_mints_and_counts() {
     let scene = Scene::new();
     let job = scene.job(1);
@@ -324,6 +348,7 @@ async fn the_api_wants_its_secret_and_lists_ends_mints_and_counts() {
     for line in [
         "cannery_console_sessions 1",
         "cannery_console_channels 1",
+        "cannery_console_screen_connections_waiting 0",
         "cannery_console_refused_total{reason=\"ticket\"} 4",
     ] {
         assert!(counts.lines().any(|l| l == line), "{line} in {counts}");
@@ -414,6 +439,12 @@ async fn the_command_line_mints_lists_and_ends() {
     assert_eq!(page, format!("{}/jobs/{key}", scene.place.origin()));
     let mut browser = scene.place.browser();
     assert_eq!(browser.enter(&key, text).await, 204);
+    let noted = scene.place.audit();
+    assert_eq!(
+        (&noted[0]["event"], &noted[0]["job"]),
+        (&json!("ticket-minted"), &json!(key))
+    );
+    assert!(!noted[0]["minted_by"].as_str().unwrap().is_empty());
     let list: Value = serde_json::from_str(&cannery(&["console", "list", "--format", "json"])).unwrap();
     assert_eq!(
         (&list[0]["mode"], &list[0]["viewers"]),
@@ -532,6 +563,22 @@ async fn a_terminal_is_the_jobs_user_in_its_project_with_its_variables_until_cle
     let mut viewer = place.browser();
     assert_eq!(viewer.enter(&key, &mint(&["--view-only"])).await, 204);
     let mut view = viewer.open(&terminal).await.unwrap();
+    let (seen, _) = read_until(&mut view, "\nend2").await;
+    assert!(seen.contains(project), "{seen}");
+    assert!(seen.contains(r#"{"size":{"columns":60,"rows":20}}"#), "{seen}");
+    // A newer one is shown as long as it is there.
+    let mut newer = author.open(&terminal).await.unwrap();
+    newer
+        .send(Message::text(r#"{"columns":90,"rows":25}"#))
+        .await
+        .unwrap();
+    type_in(&mut newer, "echo n\"\"ewer; echo e\"\"nd\n").await;
+    let (seen, _) = read_until(&mut view, "\nend\r").await;
+    assert!(
+        seen.contains("newer") && seen.contains(r#""columns":90"#),
+        "{seen}"
+    );
+    drop(newer);
     let (seen, _) = read_until(&mut view, "\nend2").await;
     assert!(seen.contains(project), "{seen}");
     type_in(&mut view, "touch /tmp/typed\n").await;

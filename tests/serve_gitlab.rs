@@ -110,8 +110,11 @@ async fn a_developer_gets_in_and_a_reporter_a_stranger_and_another_projects_owne
         browser.cookie = Some(cookie(&answer));
         let mut socket = browser.open(&format!("/jobs/{key}/serial")).await.unwrap();
         read_until(&mut socket, "speaks").await;
-        // The code, the state and the way back are used up.
-        assert_eq!(come_back(&browser, &back).await.status(), 403);
+        // The code, the state and the way back are used up, which a person reads.
+        let again = come_back(&browser, &back).await;
+        assert_eq!(again.status(), 403);
+        assert!(header(&again, "content-type").starts_with("text/html"));
+        assert!(again.text().await.unwrap().contains("This sign-in was not begun"));
     }
     assert_eq!(scene.gitlab.given_back(), 4);
 
@@ -126,6 +129,7 @@ async fn a_developer_gets_in_and_a_reporter_a_stranger_and_another_projects_owne
     let audit = scene.place.audit();
     let who: Vec<&str> = audit
         .iter()
+        .filter(|line| line["event"] == "session-opened")
         .filter_map(|line| line["minted_by"].as_str())
         .collect();
     assert_eq!(who, ["gitlab:user1", "gitlab:user4"]);

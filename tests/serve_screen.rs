@@ -9,18 +9,31 @@ use std::collections::HashMap;
 use std::io::Read;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD as BASE64;
 use futures_util::SinkExt;
 use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use support::chromium::Chromium;
 use support::console::{Place, read_until};
+use support::desktop::Desktop;
 use support::host::{EMULATION, Host};
 use support::job::Job;
+use support::picture::Picture;
 use support::stages::Stages;
 use support::until;
 use tokio_tungstenite::tungstenite::Message;
+
+/// Longer than a screen takes to be shown.
+const PATIENCE: Duration = Duration::from_secs(45);
+/// What is typed.
+const TYPED: &str = "from a viewer";
+/// Pixels of the only thing that changes by itself: a cursor that blinks.
+const CURSOR: usize = 9 * 16;
+/// Pixels that a few words have.
+const TEXT: usize = 500;
 
 /// The keys of a viewer's file.
 fn keys(file: &str) -> HashMap<&str, &str> {
@@ -43,6 +56,53 @@ fn pictured(address: &str, password: &str, authority: &Path, into: &Path) -> boo
     picture.starts_with(b"P6\n") && picture.len() > 100_000
 }
 
+/// remote-viewer opens the file that the page hands out, and what is typed there is in the guest, until another viewer comes.
+fn type_in_the_viewer(host: &Host, file: &Path, another: impl FnOnce()) {
+    let in_guest = |command: &str| host.expect(&["vm", "ssh", "71", "--", command]);
+    in_guest("setsid sh -c 'exec cat </dev/tty1 >/run/typed' >/dev/null 2>&1 &");
+    let desktop = Desktop::start();
+    let mut viewer = Command::new("remote-viewer");
+    let mut viewer = desktop.shows(viewer.arg(file)).spawn().unwrap();
+    let window = desktop.window("remote-viewer");
+    // What comes before the viewer is connected is lost.
+    until("what is typed is in the guest", PATIENCE, || {
+        desktop.type_into(&window, TYPED);
+        in_guest("cat /run/typed").contains(&format!("{TYPED}\n"))
+    });
+    assert!(!file.exists(), "the viewer has removed it, as it says");
+    another();
+    until("the viewer's window is closed", PATIENCE, || {
+        desktop.windows("remote-viewer").is_empty()
+    });
+    let _ = viewer.kill();
+    viewer.wait().unwrap();
+}
+
+/// Waits until the page shows what the guest's screen shows, pixel by pixel, and that is something; a picture of the page.
+async fn shows_the_guest(chromium: &mut Chromium, host: &Host) -> Vec<u8> {
+    let canvas = "document.querySelector('#screen canvas')?.toDataURL('image/png') ?? ''";
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let url = chromium.value(canvas).await;
+        let seen = url.as_str().unwrap().strip_prefix("data:image/png;base64,");
+        let seen = seen.map(|png| Picture::read(&BASE64.decode(png).unwrap()));
+        let truth = Picture::of_screen(host, "71");
+        let differ = seen
+            .filter(|seen| (seen.width, seen.height) == (truth.width, truth.height))
+            .map(|seen| seen.differs_in(&truth));
+        // A screen of text, and not one black pixel less of it.
+        if truth.lit() > TEXT && differ.is_some_and(|differ| differ <= CURSOR) {
+            return chromium.picture().await;
+        }
+        assert!(
+            Instant::now() < end,
+            "{differ:?} pixels differ, {} are lit",
+            truth.lit()
+        );
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
 /// The screen's channel that carried most.
 fn display<'a>(channels: &[&'a Value]) -> &'a Value {
     let displays = channels.iter().filter(|line| line["channel"] == "display");
@@ -50,7 +110,7 @@ fn display<'a>(channels: &[&'a Value]) -> &'a Value {
 }
 
 #[tokio::test]
-#[ignore = "needs libvirt, a guest, chromium and spice-client-gtk"]
+#[ignore = "needs libvirt, a guest, chromium, spice-client-gtk, remote-viewer, xvfb and xdotool"]
 async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_there() {
     let place = Place::new();
     let host = Host::new(
@@ -120,6 +180,18 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
         &picture
     ));
 
+    let file = browser
+        .get(&format!("/jobs/{key}/console.vv"))
+        .await
+        .text()
+        .await
+        .unwrap();
+    let path = host.folder().join("console.vv");
+    std::fs::write(&path, file).unwrap();
+    type_in_the_viewer(&host, &path, || {
+        assert!(pictured(&address, &mint(&["--quiet"]), &ca, &picture));
+    });
+
     // A page's socket speaks SPICE to who has the cookie, and to nobody else.
     let screen = format!("/jobs/{key}/screen");
     assert_eq!(place.browser().open(&screen).await.err(), Some(401));
@@ -150,8 +222,8 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
     let count = local.stdout.as_mut().unwrap().read(&mut file).unwrap();
     let file = String::from_utf8(file[..count].to_vec()).unwrap();
     let keys = self::keys(&file);
-    let address = format!("spice://{}?port={}", keys["host"], keys["port"]);
-    assert!(pictured(&address, keys["password"], &ca, &picture), "{file}");
+    let here = format!("spice://{}?port={}", keys["host"], keys["port"]);
+    assert!(pictured(&here, keys["password"], &ca, &picture), "{file}");
     assert_eq!(tickets().len(), before + 1);
     kill_process(Pid::from_child(&local), Signal::INT).unwrap();
     assert!(local.wait().unwrap().success());
@@ -172,6 +244,12 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
     chromium
         .until("document.querySelector('#terminal .xterm-rows').innerText.includes('42-from-the-guest')")
         .await;
+    chromium
+        .type_line("printf 'in \\033[31m%s\\033[0m\\n' colour")
+        .await;
+    chromium
+        .until("document.querySelector('#terminal .xterm-rows .xterm-fg-1')?.innerText === 'colour'")
+        .await;
     let terminal = chromium.picture().await;
     chromium
         .value("document.getElementById('tab-serial').click()")
@@ -183,11 +261,19 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
     chromium
         .value("document.getElementById('tab-screen').click()")
         .await;
+    let shown = shows_the_guest(&mut chromium, &host).await;
+    // The next viewer takes it, the page says so, and takes it back.
+    assert!(pictured(&address, &mint(&["--quiet"]), &ca, &picture));
+    let taken = "closed: another viewer has taken over this console.";
     chromium
-        .until("document.querySelector('#screen canvas')?.width >= 640")
+        .until(&format!(
+            "document.getElementById('message').innerText.includes('{taken}')"
+        ))
         .await;
-    tokio::time::sleep(Duration::from_secs(1)).await;
-    let shown = chromium.picture().await;
+    chromium
+        .value("document.getElementById('tab-screen').click()")
+        .await;
+    shows_the_guest(&mut chromium, &host).await;
     for (name, picture) in [("terminal", terminal), ("serial", serial), ("screen", shown)] {
         let path = format!("{}/console-{name}.png", env!("CARGO_TARGET_TMPDIR"));
         std::fs::write(&path, picture).unwrap();
@@ -197,7 +283,7 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
     // All of it ends with the ticket, while the machine lives on.
     host.expect(&["console", "end", &key]);
     chromium
-        .until("document.getElementById('message').innerText.includes('The screen was closed')")
+        .until("document.getElementById('message').innerText.includes('closed: this console session was ended by the operator.')")
         .await;
     assert_eq!(host.machines().len(), 1);
     assert_eq!(browser.enter(&key, &mint(&["--quiet"])).await, 204);

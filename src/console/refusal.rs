@@ -23,6 +23,9 @@ pub enum Denied {
     /// Its owner has no room for one more.
     #[error("there are as many console sessions as this host allows")]
     Full,
+    /// It is for looking, and somebody who may do more has its machine at another proxy.
+    #[error("the machine is used by someone who may do more than look")]
+    Taken,
     /// Its machine is not there any more.
     #[error("the ticket's machine is gone")]
     MachineGone,
@@ -83,6 +86,7 @@ impl Refusal {
             Refusal::Handshake(_) => "handshake",
             Refusal::Tls(_) => "tls",
             Refusal::Denied(Denied::Full) | Refusal::Full => "full",
+            Refusal::Denied(Denied::Taken) => "taken",
             Refusal::NoTicket | Refusal::Denied(_) => "ticket",
             Refusal::NoSession => "session",
             Refusal::NotAllowed(_) => "channel",

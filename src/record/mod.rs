@@ -42,6 +42,7 @@ mod files;
 mod folder;
 mod held;
 mod jobs;
+mod served;
 mod stages;
 mod unnamed;
 
@@ -52,6 +53,7 @@ pub use files::{UNFINISHED, hidden, is_orphan, make_finished, read_json, sweep, 
 pub use folder::{DIR_MODE, GROUP, make_shared, open_lock, open_state};
 pub use held::{Held, Holder};
 pub use jobs::{HISTORY, JobDir, Jobs, Step};
+pub use served::{Served, is_served};
 pub use stages::{Ending, Outcome, PREPARE, Reason, Stage};
 pub use unnamed::{Unnamed, folder_of};
 

@@ -22,8 +22,9 @@ use serde::{Deserialize, Serialize};
 use super::House;
 use super::audit::Event;
 use super::count::Now;
+use super::refused::Refused;
 use super::session::{End, Shown};
-use super::site::{Peer, Refused};
+use super::site::Peer;
 use crate::record::JobKey;
 use crate::ticket::{self, Grant, Mode};
 
@@ -134,7 +135,8 @@ async fn mint(
             "a ticket is for one viewer or more",
         ));
     }
-    let grant = Grant::new(mode, now, expires, viewers, "api".to_owned());
+    let by = "api";
+    let grant = Grant::new(mode, now, expires, viewers, by.to_owned());
     let (ticket, id) = ticket::mint(&job, &grant).map_err(|e| match e {
         ticket::Error::Gone(_) => gone(),
         e => e.into(),
@@ -142,8 +144,9 @@ async fn mint(
     house.audit.note(&Event::TicketMinted {
         job: job.key(),
         ticket: id.short(),
+        minted_by: by,
         mode,
-        from,
+        from: Some(from),
     });
     let minted = Minted {
         ticket: ticket.reveal().to_owned(),
@@ -164,5 +167,7 @@ async fn metrics(
         sessions,
         channels,
         connections: house.connections.len(),
+        waiting: house.proxy.waiting(),
+        keys: house.proxy.keys_ready(),
     }))
 }

@@ -42,6 +42,10 @@ pub(super) struct Now {
     pub(super) sessions: usize,
     pub(super) channels: usize,
     pub(super) connections: usize,
+    /// Connections for a screen that have shown no good ticket yet.
+    pub(super) waiting: usize,
+    /// RSA keys that are ready: each connection for a screen takes one.
+    pub(super) keys: usize,
 }
 
 impl Counts {
@@ -51,14 +55,15 @@ impl Counts {
             Refusal::Crowded => &self.refused_connections,
             Refusal::Handshake(_) | Refusal::Tls(_) => &self.refused_handshake,
             Refusal::Denied(Denied::Used | Denied::Full) | Refusal::Full => &self.refused_full,
-            Refusal::NoTicket | Refusal::Denied(_) | Refusal::NoSession => &self.refused_ticket,
             // These had a ticket.
-            Refusal::NotAllowed(_)
+            Refusal::Denied(Denied::Taken)
+            | Refusal::NotAllowed(_)
             | Refusal::Taken
             | Refusal::TooManyTakeovers
             | Refusal::Ended(_)
             | Refusal::Machine(_)
             | Refusal::Less => &self.refused_screen,
+            Refusal::NoTicket | Refusal::Denied(_) | Refusal::NoSession => &self.refused_ticket,
         };
         count.add(1);
     }
@@ -94,6 +99,18 @@ impl Counts {
             "gauge",
             "Connections that are open.",
             &[("", wide(now.connections))],
+        );
+        metric(
+            "screen_connections_waiting",
+            "gauge",
+            "Connections for a screen that have shown no good ticket yet.",
+            &[("", wide(now.waiting))],
+        );
+        metric(
+            "screen_keys_ready",
+            "gauge",
+            "Keys that are ready for further connections for a screen.",
+            &[("", wide(now.keys))],
         );
         metric(
             "sessions_total",
@@ -146,6 +163,8 @@ mod tests {
             sessions: 2,
             channels: 3,
             connections: 4,
+            waiting: 5,
+            keys: 6,
         });
         assert!(
             text.contains("\ncannery_console_bytes_total{direction=\"sent\"} 5\n"),

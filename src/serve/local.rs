@@ -8,9 +8,10 @@ use std::time::{Duration, Instant};
 use jiff::{SignedDuration, Timestamp};
 use tokio::net::TcpListener;
 
+use super::LOOK;
+use super::audit::Audit;
 use super::screen::{self, Passes, Port};
 use super::session::{End, Sessions};
-use super::{LOOK, audit, count};
 use crate::console::Security;
 use crate::outcome::Failure;
 use crate::record::{JobDir, Jobs};
@@ -48,11 +49,8 @@ where
     if screen::screen(job).is_none() {
         return Err(Failure::system(format!("job {} has no machine yet", job.key())));
     }
-    let sessions = Arc::new(Sessions::new(
-        1,
-        Arc::new(audit::Audit::default()),
-        Arc::new(count::Counts::default()),
-    ));
+    let log = settings.console.as_ref().and_then(|c| c.audit_log.as_deref());
+    let sessions = Arc::new(Sessions::new(1, Arc::new(Audit::beside(log)), Arc::default()));
     let jobs = Jobs::look(&settings.state_dir);
     let proxy = screen::proxy(jobs, Arc::clone(&sessions), Arc::new(Passes::default()), 1).map_err(failed)?;
     sessions.end_at(&proxy);

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::Extension;
+use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, Uri, header};
 use axum::response::{IntoResponse, Response};
@@ -13,7 +14,8 @@ use serde::Deserialize;
 
 use super::House;
 use super::gitlab::{GitLab, NotIn};
-use super::site::{LONGEST_NAME, Peer, Refused, cookie, key_of, machine_cookie, may_try};
+use super::refused::{Refused, Told};
+use super::site::{LONGEST_NAME, Peer, cookie, key_of, machine_cookie, may_try};
 use crate::report;
 use crate::secret::Secret;
 use crate::ticket::{self, Grant, Mode};
@@ -28,7 +30,7 @@ pub(super) async fn set_out(
     State(house): State<Arc<House>>,
     Extension(Peer(from)): Extension<Peer>,
     uri: Uri,
-) -> Result<Response, Refused> {
+) -> Result<Response, Told> {
     let key = key_of(&uri)?;
     let gitlab = house.gitlab.as_ref().ok_or_else(no_gitlab)?;
     let (address, browser) = gitlab.begin(key, from, Instant::now())?;
@@ -57,13 +59,13 @@ pub(super) async fn come_back(
     State(house): State<Arc<House>>,
     Extension(Peer(from)): Extension<Peer>,
     headers: HeaderMap,
-    Query(back): Query<Back>,
-) -> Result<Response, Refused> {
+    back: Result<Query<Back>, QueryRejection>,
+) -> Result<Response, Told> {
     let gitlab = house.gitlab.as_ref().ok_or_else(no_gitlab)?;
+    let stale = || Refused::new(StatusCode::FORBIDDEN, NotIn::Stale.to_string());
+    let Query(back) = back.map_err(|_| stale())?;
     let browser = cookie(&headers, COOKIE).next().unwrap_or_default();
-    let aim = gitlab
-        .aim(&back.state, browser)
-        .ok_or_else(|| Refused::new(StatusCode::FORBIDDEN, NotIn::Stale.to_string()))?;
+    let aim = gitlab.aim(&back.state, browser).ok_or_else(stale)?;
     // Each asks GitLab, and who makes codes up could have it asked without end.
     may_try(&house, from, Instant::now())?;
     let (to, entered) = match let_in(&house, gitlab, &back, browser, from).await? {

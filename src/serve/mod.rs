@@ -10,10 +10,12 @@
 //! |---|---|
 //! | `door` | takes connections: TLS, deadlines, bounds on strangers |
 //! | `site` | which request may have what: host, origin, ticket, cookie |
+//! | `refused` | what those read who get nothing |
 //! | `session` | who is in, until when; ends what a ticket opened when the ticket or the machine goes |
 //! | `terminal`, `shell` | a shell in the guest over a WebSocket |
 //! | `serial` | the serial log over another |
 //! | `screen` | the SPICE proxy (`console`) with our tickets: over WebSockets, and at a port of its own for viewers |
+//! | `lease` | who has a screen, for other processes of this host |
 //! | `local` | the same for one viewer on this host, without the rest |
 //! | `login`, `gitlab` | who somebody is, and whether they are a Developer of the job's project |
 //! | `api` | sessions listed and ended, tickets minted, for programs |
@@ -29,18 +31,21 @@ use tokio::sync::mpsc;
 
 use crate::console::{Certificate, Proxy};
 use crate::outcome::Failure;
-use crate::record::Jobs;
+use crate::record::{JobKey, Jobs, Served};
 use crate::secret::Secret;
 use crate::settings::{ConsoleSettings, Settings};
+use crate::ticket::{Grant, TicketId};
 
 mod api;
 mod audit;
 mod count;
 mod door;
 mod gitlab;
+mod lease;
 mod limit;
 mod local;
 mod login;
+mod refused;
 mod screen;
 mod serial;
 mod session;
@@ -140,9 +145,13 @@ pub async fn serve(
     })?;
     let certificate = Arc::new(certificate);
     allow_descriptors();
+    let state_dir = settings.state_dir.clone();
     let house = Arc::new(House::new(settings, console)?);
     let door = door::Door::open(Arc::clone(&house), Arc::clone(&certificate)).await?;
     let spice = door::Spice::open(&house, Arc::clone(&certificate)).await?;
+    // Job logs name pages that are there.
+    let _served = Served::begin(&state_dir)
+        .map_err(|e| Failure::system(format!("cannot lock in {}: {e}", state_dir.display())))?;
     ready(door.address());
     let looking = async {
         loop {
@@ -169,6 +178,17 @@ pub async fn serve(
     house.sessions.end_all(End::Stopping);
     door.close().await;
     Ok(())
+}
+
+/// Notes in the console's audit log that somebody on this host has minted a ticket.
+pub fn note_ticket(console: &ConsoleSettings, job: &JobKey, ticket: &TicketId, grant: &Grant) {
+    Audit::beside(console.audit_log.as_deref()).note(&audit::Event::TicketMinted {
+        job,
+        ticket: ticket.short(),
+        minted_by: &grant.by,
+        mode: grant.mode,
+        from: None,
+    });
 }
 
 /// Each connection is a descriptor, and shells give their programs fewer than the system lets them have.

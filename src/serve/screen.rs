@@ -18,6 +18,7 @@ use jiff::Timestamp;
 use sha2::{Digest, Sha256};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
+use super::lease::Leases;
 use super::session::{Channel, End, Full, Session, Sessions};
 use crate::console::backend::{Opened, from_descriptor};
 use crate::console::wire::Wire;
@@ -28,7 +29,7 @@ use crate::secret::Secret;
 use crate::ticket::{self, Mode, Refusal};
 
 /// How long a pass is good: the page uses it at once, and whoever saves a viewer's file opens it soon.
-const GOOD_FOR: Duration = Duration::from_secs(300);
+pub(super) const GOOD_FOR: Duration = Duration::from_secs(300);
 /// Passes that are out; more push out those that are soonest over.
 const PASSES: usize = 1000;
 /// Bytes between the proxy and a WebSocket, each way: a full screen's worth is several of these.
@@ -94,8 +95,8 @@ fn number_of(name: &str) -> Option<u64> {
 pub(super) fn end(proxy: &Proxy, session: &Session, why: End) {
     let why = match why {
         End::Left => console::End::ViewerLeft,
-        End::Revoked => console::End::MachineGone,
-        End::Admin | End::Time => console::End::Revoked,
+        End::Gone => console::End::MachineGone,
+        End::Revoked | End::Admin | End::Time => console::End::Revoked,
         End::Stopping => console::End::Stopped,
     };
     proxy.end(Whose::Ticket(&name_of(session)), &why);
@@ -108,16 +109,18 @@ pub(super) fn proxy(
     passes: Arc<Passes>,
     most: usize,
 ) -> io::Result<Arc<Proxy>> {
-    let alone = Arc::new(Mutex::default());
+    let (alone, leases) = (Arc::new(Mutex::default()), Arc::<Leases>::default());
     let desk = Desk {
         jobs,
         sessions: Arc::clone(&sessions),
         passes,
         alone: Arc::clone(&alone),
+        leases: Arc::clone(&leases),
     };
     let notes = Notes {
         sessions,
         alone,
+        leases,
         open: Mutex::default(),
     };
     let limits = Limits {
@@ -155,6 +158,7 @@ struct Desk {
     sessions: Arc<Sessions>,
     passes: Arc<Passes>,
     alone: Arc<Mutex<HashSet<u64>>>,
+    leases: Arc<Leases>,
 }
 
 impl Desk {
@@ -201,6 +205,11 @@ impl Door for Desk {
     ) -> BoxFuture<'a, Result<Admission, Denied>> {
         Box::pin(async move {
             let session = self.session(password.reveal(), from)?;
+            let backend = screen(&session.job).ok_or(Denied::MachineGone);
+            let backend = backend
+                .and_then(|backend| self.leases.take(&session).then_some(backend).ok_or(Denied::Taken));
+            let backend =
+                backend.inspect_err(|_| end_if_alone(&self.sessions, &self.alone, session.number))?;
             Ok(Admission {
                 ticket: name_of(&session),
                 viewer: from.ip().to_string(),
@@ -210,7 +219,7 @@ impl Door for Desk {
                     Mode::ViewOnly => console::Mode::ViewOnly,
                 },
                 kinds: Kinds::default(),
-                backend: screen(&session.job).ok_or(Denied::MachineGone)?,
+                backend,
             })
         })
     }
@@ -221,6 +230,7 @@ struct Notes {
     sessions: Arc<Sessions>,
     /// Sessions that are a viewer's and nothing else: nobody comes back to them.
     alone: Arc<Mutex<HashSet<u64>>>,
+    leases: Arc<Leases>,
     /// By the proxy's numbers of a session and a channel.
     open: Mutex<HashMap<(u64, u64), Channel>>,
 }
@@ -229,12 +239,19 @@ impl Notes {
     /// A session of which the proxy has nothing any more is over where it was that viewer's alone: its ticket may be used again.
     fn gone(&self, name: &str) {
         let Some(number) = number_of(name) else { return };
-        let mut alone = self.alone.lock().unwrap_or_else(PoisonError::into_inner);
-        let was_alone = alone.remove(&number);
-        drop(alone);
-        if was_alone {
-            self.sessions.end_number(number, End::Left);
-        }
+        self.leases.leave(number);
+        end_if_alone(&self.sessions, &self.alone, number);
+    }
+}
+
+/// Ends a session that was a viewer's alone, and whose viewer has no screen.
+fn end_if_alone(sessions: &Sessions, alone: &Mutex<HashSet<u64>>, number: u64) {
+    let was_alone = alone
+        .lock()
+        .unwrap_or_else(PoisonError::into_inner)
+        .remove(&number);
+    if was_alone {
+        sessions.end_number(number, End::Left);
     }
 }
 
@@ -333,6 +350,10 @@ pub(super) enum Port {
     Plain(u16),
 }
 
+/// What keys do in a viewer's own window: once a file names some, all others do nothing there.
+const HOT_KEYS: &str =
+    "toggle-fullscreen=shift+f11\nrelease-cursor=shift+f12\nsecure-attention=ctrl+alt+end\n";
+
 /// The file that starts a viewer at a machine (virt-viewer's own format), with a pass in it.
 pub(super) fn viewer_file(
     host: &str,
@@ -352,7 +373,7 @@ pub(super) fn viewer_file(
     });
     format!(
         "[virt-viewer]\ntype=spice\nhost={host}\n{port}\npassword={}\ntitle={title}\n\
-         delete-this-file=1\nenable-usbredir=0\n{authority}",
+         {HOT_KEYS}delete-this-file=1\nenable-usbredir=0\n{authority}",
         pass.reveal()
     )
 }
@@ -382,6 +403,7 @@ mod tests {
         let notes = Notes {
             sessions: Arc::clone(&place.house.sessions),
             alone: Arc::default(),
+            leases: Arc::default(),
             open: Mutex::default(),
         };
         let name = name_of(&session);
@@ -406,7 +428,8 @@ mod tests {
         assert_eq!(
             file,
             "[virt-viewer]\ntype=spice\nhost=ci.example.com\ntls-port=5901\nsecure-channels=all\npassword=secret\n\
-             title=apassword=x\ndelete-this-file=1\nenable-usbredir=0\nca=-----A\\nB\n"
+             title=apassword=x\ntoggle-fullscreen=shift+f11\nrelease-cursor=shift+f12\nsecure-attention=ctrl+alt+end\n\
+             delete-this-file=1\nenable-usbredir=0\nca=-----A\\nB\n"
         );
         let plain = viewer_file("127.0.0.1", Port::Plain(5900), "t", &pass, None);
         assert!(

@@ -15,7 +15,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
-use super::audit::{Audit, Event};
+use super::audit::{Audit, Carried, Event, Whose};
 use super::count::Counts;
 use super::screen;
 use crate::console::Proxy;
@@ -31,8 +31,10 @@ const IDLE: Duration = Duration::from_secs(120);
 pub(super) enum End {
     /// The viewer left.
     Left,
-    /// The ticket was taken away, or the machine is being removed.
+    /// The ticket was taken away.
     Revoked,
+    /// The machine is being removed.
+    Gone,
     /// An admin ended it.
     Admin,
     /// Nothing was open for a while, or something for far too long.
@@ -45,7 +47,8 @@ impl fmt::Display for End {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             End::Left => "you have left",
-            End::Revoked => "the machine is gone, or the ticket was taken away",
+            End::Revoked => "the ticket was taken away",
+            End::Gone => "the machine is gone",
             End::Admin => "the host's operator has ended this session",
             End::Time => "the session's time is over",
             End::Stopping => "the console is being restarted",
@@ -65,7 +68,7 @@ pub(super) enum Full {
 /// Somebody at a machine.
 #[derive(Debug)]
 pub(super) struct Session {
-    /// Its number, for people.
+    /// Its number, for people and programs: a random one, so that it means no other session after a restart.
     pub(super) number: u64,
     pub(super) job: JobDir,
     pub(super) mode: Mode,
@@ -104,7 +107,6 @@ pub(super) struct Shown {
 #[derive(Debug)]
 pub(super) struct Sessions {
     by_cookie: Mutex<HashMap<[u8; 32], Arc<Session>>>,
-    next: AtomicU64,
     most: usize,
     audit: Arc<Audit>,
     counts: Arc<Counts>,
@@ -116,11 +118,17 @@ fn name_of(cookie: &str) -> [u8; 32] {
     Sha256::digest(cookie.as_bytes()).into()
 }
 
+/// 48 bits: JSON's numbers have no more than 53, and no host has so many sessions that two are the same.
+fn random_number() -> Result<u64, ticket::Error> {
+    let digits = ticket::random_text()?;
+    let digits = digits.reveal().get(..12).unwrap_or_default();
+    u64::from_str_radix(digits, 16).map_err(|e| ticket::Error::Random(e.to_string()))
+}
+
 impl Sessions {
     pub(super) fn new(most: usize, audit: Arc<Audit>, counts: Arc<Counts>) -> Self {
         Self {
             by_cookie: Mutex::default(),
-            next: AtomicU64::new(1),
             most,
             audit,
             counts,
@@ -150,19 +158,18 @@ impl Sessions {
         from: IpAddr,
     ) -> Result<Result<Secret, Full>, ticket::Error> {
         let cookie = ticket::random_text()?;
+        let number = random_number()?;
         let mut all = self.all();
         if all.len() >= self.most {
             return Ok(Err(Full::Host));
         }
-        let with_ticket = all
-            .values()
-            .filter(|s| s.ticket == redeemed.id && s.job == redeemed.job);
+        let with_ticket = all.values().filter(|session| session.is_by(&redeemed));
         if u32::try_from(with_ticket.count()).unwrap_or(u32::MAX) >= redeemed.grant.viewers {
             return Ok(Err(Full::Ticket));
         }
         let now = Instant::now();
         let session = Arc::new(Session {
-            number: self.next.fetch_add(1, Ordering::Relaxed),
+            number,
             job: redeemed.job,
             mode: redeemed.grant.mode,
             ticket: redeemed.id,
@@ -180,12 +187,7 @@ impl Sessions {
         });
         self.counts.sessions.add(1);
         self.audit.note(&Event::SessionOpened {
-            session: session.number,
-            job: session.job.key(),
-            ticket: session.ticket.short(),
-            minted_by: &session.minted_by,
-            mode: session.mode,
-            from,
+            whose: session.whose(),
         });
         all.insert(name_of(cookie.reveal()), session);
         Ok(Ok(cookie))
@@ -246,8 +248,9 @@ impl Sessions {
         let sessions: Vec<_> = self.all().values().cloned().collect();
         for session in sessions {
             // What cannot be read holds nobody's door open.
-            let holds = ticket::holds(&session.job, &session.ticket).unwrap_or(false);
-            if !holds {
+            if !ticket::is_live(&session.job).unwrap_or(false) {
+                self.end(&session, End::Gone);
+            } else if !ticket::holds(&session.job, &session.ticket).unwrap_or(false) {
                 self.end(&session, End::Revoked);
             } else if session.is_over(now) {
                 self.end(&session, End::Time);
@@ -257,14 +260,14 @@ impl Sessions {
 
     pub(super) fn list(&self) -> Vec<Shown> {
         let mut list: Vec<Shown> = self.all().values().map(|s| s.shown()).collect();
-        list.sort_by_key(|shown| shown.session);
+        list.sort_by_key(|shown| (shown.opened, shown.session));
         list
     }
 
     /// How many sessions there are, and how many channels in all.
     pub(super) fn size(&self) -> (usize, usize) {
         let all = self.all();
-        let channels = all.values().map(|s| s.channels.load(Ordering::Relaxed)).sum();
+        let channels = all.values().map(|session| session.channels()).sum();
         (all.len(), channels)
     }
 
@@ -273,7 +276,7 @@ impl Sessions {
         session.channels.fetch_add(1, Ordering::Relaxed);
         self.counts.channels.add(1);
         self.audit.note(&Event::ChannelOpened {
-            session: session.number,
+            whose: session.whose(),
             channel: name,
         });
         Channel {
@@ -289,6 +292,16 @@ impl Sessions {
 }
 
 impl Session {
+    /// Was it opened with this ticket?
+    pub(super) fn is_by(&self, redeemed: &Redeemed) -> bool {
+        self.ticket == redeemed.id && self.job == redeemed.job
+    }
+
+    /// How many terminals, logs and channels of its screen are open.
+    pub(super) fn channels(&self) -> usize {
+        self.channels.load(Ordering::Relaxed)
+    }
+
     /// Has nobody ended it?
     pub(super) fn is_live(&self) -> bool {
         self.end.borrow().is_none()
@@ -304,18 +317,36 @@ impl Session {
             return;
         }
         audit.note(&Event::SessionClosed {
+            whose: self.whose(),
+            reason: &why.to_string(),
+            carried: Carried {
+                seconds: self.begin.elapsed().as_secs_f64(),
+                bytes_sent: self.sent.load(Ordering::Relaxed),
+                bytes_received: self.received.load(Ordering::Relaxed),
+            },
+        });
+    }
+
+    fn whose(&self) -> Whose<'_> {
+        Whose {
             session: self.number,
             job: self.job.key(),
-            reason: &why.to_string(),
-            seconds: self.begin.elapsed().as_secs_f64(),
-            bytes_sent: self.sent.load(Ordering::Relaxed),
-            bytes_received: self.received.load(Ordering::Relaxed),
-        });
+            ticket: self.ticket.short(),
+            minted_by: &self.minted_by,
+            mode: self.mode,
+            from: self.from,
+        }
+    }
+
+    /// Keeps it for so long, though nothing be open: what it has handed out is good only while it lives.
+    pub(super) fn keep(&self, time: Duration, now: Instant) {
+        let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        *last = (*last).max(now + time.saturating_sub(IDLE));
     }
 
     fn is_over(&self, now: Instant) -> bool {
         let last = *self.last.lock().unwrap_or_else(PoisonError::into_inner);
-        let idle = self.channels.load(Ordering::Relaxed) == 0 && now.saturating_duration_since(last) > IDLE;
+        let idle = self.channels() == 0 && now.saturating_duration_since(last) > IDLE;
         idle || now.saturating_duration_since(self.begin) > ticket::LONGEST_SESSION
     }
 
@@ -328,7 +359,7 @@ impl Session {
             mode: self.mode,
             from: self.from,
             opened: self.opened,
-            channels: self.channels.load(Ordering::Relaxed),
+            channels: self.channels(),
             bytes_sent: self.sent.load(Ordering::Relaxed),
             bytes_received: self.received.load(Ordering::Relaxed),
         }
@@ -377,13 +408,15 @@ impl Channel {
 
 impl Drop for Channel {
     fn drop(&mut self) {
-        *self.session.last.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        self.session.keep(IDLE, Instant::now());
         self.audit.note(&Event::ChannelClosed {
-            session: self.session.number,
+            whose: self.session.whose(),
             channel: self.name,
-            seconds: self.begin.elapsed().as_secs_f64(),
-            bytes_sent: self.sent,
-            bytes_received: self.received,
+            carried: Carried {
+                seconds: self.begin.elapsed().as_secs_f64(),
+                bytes_sent: self.sent,
+                bytes_received: self.received,
+            },
         });
         self.session.channels.fetch_sub(1, Ordering::SeqCst);
         self.session.note_if_over(&self.audit);
@@ -391,151 +424,4 @@ impl Drop for Channel {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::record::{Caller, Jobs, Record};
-    use crate::ticket::Grant;
-
-    struct Place {
-        _folder: tempfile::TempDir,
-        job: JobDir,
-        sessions: Sessions,
-    }
-
-    impl Place {
-        fn new(most: usize) -> Self {
-            let folder = tempfile::tempdir().unwrap();
-            let jobs = Jobs::open(folder.path()).unwrap();
-            let now = Timestamp::now();
-            let key = JobKey::new("https://gitlab.example.com", 1, 0);
-            let record = Record::new(key, "/tmp/x".into(), Caller::this(), now, now);
-            Self {
-                job: jobs.create(record).unwrap(),
-                sessions: Sessions::new(most, Arc::default(), Arc::default()),
-                _folder: folder,
-            }
-        }
-
-        fn ticket(&self, viewers: u32) -> Redeemed {
-            let now = Timestamp::now();
-            let later = now.saturating_add(jiff::SignedDuration::from_mins(1)).unwrap();
-            let grant = Grant::new(Mode::Full, now, later, viewers, "root".into());
-            let (text, _) = ticket::mint(&self.job, &grant).unwrap();
-            ticket::redeem_for(&self.job, text.reveal(), now)
-                .unwrap()
-                .unwrap()
-        }
-
-        fn open(&self, ticket: &Redeemed) -> Result<Secret, Full> {
-            self.sessions.open(ticket.clone(), [127, 0, 0, 1].into()).unwrap()
-        }
-    }
-
-    #[test]
-    fn a_ticket_has_no_more_viewers_than_it_allows_and_a_place_that_is_left_is_free() {
-        let place = Place::new(10);
-        let ticket = place.ticket(2);
-        let first = place.open(&ticket).unwrap();
-        place.open(&ticket).unwrap();
-        assert_eq!(place.open(&ticket).unwrap_err(), Full::Ticket);
-        place.open(&place.ticket(1)).unwrap();
-        let session = place.sessions.of(first.reveal(), place.job.key()).unwrap();
-        place.sessions.end(&session, End::Left);
-        assert!(place.sessions.of(first.reveal(), place.job.key()).is_none());
-        place.open(&ticket).unwrap();
-    }
-
-    #[test]
-    fn a_host_has_no_more_sessions_than_it_allows() {
-        let place = Place::new(1);
-        place.open(&place.ticket(9)).unwrap();
-        assert_eq!(place.open(&place.ticket(9)).unwrap_err(), Full::Host);
-    }
-
-    #[test]
-    fn a_cookie_is_good_for_its_own_machine_only() {
-        let place = Place::new(10);
-        let cookie = place.open(&place.ticket(1)).unwrap();
-        let other = "aaaa1111-7-1".parse().unwrap();
-        assert!(place.sessions.of(cookie.reveal(), &other).is_none());
-        assert!(place.sessions.of("", place.job.key()).is_none());
-    }
-
-    #[tokio::test]
-    async fn taking_the_ticket_away_ends_its_sessions_and_no_other() {
-        let place = Place::new(10);
-        let (one, two) = (place.ticket(1), place.ticket(1));
-        let (first, second) = (place.open(&one).unwrap(), place.open(&two).unwrap());
-        let session = place.sessions.of(first.reveal(), place.job.key()).unwrap();
-        place.sessions.look(Instant::now());
-        assert_eq!(place.sessions.size().0, 2);
-        ticket::revoke(&place.job, &one.id).unwrap();
-        place.sessions.look(Instant::now());
-        assert_eq!(session.ended().await, End::Revoked);
-        assert!(place.sessions.of(second.reveal(), place.job.key()).is_some());
-    }
-
-    #[test]
-    fn an_expired_ticket_goes_with_the_last_session_of_it_and_one_that_is_good_stays() {
-        let place = Place::new(10);
-        let ticket = place.ticket(2);
-        let end = |cookie: &Secret| {
-            let session = place.sessions.of(cookie.reveal(), place.job.key()).unwrap();
-            place.sessions.end(&session, End::Left);
-        };
-        let holds = || ticket::holds(&place.job, &ticket.id).unwrap();
-        end(&place.open(&ticket).unwrap());
-        assert!(holds());
-        let mut expired = ticket.clone();
-        expired.grant.expires = expired.grant.minted;
-        let (one, two) = (place.open(&expired).unwrap(), place.open(&expired).unwrap());
-        end(&one);
-        assert!(holds(), "somebody is there by it");
-        end(&two);
-        assert!(!holds());
-    }
-
-    #[test]
-    fn a_sessions_end_is_noted_once_and_with_all_that_its_channels_carried() {
-        let mut place = Place::new(10);
-        let log = place._folder.path().join("audit.log");
-        place.sessions.audit = Arc::new(Audit::open(Some(&log)).unwrap());
-        let closed = || {
-            let text = std::fs::read_to_string(&log).unwrap();
-            let lines = text.lines().map(|line| serde_json::from_str(line).unwrap());
-            let closed = lines.filter(|line: &serde_json::Value| line["event"] == "session-closed");
-            closed.collect::<Vec<_>>()
-        };
-        let cookie = place.open(&place.ticket(1)).unwrap();
-        let session = place.sessions.of(cookie.reveal(), place.job.key()).unwrap();
-        let [mut one, mut two] = ["main", "display"].map(|name| place.sessions.channel(&session, name));
-        place.sessions.end(&session, End::Admin);
-        place.sessions.end(&session, End::Left);
-        // What a screen carried is known when it closes.
-        one.sent(1000);
-        drop(one);
-        two.received(7);
-        assert_eq!(closed().len(), 0);
-        drop(two);
-        let closed = closed();
-        assert_eq!(closed.len(), 1);
-        assert_eq!(closed[0]["bytes_sent"], 1000);
-        assert_eq!(closed[0]["bytes_received"], 7);
-        assert_eq!(closed[0]["reason"], End::Admin.to_string());
-    }
-
-    #[tokio::test]
-    async fn an_open_channel_keeps_a_session_and_without_one_it_ends_after_a_while() {
-        let place = Place::new(10);
-        let cookie = place.open(&place.ticket(1)).unwrap();
-        let session = place.sessions.of(cookie.reveal(), place.job.key()).unwrap();
-        let mut channel = place.sessions.channel(&session, "terminal");
-        channel.sent(5);
-        let later = Instant::now() + IDLE * 2;
-        place.sessions.look(later);
-        assert_eq!(place.sessions.size(), (1, 1));
-        drop(channel);
-        place.sessions.look(later);
-        assert_eq!(session.ended().await, End::Time);
-    }
-}
+mod tests;

@@ -3,7 +3,7 @@
 //! | request | for whom | what |
 //! |---|---|---|
 //! | `GET /jobs/KEY` | anybody | the page, the same for all: it says nothing about the job |
-//! | `POST /jobs/KEY/session` | a ticket, in the body | a cookie for this machine |
+//! | `POST /jobs/KEY/session` | a ticket, in the body | a cookie for this machine; nothing new (200) where the cookie is of the same ticket |
 //! | `GET`, `DELETE /jobs/KEY/session` | the cookie | what may be seen; leaves |
 //! | `GET /jobs/KEY/terminal`, `/serial` | the cookie | WebSockets |
 //! | `GET /jobs/KEY/login`, `/oauth/callback` | anybody; Developers of the job's project | to GitLab; a cookie for this machine |
@@ -34,12 +34,13 @@ use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 
 use super::limit::Place;
+use super::refused::{Refused, Told};
 use super::session::{End, Session};
 use super::{House, api, login, screen, serial, terminal};
 use crate::record::JobKey;
 use crate::report;
 use crate::secret::Secret;
-use crate::ticket::{self, Mode};
+use crate::ticket::{self, Mode, Redeemed};
 
 /// The cookie's name. With this beginning, browsers take it over TLS only.
 const COOKIE: &str = "__Secure-cannery";
@@ -49,6 +50,8 @@ const LONGEST_BODY: usize = 4 << 10;
 const BODY: Duration = Duration::from_secs(20);
 /// A message from a browser: what somebody types, or a page of text that is pasted.
 const LONGEST_MESSAGE: usize = 256 << 10;
+/// Terminals and logs of a session, its screen's channels counted too: each terminal is a login in the guest.
+const MOST_CHANNELS: usize = 40;
 /// Characters of a name that a page shows.
 pub(super) const LONGEST_NAME: usize = 120;
 
@@ -62,6 +65,7 @@ const ASSETS: [(&str, &str); 3] = [
     ("xterm.css", CSS),
     ("addon-fit.js", JAVASCRIPT),
 ];
+pub(super) const HTML: &str = "text/html; charset=utf-8";
 const JAVASCRIPT: &str = "text/javascript; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
 
@@ -69,42 +73,15 @@ const CSS: &str = "text/css; charset=utf-8";
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Peer(pub(super) IpAddr);
 
-/// A request that is not answered as asked, with the reason.
-#[derive(Debug)]
-pub(super) struct Refused(pub(super) StatusCode, pub(super) String);
-
-impl Refused {
-    pub(super) fn new(status: StatusCode, why: impl Into<String>) -> Self {
-        Self(status, why.into())
-    }
-}
-
-impl IntoResponse for Refused {
-    fn into_response(self) -> Response {
-        (self.0, Json(serde_json::json!({ "error": self.1 }))).into_response()
-    }
-}
-
-impl From<ticket::Error> for Refused {
-    fn from(e: ticket::Error) -> Self {
-        // Paths of this host are the operator's business.
-        tracing::error!("{e}");
-        Self::new(
-            StatusCode::INTERNAL_SERVER_ERROR,
-            "the host cannot read its own files",
-        )
-    }
-}
-
 pub(super) fn router(house: Arc<House>) -> Router {
     Router::new()
         .route(
             "/",
             get(async || {
-                Refused::new(
+                Told::from(Refused::new(
                     StatusCode::NOT_FOUND,
                     "the job log has the address of its console",
-                )
+                ))
             }),
         )
         .route("/jobs/{key}", get(page))
@@ -152,10 +129,10 @@ async fn gate(State(house): State<Arc<House>>, request: Request, next: Next) -> 
     if let Ok(policy) = HeaderValue::try_from(policy) {
         headers.insert(header::CONTENT_SECURITY_POLICY, policy);
     }
+    // Not HSTS: browsers take it for all ports of the name, and what else the host serves is its operator's. Nothing of ours goes without TLS.
     for (name, value) in [
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (header::REFERRER_POLICY, "no-referrer"),
-        (header::STRICT_TRANSPORT_SECURITY, "max-age=31536000"),
         (header::CACHE_CONTROL, "no-store"),
     ] {
         headers.insert(name, HeaderValue::from_static(value));
@@ -199,7 +176,7 @@ fn typed(kind: &'static str, text: &'static str) -> Response {
 }
 
 async fn page() -> Response {
-    typed("text/html; charset=utf-8", PAGE)
+    typed(HTML, PAGE)
 }
 
 async fn asset(State(house): State<Arc<House>>, uri: Uri) -> Result<Response, Refused> {
@@ -255,11 +232,16 @@ async fn enter(
     State(house): State<Arc<House>>,
     Extension(Peer(from)): Extension<Peer>,
     uri: Uri,
+    headers: HeaderMap,
     Json(shows): Json<Shows>,
 ) -> Result<Response, Refused> {
     let key = key_of(&uri)?;
-    let cookie = admit(&house, &key, shows.ticket.reveal().trim(), from, Instant::now())?;
-    let cookie = machine_cookie(&key, &cookie);
+    let redeemed = redeem(&house, &key, shows.ticket.reveal().trim(), from, Instant::now())?;
+    // The same ticket in the same browser is the same viewer, in however many of its tabs.
+    if session_of(&house, &uri, &headers).is_ok_and(|session| session.is_by(&redeemed)) {
+        return Ok(StatusCode::OK.into_response());
+    }
+    let cookie = machine_cookie(&key, &begin(&house, redeemed, from)?);
     Ok((StatusCode::NO_CONTENT, [(header::SET_COOKIE, cookie)]).into_response())
 }
 
@@ -275,25 +257,29 @@ pub(super) fn may_try(house: &House, from: IpAddr, now: Instant) -> Result<(), R
     ))
 }
 
-/// The session of whoever shows this text at this time, unless it is no ticket or too many were not.
-pub(super) fn admit(
+/// What whoever shows this text at this time may have, unless it is no ticket or too many were not.
+pub(super) fn redeem(
     house: &House,
     key: &JobKey,
     text: &str,
     from: IpAddr,
     now: Instant,
-) -> Result<Secret, Refused> {
+) -> Result<Redeemed, Refused> {
     may_try(house, from, now)?;
     let redeemed = match house.jobs.find(key) {
         Some(job) => ticket::redeem_for(&job, text, Timestamp::now())?,
         // No other answer than for a wrong ticket: who has none learns nothing about jobs.
         None => Err(ticket::Refusal::Unknown),
     };
-    let redeemed = redeemed.map_err(|refusal| {
+    redeemed.map_err(|refusal| {
         house.guesses.wrong(from, now);
         house.counts.refused_ticket.add(1);
         Refused::new(StatusCode::FORBIDDEN, refusal.to_string())
-    })?;
+    })
+}
+
+/// The cookie of a new session, unless there are too many.
+pub(super) fn begin(house: &House, redeemed: Redeemed, from: IpAddr) -> Result<Secret, Refused> {
     house.sessions.open(redeemed, from)?.map_err(|full| {
         house.counts.refused_full.add(1);
         Refused::new(StatusCode::CONFLICT, full.to_string())
@@ -332,7 +318,7 @@ async fn shown(State(house): State<Arc<House>>, uri: Uri, headers: HeaderMap) ->
         Err(refused) => return Err(refused),
     };
     let record = session.job.read().map_err(ticket::Error::from)?;
-    let record = record.ok_or_else(|| Refused::new(StatusCode::GONE, End::Revoked.to_string()))?;
+    let record = record.ok_or_else(|| Refused::new(StatusCode::GONE, End::Gone.to_string()))?;
     let shown = Shown {
         project: report::line(&record.project, LONGEST_NAME),
         name: report::line(&record.job, LONGEST_NAME),
@@ -351,6 +337,18 @@ async fn leave(State(house): State<Arc<House>>, uri: Uri, headers: HeaderMap) ->
     Ok(StatusCode::NO_CONTENT)
 }
 
+/// The session of a request for one more terminal or log, which each session may have so many of.
+fn with_room(house: &House, uri: &Uri, headers: &HeaderMap) -> Result<Arc<Session>, Refused> {
+    let session = session_of(house, uri, headers)?;
+    if session.channels() >= MOST_CHANNELS {
+        return Err(Refused::new(
+            StatusCode::TOO_MANY_REQUESTS,
+            format!("this session has {MOST_CHANNELS} terminals and logs open already"),
+        ));
+    }
+    Ok(session)
+}
+
 /// A WebSocket whose messages from the browser have so many bytes at most.
 fn bounded(upgrade: WebSocketUpgrade, most: usize) -> WebSocketUpgrade {
     upgrade.max_message_size(most).max_frame_size(most)
@@ -363,7 +361,7 @@ async fn open_terminal(
     headers: HeaderMap,
     upgrade: WebSocketUpgrade,
 ) -> Result<Response, Refused> {
-    let session = session_of(&house, &uri, &headers)?;
+    let session = with_room(&house, &uri, &headers)?;
     Ok(bounded(upgrade, LONGEST_MESSAGE).on_upgrade(async move |socket| {
         let channel = house.sessions.channel(&session, "terminal");
         match session.mode {
@@ -381,7 +379,7 @@ async fn open_serial(
     headers: HeaderMap,
     upgrade: WebSocketUpgrade,
 ) -> Result<Response, Refused> {
-    let session = session_of(&house, &uri, &headers)?;
+    let session = with_room(&house, &uri, &headers)?;
     Ok(bounded(upgrade, LONGEST_BODY).on_upgrade(async move |socket| {
         serial::serve(socket, house.sessions.channel(&session, "serial")).await;
         drop(place);
@@ -442,7 +440,9 @@ async fn viewer_file(
     let name = record
         .map(|record| report::line(&record.job, LONGEST_NAME))
         .unwrap_or_default();
-    let pass = house.passes.hand_out(&session, Instant::now())?;
+    let now = Instant::now();
+    let pass = house.passes.hand_out(&session, now)?;
+    session.keep(screen::GOOD_FOR, now);
     let port = screen::Port::Tls(listen.port());
     let text = screen::viewer_file(house.console.host(), port, &name, &pass, authority.as_deref());
     let kind = [

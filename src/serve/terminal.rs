@@ -2,7 +2,8 @@
 //!
 //! Binary messages are bytes: keys one way, what the shell prints the other. Text messages are JSON: `{"columns":…,"rows":…}` from
 //! the browser, `{"note":…}` or `{"end":…}` to it. A viewer who may only see gets no shell: it is shown the terminal that was opened
-//! last by somebody who may type, and nothing that it sends is read.
+//! last by somebody who may type, of those that are open, and nothing that it sends is read. How large that is it is told with
+//! `{"size":{"columns":…,"rows":…}}`: programs draw for that size.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -12,6 +13,7 @@ use axum::body::Bytes;
 use axum::extract::ws::{CloseFrame, Message, WebSocket};
 use serde::Deserialize;
 use tokio::sync::broadcast::{self, error::RecvError};
+use tokio::sync::watch;
 
 use super::session::{Channel, End};
 use super::shell;
@@ -23,12 +25,14 @@ use crate::settings::Settings;
 const REMEMBERED: usize = 64 << 10;
 /// Pieces of output that a viewer may be behind before it is shown the remembered end instead.
 const BEHIND: usize = 256;
-/// How often a viewer looks whether there is a terminal to see.
+/// How often a viewer looks whether there is a terminal to see, or a newer one.
 const LOOK: Duration = Duration::from_millis(300);
 /// The first message says how large the window is; a browser sends it at once.
 const FIRST_WORD: Duration = Duration::from_secs(5);
 /// For the reason of an end to be said.
 const LAST_WORDS: Duration = Duration::from_secs(1);
+/// Makes a terminal forget what it shows, and how (ECMA-48's RIS).
+const RESET: &[u8] = b"\x1bc";
 /// The WebSocket's own code for "goes away" (RFC 6455, 7.4.1).
 const GOING_AWAY: u16 = 1001;
 
@@ -50,11 +54,13 @@ impl From<Size> for Window {
 struct Screen {
     recent: Mutex<VecDeque<u8>>,
     now: broadcast::Sender<Bytes>,
+    size: watch::Sender<Window>,
 }
 
 impl Screen {
-    fn new() -> Self {
+    fn new(window: Window) -> Self {
         Self {
+            size: watch::Sender::new(window),
             recent: Mutex::default(),
             now: broadcast::Sender::new(BEHIND),
         }
@@ -76,23 +82,41 @@ impl Screen {
     }
 }
 
-/// The terminals that were opened last, by machine.
+/// The terminals that are open, by machine, the newest last.
 #[derive(Debug, Default)]
-pub(super) struct Screens(Mutex<HashMap<JobKey, Weak<Screen>>>);
+pub(super) struct Screens(Mutex<HashMap<JobKey, Vec<Weak<Screen>>>>);
 
 impl Screens {
-    fn open(&self, job: &JobKey) -> Arc<Screen> {
-        let screen = Arc::new(Screen::new());
+    fn open(&self, job: &JobKey, window: Window) -> Arc<Screen> {
+        let screen = Arc::new(Screen::new(window));
         let mut screens = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        screens.retain(|_, screen| screen.strong_count() > 0);
-        screens.insert(job.clone(), Arc::downgrade(&screen));
+        screens.retain(|_, of_job| {
+            of_job.retain(|screen| screen.strong_count() > 0);
+            !of_job.is_empty()
+        });
+        screens
+            .entry(job.clone())
+            .or_default()
+            .push(Arc::downgrade(&screen));
         screen
     }
 
+    /// The newest that is open.
     fn find(&self, job: &JobKey) -> Option<Arc<Screen>> {
         let screens = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        screens.get(job)?.upgrade()
+        screens.get(job)?.iter().rev().find_map(Weak::upgrade)
     }
+
+    /// Is it this one?
+    fn is_newest(&self, job: &JobKey, screen: &Weak<Screen>) -> bool {
+        self.find(job)
+            .is_some_and(|newest| Arc::as_ptr(&newest) == screen.as_ptr())
+    }
+}
+
+fn sized(window: Window) -> Message {
+    let size = serde_json::json!({ "columns": window.columns(), "rows": window.rows() });
+    Message::text(serde_json::json!({ "size": size }).to_string())
 }
 
 fn note(kind: &str, text: &str) -> Message {
@@ -148,7 +172,7 @@ async fn talk(
         Ok(shell) => shell,
         Err(failure) => return Some(failure.message),
     };
-    let screen = screens.open(job.key());
+    let screen = screens.open(job.key(), window);
     loop {
         tokio::select! {
             event = shell.running.next() => match event {
@@ -167,6 +191,7 @@ async fn talk(
                     shell.keyboard.type_in(keys.to_vec()).await;
                 }
                 Message::Text(text) => if let Some(window) = size(&text) {
+                    screen.size.send_replace(window);
                     shell.keyboard.resize(window).await;
                 },
                 Message::Close(_) => return None,
@@ -211,13 +236,24 @@ async fn watch(screens: &Screens, socket: &mut WebSocket, channel: &mut Channel)
         };
         said = false;
         let (recent, mut now) = screen.look();
+        let mut size = screen.size.subscribe();
         // Whoever types may leave though somebody looks on.
+        let this = Arc::downgrade(&screen);
         drop(screen);
+        let window = *size.borrow_and_update();
         socket.send(note("note", "")).await.ok()?;
+        socket.send(sized(window)).await.ok()?;
         channel.sent(recent.len());
+        let recent = Bytes::from([RESET, &recent].concat());
         socket.send(Message::Binary(recent)).await.ok()?;
+        let mut look = tokio::time::interval(LOOK);
         loop {
             tokio::select! {
+                _ = look.tick() => if !screens.is_newest(&job, &this) { break },
+                Ok(()) = size.changed() => {
+                    let window = *size.borrow_and_update();
+                    socket.send(sized(window)).await.ok()?;
+                }
                 printed = now.recv() => match printed {
                     Ok(bytes) => {
                         channel.sent(bytes.len());
@@ -244,6 +280,8 @@ async fn gone(socket: &mut WebSocket) -> Option<End> {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     #[test]
@@ -251,7 +289,7 @@ mod tests {
         let screens = Screens::default();
         let job = "aaaa1111-7-1".parse().unwrap();
         assert!(screens.find(&job).is_none());
-        let screen = screens.open(&job);
+        let screen = screens.open(&job, Window::default());
         screen.print(&Bytes::from(vec![b'a'; REMEMBERED]));
         screen.print(&Bytes::from_static(b"end"));
         let (recent, mut now) = screens.find(&job).unwrap().look();
@@ -264,10 +302,42 @@ mod tests {
     }
 
     #[test]
+    fn the_newest_terminal_is_shown_and_when_it_closes_an_older_one_that_is_open() {
+        let screens = Screens::default();
+        let job = "aaaa1111-7-1".parse().unwrap();
+        let [first, second, third] =
+            [80, 100, 120].map(|columns| screens.open(&job, Window::new(columns, 30)));
+        let columns = || screens.find(&job).map(|screen| screen.size.borrow().columns());
+        assert_eq!(columns(), Some(120));
+        let seen = Arc::downgrade(&third);
+        assert!(screens.is_newest(&job, &seen));
+        drop(second);
+        drop(third);
+        assert!(!screens.is_newest(&job, &seen));
+        first.size.send_replace(Window::new(90, 30));
+        assert_eq!(columns(), Some(90));
+        drop(first);
+        assert_eq!(columns(), None);
+    }
+
+    #[test]
     fn a_size_is_two_numbers_and_nothing_else_is_one() {
         assert_eq!(size(r#"{"columns":132,"rows":50}"#), Some(Window::new(132, 50)));
         for text in ["", "{}", r#"{"columns":-1,"rows":5}"#, "ls"] {
             assert_eq!(size(text), None, "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn whatever_a_browser_says_is_a_size_that_programs_can_bear_or_none(
+            columns in any::<u16>(), rows in any::<u16>(), odd in ".*",
+        ) {
+            let text = serde_json::json!({"columns": columns, "rows": rows}).to_string();
+            prop_assert_eq!(size(&text), Some(Window::new(columns, rows)));
+            prop_assert_eq!(size(&odd), None);
+            // No part of it is one.
+            prop_assert!((0..text.len()).all(|end| size(&text[..end]).is_none()));
         }
     }
 }

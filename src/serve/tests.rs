@@ -42,15 +42,20 @@ impl Place {
 
     /// A ticket that outlasts every test.
     fn ticket(&self) -> Secret {
+        self.ticket_for(Mode::Full)
+    }
+
+    fn ticket_for(&self, mode: Mode) -> Secret {
         let now = Timestamp::now();
         let expires = now.saturating_add(SignedDuration::from_hours(1)).unwrap();
-        let grant = Grant::new(Mode::Full, now, expires, 9, "root".into());
+        let grant = Grant::new(mode, now, expires, 9, "root".into());
         crate::ticket::mint(&self.job, &grant).unwrap().0
     }
 
     /// The status that a browser gets for this text.
     fn show(&self, text: &str, from: IpAddr, now: Instant) -> u16 {
-        match site::admit(&self.house, self.job.key(), text, from, now) {
+        let redeemed = site::redeem(&self.house, self.job.key(), text, from, now);
+        match redeemed.and_then(|redeemed| site::begin(&self.house, redeemed, from)) {
             Ok(_) => 204,
             Err(refused) => refused.0.as_u16(),
         }
@@ -58,9 +63,15 @@ impl Place {
 
     /// The session that a ticket opens.
     pub(super) fn session(&self) -> Arc<session::Session> {
-        let ticket = self.ticket();
-        let cookie = site::admit(&self.house, self.job.key(), ticket.reveal(), HERE, Instant::now());
-        let session = self.house.sessions.of(cookie.unwrap().reveal(), self.job.key());
+        self.session_that(Mode::Full)
+    }
+
+    /// The session that a ticket of this mode opens.
+    pub(super) fn session_that(&self, mode: Mode) -> Arc<session::Session> {
+        let ticket = self.ticket_for(mode);
+        let redeemed = site::redeem(&self.house, self.job.key(), ticket.reveal(), HERE, Instant::now());
+        let cookie = site::begin(&self.house, redeemed.unwrap(), HERE).unwrap();
+        let session = self.house.sessions.of(cookie.reveal(), self.job.key());
         session.unwrap()
     }
 
@@ -145,4 +156,18 @@ async fn who_is_refused_a_screen_is_counted_but_never_written_down() {
     }
     assert_eq!(place.house.counts.refused_handshake.get(), 3);
     assert_eq!(place.audit_log(), "");
+}
+
+proptest::proptest! {
+    #[test]
+    fn a_cookie_is_found_among_whatever_else_a_browser_sends(before in "[^;=]*", after in "[ -~]*", value in "[0-9a-f]{40}") {
+        let all = format!("{before}=x; mine={value};{after}");
+        let mut headers = axum::http::HeaderMap::new();
+        // What is no header never gets so far.
+        if let Ok(header) = axum::http::HeaderValue::from_bytes(all.as_bytes()) {
+            headers.append(axum::http::header::COOKIE, header);
+            let found = site::cookie(&headers, "mine").any(|found| found == value);
+            proptest::prop_assert!(found || !all.is_ascii());
+        }
+    }
 }

@@ -101,7 +101,7 @@ pub struct ConsoleSettings {
 /// `gitlab_…` of `[console]`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct GitLabSettings {
-    /// Its address, without a slash at the end: what jobs' coordinators are compared with.
+    /// Its address, without a slash at the end. Jobs' coordinators are compared with it.
     pub url: String,
     /// The application's ID there.
     pub application: String,

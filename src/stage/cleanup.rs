@@ -15,7 +15,7 @@ use crate::settings::Settings;
 pub async fn cleanup(settings: &Settings, environment: &Environment, log: &JobLog) -> Result<(), Failure> {
     let claim = claim(environment)?;
     for (key, until) in Reaper::open(settings)?.remove_claimed(&claim).await? {
-        log.line(hold::sentence(settings.console.as_ref(), &key, until));
+        log.line(hold::said(settings, &key, until));
     }
     Ok(())
 }

@@ -6,9 +6,9 @@ use jiff::{SignedDuration, Timestamp};
 
 use super::prepare::AFTER_TIMEOUT;
 use crate::history;
-use crate::record::{Ending, Held, Holder, JobKey, Record};
+use crate::record::{Ending, Held, Holder, JobKey, Record, is_served};
 use crate::report;
-use crate::settings::{Access, ConsoleSettings};
+use crate::settings::{Access, ConsoleSettings, Settings};
 
 /// How much earlier than the job's time is over gitlab-runner may have a script ended for it: its clock starts when it takes the
 /// job, before prepare.
@@ -62,21 +62,24 @@ impl End<'_> {
     }
 }
 
-/// What the job's author is told: until when, and who gets in how: by the page where there is a console, else through the operator.
-pub(super) fn sentence(console: Option<&ConsoleSettings>, key: &JobKey, until: Timestamp) -> String {
-    let way = match console {
-        Some(console) => {
-            // The ticket was told once, and is nowhere else.
-            let link = match console.access {
-                Access::Ticket => "",
-                Access::Link => " (with the ticket from the line \"Console\" above, if there is one)",
-            };
-            format!("Its console: {}{link}", console.page(key))
-        }
-        None => format!("The runner's operator enters it with: cannery vm ssh {key}"),
-    };
+/// What the job's author is told: until when, and who gets in how. The page is named only while it is served.
+pub(super) fn said(settings: &Settings, key: &JobKey, until: Timestamp) -> String {
+    let console = settings.console.as_ref();
+    sentence(console.filter(|_| is_served(&settings.state_dir)), key, until)
+}
+
+/// The operator gets in in any case; others by the page, where there is one. Pure.
+fn sentence(console: Option<&ConsoleSettings>, key: &JobKey, until: Timestamp) -> String {
+    let page = console.map_or(String::new(), |console| {
+        // The ticket was told once, and is nowhere else.
+        let link = match console.access {
+            Access::Ticket => "",
+            Access::Link => " (with the ticket from the line \"Console\" above, if there is one)",
+        };
+        format!(" Its console: {}{link}", console.page(key))
+    });
     format!(
-        "cannery: the machine of this job stays until {} for a look at it. {way}",
+        "cannery: the machine of this job stays until {} for a look at it. The runner's operator enters it with `cannery vm ssh {key}`.{page}",
         report::minute(until)
     )
 }
@@ -157,21 +160,23 @@ mod tests {
     }
 
     #[test]
-    fn who_may_look_is_told_the_way_which_is_the_ticket_in_the_job_log_only_where_there_may_be_one() {
+    fn who_may_look_is_told_the_operators_way_and_the_page_with_the_ticket_only_where_there_may_be_one() {
         let key = JobKey::new("https://gitlab.example.com", 1, 1);
         let page = format!("https://ci.example.com/jobs/{key}");
         let console = crate::stage::invite::tests::console;
-        for (settings, end) in [
-            (None, format!("enters it with: cannery vm ssh {key}")),
-            (Some(console("")), format!("Its console: {page}")),
+        for (settings, way) in [
+            (None, String::new()),
+            (Some(console("")), format!(" Its console: {page}")),
             (
                 Some(console("access = \"link\"")),
                 format!(
-                    "Its console: {page} (with the ticket from the line \"Console\" above, if there is one)"
+                    " Its console: {page} (with the ticket from the line \"Console\" above, if there is one)"
                 ),
             ),
         ] {
             let said = sentence(settings.as_ref(), &key, Timestamp::UNIX_EPOCH);
+            let end =
+                format!("look at it. The runner's operator enters it with `cannery vm ssh {key}`.{way}");
             assert!(said.ends_with(&end), "{said}");
         }
     }

@@ -159,6 +159,10 @@ async fn get_ready(
     phases.end("image");
 
     let granted = grant(&wants, &order.machine, &disk)?;
+    let invitation = settings
+        .console
+        .as_ref()
+        .map(|console| super::invite::lines(console, &folder, job.protected));
     let plan = Plan {
         job: &folder,
         state_dir: settings.state_dir.clone(),
@@ -174,6 +178,7 @@ async fn get_ready(
         folders: [&settings.builds_dir, &settings.cache_dir],
         needs_helper: job.needs_helper,
         runner_version: job.runner_version.as_deref(),
+        invitation: invitation.unwrap_or_default().into(),
     };
     let hardware = Hardware {
         libvirt: &libvirt,
@@ -192,10 +197,6 @@ async fn get_ready(
         r.end(PREPARE, course.begin.elapsed(), Ending::Succeeded);
     })?);
     log.line(format!("Ready: {}", phases.line()));
-    if let Some(console) = &settings.console {
-        let lines = super::invite::lines(console, &folder, job.protected);
-        lines.into_iter().for_each(|line| log.line(line));
-    }
     Ok(())
 }
 

@@ -115,7 +115,7 @@ pub async fn run(
         post_mortem.take(log).await;
     }
     if let Some(held) = held {
-        log.line(hold::sentence(settings.console.as_ref(), job.key(), held.until));
+        log.line(hold::said(settings, job.key(), held.until));
     }
     match ended {
         Ok(Ended { code: Some(0), .. }) => Ok(()),

@@ -4,6 +4,7 @@ use std::io::Write;
 use std::net::{IpAddr, SocketAddr};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use super::settle::{Needs, settle};
@@ -52,6 +53,8 @@ pub struct Plan<'a> {
     pub needs_helper: bool,
     /// The version of the runner that the binary must fit, as far as it tells.
     pub runner_version: Option<&'a str>,
+    /// Lines for the job log, said once: as soon as there is a machine, since one whose boot hangs is the one to look at.
+    pub invitation: Mutex<Vec<String>>,
 }
 
 /// A guest that is ready for scripts.
@@ -93,6 +96,8 @@ pub async fn cold(
         .map_err(Unstarted::Failed)?;
     power_on(plan, libvirt, &placement, xml).await?;
     phases.end("start");
+    let invitation = std::mem::take(&mut *plan.invitation.lock().unwrap_or_else(PoisonError::into_inner));
+    invitation.iter().for_each(|line| log.line(line));
     let connection = match enter(plan, patience, libvirt, &placement, &keys, phases).await {
         Ok(connection) => connection,
         Err(failure) => {

@@ -67,6 +67,11 @@ impl Picture {
         }
     }
 
+    /// How many pixels are not black.
+    pub fn lit(&self) -> usize {
+        self.pixels.iter().filter(|pixel| **pixel != [0; 3]).count()
+    }
+
     /// How many pixels another picture of this size has in another colour.
     #[track_caller]
     pub fn differs_in(&self, other: &Self) -> usize {

@@ -7,6 +7,7 @@ use crate::outcome::Failure;
 use crate::quantity::Span;
 use crate::record::{JobKey, Jobs};
 use crate::report;
+use crate::serve;
 use crate::settings::Settings;
 use crate::ticket::{self, Grant, Mode, TicketId};
 
@@ -71,6 +72,7 @@ pub(super) fn mint(
     let viewers = arguments.viewers.unwrap_or(console.viewers);
     let grant = Grant::new(mode, now, expires, viewers, whoami(context));
     let (text, id) = ticket::mint(&job, &grant)?;
+    serve::note_ticket(console, job.key(), &id, &grant);
     if arguments.quiet {
         print(&format!("{}\n", text.reveal()));
         return Ok(());

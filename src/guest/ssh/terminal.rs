@@ -28,11 +28,13 @@ impl Window {
         }
     }
 
-    pub(super) fn columns(self) -> u32 {
+    /// Characters of a line.
+    pub fn columns(self) -> u32 {
         self.columns.into()
     }
 
-    pub(super) fn rows(self) -> u32 {
+    /// Lines.
+    pub fn rows(self) -> u32 {
         self.rows.into()
     }
 }
