@@ -213,11 +213,12 @@ impl Source {
         &self,
         blobs: &[Descriptor],
         offset: u64,
+        meter: &Meter,
         sink: mpsc::Sender<Piece>,
     ) -> Result<(), Error> {
         let width = self.width().min(PARTS_IN_FLIGHT);
-        let parts =
-            stream::iter(divided(blobs, offset, PART)).map(|(blob, range)| self.collect(&blobs[blob], range));
+        let parts = stream::iter(divided(blobs, offset, PART))
+            .map(|(blob, range)| self.collect(&blobs[blob], range, meter));
         let mut parts = parts.buffered(width);
         let mut at = offset;
         self.beginning.begin(offset);
@@ -235,6 +236,7 @@ impl Source {
         for (blob, range) in divided(blobs, at, u64::MAX) {
             let mut part = self.range(&blobs[blob], range)?;
             while let Some(bytes) = part.next().await? {
+                meter.add_fetched(&blobs[blob], bytes.len());
                 self.beginning.add(&bytes);
                 if sink.send(Piece::Bytes(bytes)).await.is_err() {
                     return Ok(());
@@ -251,12 +253,21 @@ impl Source {
     }
 
     /// A part of a blob, whole; none where the server would send more than the part.
-    async fn collect(&self, blob: &Descriptor, range: Range<u64>) -> Result<Option<Vec<Bytes>>, Error> {
+    async fn collect(
+        &self,
+        blob: &Descriptor,
+        range: Range<u64>,
+        meter: &Meter,
+    ) -> Result<Option<Vec<Bytes>>, Error> {
         let mut part = self.range(blob, range)?;
         let mut pieces = Vec::new();
         while !self.ignores_ranges() {
             match part.next().await? {
-                Some(bytes) => pieces.push(bytes),
+                Some(bytes) => {
+                    // Counted as it comes: on a slow link a part takes its time.
+                    meter.add_fetched(blob, bytes.len());
+                    pieces.push(bytes);
+                }
                 None => return Ok(Some(pieces)),
             }
         }
@@ -286,7 +297,7 @@ impl Source {
     {
         let (sender, reader) = relay(PIECES_IN_FLIGHT);
         let worker = self.work(blobs, meter, reader, work);
-        let feed = self.feed_all(blobs, 0, sender);
+        let feed = self.feed_all(blobs, 0, meter, sender);
         let (fed, worked) = tokio::join!(feed, worker);
         // Without its bytes the worker could only fail; why they did not come is the reason.
         fed.and(worked)
@@ -357,7 +368,8 @@ pub(super) async fn told<T>(
     transfer: impl Future<Output = T>,
 ) -> T {
     let tell = || {
-        let done = meter.done();
+        // What is fetched once more was counted already.
+        let done = meter.done().min(total);
         progress.event(Event::Fetching { done, total });
         meter.tell_layers(progress);
         let written = meter.unpacked();

@@ -114,7 +114,9 @@ impl Stream<'_> {
             let _: Result<(), _> = taker.send(matches!(result, Err(Error::Malformed { .. })));
             result
         });
-        let feeding = self.source.feed_all(self.blobs, offset, sender);
+        let feeding = self
+            .source
+            .feed_all(self.blobs, offset, &self.place.meter, sender);
         let (fed, checked, unpacked, taken) = tokio::join!(feeding, checking, unpacking, taking);
         // Without bytes the threads could only fail; why they did not come is the reason. Of wrong bytes the same is true.
         let result = fed.and(checked).and(unpacked).and(taken);

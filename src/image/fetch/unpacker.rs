@@ -4,6 +4,7 @@ use std::any::Any;
 use std::io::{self, Read};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, SyncSender};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
@@ -14,6 +15,9 @@ use super::part::cut;
 use super::verified::Position;
 use crate::image::error::Error;
 use crate::image::format::Workplace;
+
+/// Time after which there is a mark though few bytes have come: on a slow link they are as dear.
+const MARK_AFTER: Duration = Duration::from_secs(2);
 
 /// Unpacked bytes that travel together.
 const BLOCK: usize = 256 << 10;
@@ -109,6 +113,26 @@ impl From<Error> for Halt {
     }
 }
 
+/// What came since the last mark.
+struct Since {
+    bytes: u64,
+    begin: Instant,
+}
+
+impl Since {
+    fn now() -> Self {
+        Self {
+            bytes: 0,
+            begin: Instant::now(),
+        }
+    }
+
+    /// Is it worth a mark?
+    fn is_enough(&self, every: u64) -> bool {
+        self.bytes >= every || (self.bytes > 0 && self.begin.elapsed() >= MARK_AFTER)
+    }
+}
+
 /// The thread that unpacks.
 pub(super) struct Unpacker {
     /// Packed bytes between two marks.
@@ -174,12 +198,12 @@ impl Unpacker {
     /// A layer that is not packed.
     fn pass_on(&self, packed: &mut Packed) -> Result<(), Halt> {
         self.send(Block::Begin(Compression::None))?;
-        let mut since = 0;
+        let mut since = Since::now();
         while let Some(block) = self.read(packed)? {
-            since += block.len() as u64;
+            since.bytes += block.len() as u64;
             self.send(Block::Bytes(block))?;
-            if since >= self.every {
-                since = 0;
+            if since.is_enough(self.every) {
+                since = Since::now();
                 self.mark(packed, packed.piece.to_vec(), None)?;
             }
         }
@@ -188,20 +212,20 @@ impl Unpacker {
 
     fn gunzip(&self, packed: &mut Packed, mut gunzip: Gunzip) -> Result<(), Halt> {
         self.send(Block::Begin(Compression::Gzip))?;
-        let (mut input, mut since, mut ended) = (Bytes::new(), 0, false);
+        let (mut input, mut since, mut ended) = (Bytes::new(), Since::now(), false);
         let (mut block, mut filled) = (self.empty(), 0);
         loop {
             if input.is_empty() && !ended {
                 match packed.piece().map_err(|error| self.unreadable(error))? {
                     Some(piece) => {
-                        since += piece.len() as u64;
+                        since.bytes += piece.len() as u64;
                         input = piece;
                     }
                     None => ended = true,
                 }
             }
             let step = gunzip
-                .step(&input, &mut block[filled..], since >= self.every)
+                .step(&input, &mut block[filled..], since.is_enough(self.every))
                 .map_err(|error| self.unreadable(error))?;
             drop(input.split_to(step.taken));
             filled += step.given;
@@ -212,7 +236,7 @@ impl Unpacker {
                 filled = 0;
             }
             if stopped.is_some() {
-                since = 0;
+                since = Since::now();
                 self.mark(packed, input.to_vec(), stopped)?;
             }
             if ended && step.is_idle() {

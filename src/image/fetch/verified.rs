@@ -17,7 +17,6 @@ pub(super) struct Check<'a> {
     position: Position,
     /// There was a byte behind the last blob.
     too_long: bool,
-    meter: &'a Meter,
     image: &'a str,
 }
 
@@ -53,7 +52,6 @@ impl<'a> Check<'a> {
             blobs,
             position,
             too_long: false,
-            meter,
             image,
         }
     }
@@ -70,7 +68,6 @@ impl<'a> Check<'a> {
             let (own, rest) = bytes.split_at(left.min(bytes.len()));
             self.position.hash.update(own);
             self.position.count += own.len() as u64;
-            self.meter.add_fetched(blob, own.len());
             bytes = rest;
         }
         Ok(())
