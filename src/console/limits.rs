@@ -22,6 +22,15 @@ pub struct Limits {
     pub takeovers: usize,
     /// Keys that are made ahead; each channel takes one.
     pub keys: usize,
+    /// Bytes of a session's machine that its viewer has not taken, on all of its channels; past it the session ends. A machine
+    /// that draws is never made to wait, since QEMU waits for it in the thread of its control connection, so what a slow
+    /// viewer has not taken lies here. A full HD screen has 8 MiB without any compression.
+    pub untaken: usize,
+    /// The same of all sessions together: past it the one for whose viewer most waits ends.
+    pub untaken_by_all: usize,
+    /// How long a byte may wait for its viewer; past it the session ends. With 1 Mbit/s, 7 MB are taken in a minute: some
+    /// full HD screens of what guests show, when they change all at once.
+    pub untaken_for: Duration,
 }
 
 impl Default for Limits {
@@ -34,6 +43,9 @@ impl Default for Limits {
             channels: 32,
             takeovers: 6,
             keys: 600,
+            untaken: 32 << 20,
+            untaken_by_all: 256 << 20,
+            untaken_for: Duration::from_secs(60),
         }
     }
 }

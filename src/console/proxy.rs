@@ -10,6 +10,7 @@ use futures_util::future::BoxFuture;
 use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 
+use super::acks::Acks;
 use super::backend::{self, Backend, Dialled};
 use super::caps::Mirror;
 use super::channel::{Kind, Mode};
@@ -332,14 +333,14 @@ impl Proxy {
         let mut filter = Filter::new(kind, session.mode, visit.framing());
         let mut carried = Carried::default();
         let opened = match dialled {
-            Some(dialled) => Ok(dialled.wire),
+            Some(dialled) => Ok((dialled.wire, Vec::new())),
             None => {
                 self.begin(&mut viewer, session, visit, &mut filter, &mut carried)
                     .await
             }
         };
-        let machine = match opened {
-            Ok(machine) => machine,
+        let (machine, begun) = match opened {
+            Ok(opened) => opened,
             Err(end) => {
                 if end.ends_all() {
                     session.finish(end.of_session());
@@ -355,11 +356,16 @@ impl Proxy {
             id,
         });
         let relay = Relay {
+            kind,
             viewer,
             machine,
             filter,
+            begun,
+            acks: Acks::new(visit.framing()),
             hall: (kind == Kind::Main).then(|| Hall::new(session.kinds, visit.framing())),
             session,
+            registry: &self.registry,
+            limits: &self.limits,
             carried,
         };
         let (end, carried, viewer) = relay.run().await;
@@ -375,7 +381,8 @@ impl Proxy {
         Closed { end, viewer }
     }
 
-    /// Waits until the viewer has begun its screen's channel, and opens it at the machine.
+    /// Waits until the viewer has begun its screen's channel, and opens it at the machine; says also what came of a message
+    /// that is not complete.
     async fn begin(
         &self,
         viewer: &mut Wire,
@@ -383,7 +390,7 @@ impl Proxy {
         visit: &Visit,
         filter: &mut Filter,
         carried: &mut Carried,
-    ) -> Result<Wire, ChannelEnd> {
+    ) -> Result<(Wire, Vec<u8>), ChannelEnd> {
         let held = async {
             let mut gate = Gate::new(visit.framing());
             let mut bytes = vec![0; 4096];
@@ -402,17 +409,18 @@ impl Proxy {
                 }
             }
         };
-        let held = tokio::select! {
+        let mut held = tokio::select! {
             end = session.finished() => return Err(ChannelEnd::Session(end)),
             held = timeout(BEGIN_TIME, held) => held.unwrap_or(Err(ChannelEnd::Violation(Violation::NoBeginning)))?,
         };
+        let begun = held.split_off(held.len().saturating_sub(filter.unfinished()));
         let machine = self.dial(session, visit, &held).await.map_err(|why| match why {
             Refusal::Ended(end) => ChannelEnd::Session(end),
             other => ChannelEnd::MachineLost(io::Error::other(other)),
         })?;
         carried.to_machine = u64::try_from(held.len()).unwrap_or_default();
         session.count(0, carried.to_machine);
-        Ok(machine.wire)
+        Ok((machine.wire, begun))
     }
 }
 

@@ -42,6 +42,30 @@ impl Screen {
         screen
     }
 
+    /// The same with a guest that runs and switches for ever between text and graphics, which makes QEMU wait for its screen.
+    pub fn switching() -> Self {
+        /// A disk's first sector (`modes.s` beside it says what it does).
+        const DISK: &[u8] = include_bytes!("../../src/bench/console/modes.bin");
+        let screen = Self::with(
+            |folder| {
+                std::fs::write(folder.join("disk"), DISK).unwrap();
+                format!("unix=on,addr={}", folder.join("screen").display())
+            },
+            |folder| {
+                let disk = folder.join("disk").display().to_string();
+                vec![
+                    "-drive".to_owned(),
+                    format!("file={disk},format=raw,if=none,id=disk"),
+                    "-device".to_owned(),
+                    "ide-hd,drive=disk".to_owned(),
+                ]
+            },
+        );
+        awaits("QEMU's screen", || screen.path().exists());
+        screen.run_guest();
+        screen
+    }
+
     /// One at a port of the loopback device.
     pub fn at_port(port: u16) -> Self {
         let screen = Self::listening(|_| format!("addr=127.0.0.1,port={port}"));
@@ -52,8 +76,13 @@ impl Screen {
     }
 
     fn listening(place: impl FnOnce(&Path) -> String) -> Self {
+        Self::with(place, |_| Vec::new())
+    }
+
+    fn with(place: impl FnOnce(&Path) -> String, more: impl FnOnce(&Path) -> Vec<String>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let place = place(folder.path());
+        let more = more(folder.path());
         let at = |name: &str| folder.path().join(name).display().to_string();
         let child = Command::new("qemu-system-x86_64")
             .args([
@@ -77,6 +106,7 @@ impl Screen {
             .args(["-spice", &format!("{place},password-secret=own")])
             .args(["-qmp", &format!("unix:{},server=on,wait=off", at("control"))])
             .args(["-trace", "input_event_key_*", "-D", &at("log")])
+            .args(more)
             .stdin(Stdio::null())
             .spawn()
             .unwrap();

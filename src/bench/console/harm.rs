@@ -63,6 +63,8 @@ impl Bench<'_> {
         }
         if let Some(qemu) = qemu {
             figures.extend(self.mute(&qemu).await?);
+            drop(qemu);
+            figures.extend(self.looks().await?);
         }
         Ok(figures)
     }

@@ -4,7 +4,7 @@
 //! viewer ──▶ proxy (a process of its own) ──▶ stub (a machine's screen that answers at once)
 //!    ├─────▶ tunnel (socat) ────────────────▶   │
 //!    └──────────────────────────────────────▶   │
-//! abuse ──▶ proxy ──▶ qemu (a real one, which never runs its guest)
+//! abuse ──▶ proxy ──▶ qemu (a real one, which runs no guest, or one that changes its screen all the time)
 //! ```
 //!
 //! With another proxy named, viewers and abuse go through that one, too.
@@ -14,6 +14,7 @@
 mod abuse;
 mod aside;
 mod harm;
+mod looks;
 mod proxy;
 mod qemu;
 mod rival;
