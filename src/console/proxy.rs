@@ -20,7 +20,7 @@ use super::frame::Framing;
 use super::gate::Gate;
 use super::hall::Hall;
 use super::handshake::{self, HandshakeError};
-use super::keys::Keys;
+use super::keys::{Asks, Keys};
 use super::limits::{Door as Waiting, Limits, Pass};
 use super::link::{Caps, Code, Common, Hello};
 use super::refusal::{Denied, Refusal};
@@ -133,15 +133,10 @@ impl Proxy {
 
     /// The same, for one that has its place.
     pub(super) async fn attend(&self, mut wire: Wire, from: SocketAddr, pass: Pass) {
-        let greeted = self.greet(&mut wire).await;
+        let greeted = self.greet(&mut wire, from).await;
         let (visit, ticket) = match greeted {
             Ok(greeted) => greeted,
-            Err(why) => {
-                if matches!(why, Refusal::NoTicket) {
-                    self.waiting.wrong(from.ip());
-                }
-                return self.turn_away(wire, from, why, pass).await;
-            }
+            Err(why) => return self.turn_away(wire, from, why, pass).await,
         };
         if visit.kind == Kind::Main {
             self.main(wire, from, pass, &visit, &ticket).await;
@@ -161,15 +156,30 @@ impl Proxy {
     }
 
     /// The handshake up to the ticket.
-    async fn greet(&self, wire: &mut Wire) -> Result<(Visit, Secret), Refusal> {
+    async fn greet(&self, wire: &mut Wire, from: SocketAddr) -> Result<(Visit, Secret), Refusal> {
         let hello = handshake::hello(wire).await?;
         let Some(kind) = Kind::from_number(hello.kind) else {
             handshake::refuse(wire, Code::InvalidData).await;
             return Err(HandshakeError::Refused(Code::InvalidData).into());
         };
         let shown = self.mirror.shown(|| self.door.model(), kind).await;
-        let ticket = handshake::ticket(wire, &hello, &shown, &self.keys).await?;
-        let ticket = ticket.ok_or(Refusal::NoTicket)?;
+        if !self.waiting.may_have_key(from.ip()) {
+            handshake::refuse(wire, Code::Error).await;
+            return Err(Refusal::Crowded);
+        }
+        // Whose session it is, the ticket says; that there is one is enough for a key.
+        let who = if self.registry.has(hello.session) {
+            Asks::Member
+        } else {
+            Asks::Stranger
+        };
+        let key = handshake::key(&self.keys, who).await?;
+        let ticket = match handshake::ticket(wire, &hello, &shown, key).await {
+            Ok(ticket) => ticket.ok_or(Refusal::NoTicket),
+            Err(error) => Err(error.into()),
+        };
+        // A key costs us more than a guess costs them: who was shown one and brought nothing has guessed wrong.
+        let ticket = ticket.inspect_err(|_| self.waiting.wrong(from.ip()))?;
         Ok((Visit { hello, kind, shown }, ticket))
     }
 

@@ -351,6 +351,12 @@ impl Registry {
         })
     }
 
+    /// Whether there is a session with this number.
+    pub(super) fn has(&self, id: u32) -> bool {
+        let state = self.state();
+        state.live.iter().any(|session| session.id.get() == Some(&id))
+    }
+
     /// The session of a later channel: both its number and the ticket must be those of the same one.
     pub(super) fn find(&self, ticket: &Secret, id: u32) -> Found {
         // Compared as hashes, whose bytes tell nothing about those of the tickets.
