@@ -108,6 +108,20 @@ pub(super) fn proxy(
     passes: Arc<Passes>,
     most: usize,
 ) -> io::Result<Arc<Proxy>> {
+    let limits = Limits {
+        sessions: most,
+        ..Limits::default()
+    };
+    proxy_within(limits, jobs, sessions, passes)
+}
+
+/// The same with limits of the caller's.
+pub(super) fn proxy_within(
+    limits: Limits,
+    jobs: Jobs,
+    sessions: Arc<Sessions>,
+    passes: Arc<Passes>,
+) -> io::Result<Arc<Proxy>> {
     let alone = Arc::new(Mutex::default());
     let desk = Desk {
         jobs,
@@ -119,10 +133,6 @@ pub(super) fn proxy(
         sessions,
         alone,
         open: Mutex::default(),
-    };
-    let limits = Limits {
-        sessions: most,
-        ..Limits::default()
     };
     Proxy::new(desk, notes, limits)
 }
