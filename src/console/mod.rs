@@ -25,7 +25,8 @@
 //! - A session ends at once, with all of its channels, when [`Proxy::end`] says so, and its viewer is told why.
 //!
 //! `examples/spice_proxy.rs` is a whole proxy. The owner's part is a [`Door`] and an [`Observer`]; connections come from
-//! [`Proxy::listen`], or from the caller by [`Proxy::serve`]: WebSockets, for example, that were made into streams.
+//! [`Proxy::listen`], plain or over TLS, or from the caller: [`Proxy::serve_websocket`] takes WebSockets, of whatever library, and
+//! [`Proxy::serve`] any other stream.
 //! Everything runs on the caller's tokio runtime, besides two threads that make keys.
 
 pub mod acks;
@@ -51,6 +52,7 @@ mod refusal;
 mod relay;
 mod session;
 pub mod tls;
+mod websocket;
 pub mod wire;
 
 pub use backend::{Backend, DialError};
