@@ -31,6 +31,8 @@ const ASK_EVERY: Duration = Duration::from_millis(2);
 /// A disk's first sector, which switches for ever between text and graphics (`modes.s`).
 const MODES: &[u8] = include_bytes!("modes.bin");
 const DISK: &str = "modes";
+/// Bytes of that disk: firmware starts none that is smaller than a cylinder.
+const DISK_SIZE: usize = 4 << 20;
 
 /// A QEMU, which ends with this value.
 #[derive(Debug)]
@@ -49,7 +51,9 @@ impl Qemu {
     /// The same with a guest that runs, and changes its screen's mode again and again.
     pub(super) async fn switching(folder: &Path) -> Result<Option<Self>, Failure> {
         let disk = folder.join(DISK);
-        std::fs::write(&disk, MODES).map_err(|e| cannot("write", &disk, &e))?;
+        let mut content = MODES.to_vec();
+        content.resize(DISK_SIZE, 0);
+        std::fs::write(&disk, content).map_err(|e| cannot("write", &disk, &e))?;
         for left in [SCREEN, CONTROL] {
             // What the one before it listened at.
             let _ = std::fs::remove_file(folder.join(left));
