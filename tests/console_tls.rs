@@ -6,6 +6,7 @@
 mod spice;
 mod support;
 
+use std::io;
 use std::net::TcpStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -13,8 +14,10 @@ use std::sync::Arc;
 
 use cannery::console::backend::Tcp;
 use cannery::console::tls::MachineTls;
+use cannery::console::wire::Wire;
 use cannery::console::{Backend, Certificate, Kind, Limits, Mode, Security};
 use cannery::secret::Secret;
+use futures_util::future::BoxFuture;
 use openssl::ssl::{SslConnector, SslMethod};
 use spice::{Running, Screen, hello, limits};
 use support::desktop::Desktop;
@@ -74,6 +77,99 @@ fn a_viewer_that_comes_plain_is_sent_to_tls_where_it_checks_whom_it_has() {
     );
 }
 
+/// A server that is asked plain first.
+#[derive(Debug)]
+struct PlainFirst {
+    plain: Tcp,
+    tls: Tcp,
+}
+
+impl Backend for PlainFirst {
+    fn likeness(&self) -> &str {
+        "qemu"
+    }
+
+    fn connect(&self) -> BoxFuture<'_, io::Result<Wire>> {
+        self.plain.connect()
+    }
+
+    fn connect_secured(&self) -> Option<BoxFuture<'_, io::Result<Wire>>> {
+        Some(self.tls.connect())
+    }
+
+    fn ticket(&self) -> Option<&Secret> {
+        self.plain.ticket()
+    }
+}
+
+/// A port that nobody listens at.
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    listener.local_addr().unwrap().port()
+}
+
+#[test]
+#[ignore = "needs qemu-system-x86_64 with SPICE"]
+fn qemus_own_tls_is_used_for_the_channels_that_want_it_and_left_for_those_that_want_none() {
+    const NEED_UNSECURED: u32 = 6;
+    let authority = Authority::new();
+    let (port, tls_port) = (free_port(), free_port());
+    let files = ["ca.pem", "server.pem", "server.key"].map(|name| authority.file(name));
+    let [a, b, c] = &files;
+    let screen = Screen::at_ports(port, tls_port, [a, b, c]);
+    let ca = std::fs::read(authority.file("ca.pem")).unwrap();
+    let tcp = |port, subject: Option<&str>| Tcp {
+        tls: subject.map(|subject| (tls_port, MachineTls::new(&ca, Some(subject)).unwrap())),
+        ..Screen::tcp(port)
+    };
+    let running = Running::start(None, limits(), Security::Plain);
+    let plain_first = PlainFirst {
+        plain: tcp(Some(port), None),
+        tls: tcp(None, Some("CN=server")),
+    };
+    // QEMU takes the main channel over TLS only, and the pointer's without it only.
+    for (ticket, backend, main, cursor) in [
+        (
+            "both",
+            Arc::new(tcp(Some(port), Some("CN=server"))) as Arc<dyn Backend>,
+            0,
+            0,
+        ),
+        (
+            "TLS only",
+            Arc::new(tcp(None, Some("CN=server"))),
+            0,
+            NEED_UNSECURED,
+        ),
+        ("plain first", Arc::new(plain_first), 0, 0),
+        (
+            "another subject",
+            Arc::new(tcp(Some(port), Some("CN=another"))),
+            1,
+            0,
+        ),
+    ] {
+        running.admit(ticket, ticket, Mode::Full, backend);
+        let mut viewer = running.viewer();
+        assert_eq!(
+            viewer.handshake(&hello(0, Kind::Main), ticket).unwrap(),
+            main,
+            "{ticket}"
+        );
+        if main == 0 {
+            let id = u32::from_le_bytes(*viewer.until(103).first_chunk().unwrap());
+            let code = running
+                .viewer()
+                .handshake(&hello(id, Kind::Cursor), ticket)
+                .unwrap();
+            assert_eq!(code, cursor, "{ticket}");
+            viewer.part();
+            running.notes.await_line(&format!("at {ticket}"));
+        }
+    }
+    drop(screen);
+}
+
 /// The viewer that most people have.
 struct RemoteViewer(Child);
 
@@ -95,7 +191,7 @@ impl Drop for RemoteViewer {
 
 #[test]
 #[ignore = "needs qemu-system-x86_64 with SPICE"]
-fn a_machine_behind_tls_is_known_by_its_subject_and_its_plain_port_is_left_where_it_wants_that() {
+fn a_machine_behind_tls_is_known_by_its_subject_and_its_plain_port_is_left_alone() {
     let screen = Screen::start();
     let authority = Authority::new();
     let ca = std::fs::read(authority.file("ca.pem")).unwrap();
@@ -124,7 +220,7 @@ fn a_machine_behind_tls_is_known_by_its_subject_and_its_plain_port_is_left_where
     for (ticket, backend, code) in [
         ("subject", backend(None, &ca, Some("CN=server")), 0),
         (
-            "plain first",
+            "both ports",
             backend(Some(plain.address.port()), &ca, Some("CN=server")),
             0,
         ),

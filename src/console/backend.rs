@@ -36,6 +36,12 @@ pub trait Backend: Send + Sync + fmt::Debug {
         None
     }
 
+    /// A new connection without TLS, where [`connect`](Backend::connect) makes ones with it and the server wants none for this
+    /// channel. `None` when there is no such way, or when it is not to be used.
+    fn connect_unsecured(&self) -> Option<BoxFuture<'_, io::Result<Wire>>> {
+        None
+    }
+
     /// What the server asks for, if anything. A descriptor from libvirt needs none.
     fn ticket(&self) -> Option<&Secret> {
         None
@@ -70,7 +76,8 @@ impl Backend for Unix {
     }
 }
 
-/// A port, with or without TLS.
+/// A port, with or without TLS. Where both are named TLS comes first, and a plain connection only where the server, which is
+/// known by then, wants that for a channel.
 #[derive(Clone, Debug)]
 pub struct Tcp {
     /// Name or address of the host.
@@ -108,9 +115,9 @@ impl Backend for Tcp {
 
     fn connect(&self) -> BoxFuture<'_, io::Result<Wire>> {
         Box::pin(async {
-            match (self.port, &self.tls) {
-                (Some(port), _) => self.plain(port).await,
-                (None, Some((port, tls))) => self.secured(*port, tls).await,
+            match (&self.tls, self.port) {
+                (Some((port, tls)), _) => self.secured(*port, tls).await,
+                (None, Some(port)) => self.plain(port).await,
                 (None, None) => Err(io::Error::new(
                     io::ErrorKind::InvalidInput,
                     "neither a plain port nor one for TLS is named",
@@ -119,10 +126,9 @@ impl Backend for Tcp {
         })
     }
 
-    fn connect_secured(&self) -> Option<BoxFuture<'_, io::Result<Wire>>> {
-        let (port, tls) = self.tls.as_ref()?;
-        self.port?;
-        Some(Box::pin(self.secured(*port, tls)))
+    fn connect_unsecured(&self) -> Option<BoxFuture<'_, io::Result<Wire>>> {
+        self.tls.as_ref()?;
+        Some(Box::pin(self.plain(self.port?)))
     }
 
     fn ticket(&self) -> Option<&Secret> {
@@ -262,19 +268,22 @@ pub(super) async fn probe(backend: &dyn Backend, hello: &Hello) -> Result<Caps, 
         .unwrap_or(Err(DialError::Slow))
 }
 
-/// Sends the link message and reads the reply; over TLS where the server wants that.
+/// Sends the link message and reads the reply; in the other way, with TLS or without, where the server wants that.
 async fn ask(backend: &dyn Backend, hello: &Hello) -> Result<(Wire, Reply), DialError> {
     let mut hello = hello.clone();
     hello.caps.set(Common::AuthSelection, true);
     hello.caps.set(Common::AuthTicket, true);
     // With both sides able to do SASL, a server sends no key.
     hello.caps.set(Common::AuthSasl, false);
-    match exchange(backend.connect().await?, &hello).await {
-        Err(DialError::Refused(Code::NeedSecured)) => match backend.connect_secured() {
-            Some(secured) => exchange(secured.await?, &hello).await,
-            None => Err(DialError::Refused(Code::NeedSecured)),
-        },
-        answer => answer,
+    let answer = exchange(backend.connect().await?, &hello).await;
+    let other = match &answer {
+        Err(DialError::Refused(Code::NeedSecured)) => backend.connect_secured(),
+        Err(DialError::Refused(Code::NeedUnsecured)) => backend.connect_unsecured(),
+        _ => None,
+    };
+    match other {
+        Some(other) => exchange(other.await?, &hello).await,
+        None => answer,
     }
 }
 

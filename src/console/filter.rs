@@ -20,6 +20,9 @@ enum Verdict {
 
 /// Bytes of a message with nothing but numbers in it; the longest known has 28.
 const NUMBERS: u32 = 4 << 10;
+/// Bytes of a message that is passed on only when it is complete: between two that are, acknowledgements of ours can go, which
+/// a viewer must not be able to hold back. Those that are larger are on channels where nobody waits for them.
+const WHOLE: u32 = 64 << 10;
 /// Bytes of a piece of the guest agent's stream; they are cut into 2 KiB.
 const AGENT: u32 = 64 << 10;
 /// Bytes of a piece of sound: some hundred milliseconds of uncompressed stereo.
@@ -68,6 +71,9 @@ pub struct Filter {
     mode: Mode,
     frames: Frames,
     passing: bool,
+    /// Bytes that were passed of a message that is not complete yet.
+    begun: usize,
+    large: bool,
 }
 
 impl Filter {
@@ -78,6 +84,8 @@ impl Filter {
             mode,
             frames: Frames::new(framing),
             passing: false,
+            begun: 0,
+            large: false,
         }
     }
 
@@ -91,14 +99,33 @@ impl Filter {
                 Piece::Head(head) => {
                     self.passing = self.judge(&head)?;
                     if self.passing {
-                        out.extend_from_slice(&head.encode(self.frames.framing()));
+                        let head_bytes = head.encode(self.frames.framing());
+                        out.extend_from_slice(&head_bytes);
+                        self.begun = head_bytes.len();
+                        self.large = head.size > WHOLE;
                     }
                 }
-                Piece::Body(body) if self.passing => out.extend_from_slice(body),
+                Piece::Body(body) if self.passing => {
+                    out.extend_from_slice(body);
+                    self.begun += body.len();
+                }
                 Piece::Body(_) => {}
+            }
+            if self.frames.left() == 0 {
+                self.begun = 0;
             }
         }
         Ok(())
+    }
+
+    /// How many of the bytes that were appended last are to be kept back, until their message is complete.
+    pub fn unfinished(&self) -> usize {
+        if self.large { 0 } else { self.begun }
+    }
+
+    /// Whether other messages may go after what was appended and is not kept back.
+    pub fn between(&self) -> bool {
+        self.begun == 0 || !self.large
     }
 
     fn judge(&self, head: &Head) -> Result<bool, Violation> {
@@ -133,8 +160,9 @@ fn verdict(kind: Kind, mode: Mode, message: u16) -> Verdict {
         Mode::ViewOnly => Verdict::Drop(most),
     };
     match (kind, message) {
-        // Of all channels: ack_sync, ack, pong, disconnecting.
-        (_, 1..=3 | 6) => Verdict::Pass(NUMBERS),
+        // Of all channels: ack_sync and ack are for us, who acknowledge to the machine by ourselves; pong, disconnecting.
+        (_, 1 | 2) => Verdict::Drop(NUMBERS),
+        (_, 3 | 6) => Verdict::Pass(NUMBERS),
         // client_info, attach_channels, quality_indicator
         (Kind::Main, 101 | 104 | 112) => Verdict::Pass(NUMBERS),
         // mouse_mode_request
@@ -178,7 +206,7 @@ mod tests {
                 through(*kind, Mode::ViewOnly, &message(Framing::Mini, *number, b"x"))
                     .is_ok_and(|out| !out.is_empty())
             })
-            .filter(|(_, number)| ![1, 2, 3, 6].contains(number))
+            .filter(|(_, number)| ![3, 6].contains(number))
             .collect();
         assert_eq!(
             all,
@@ -198,11 +226,42 @@ mod tests {
     #[test]
     fn keys_and_the_agents_data_go_through_where_they_may_and_are_left_out_silently_where_not() {
         for (kind, number) in [(Kind::Inputs, 101), (Kind::Inputs, 112), (Kind::Main, 107)] {
-            let ack = message(Framing::Mini, 2, b"");
-            let bytes = [message(Framing::Mini, number, b"data"), ack.clone()].concat();
+            let pong = message(Framing::Mini, 3, b"");
+            let bytes = [message(Framing::Mini, number, b"data"), pong.clone()].concat();
             assert_eq!(through(kind, Mode::Full, &bytes), Ok(bytes.clone()));
-            assert_eq!(through(kind, Mode::ViewOnly, &bytes), Ok(ack));
+            assert_eq!(through(kind, Mode::ViewOnly, &bytes), Ok(pong));
         }
+    }
+
+    #[test]
+    fn what_a_viewer_acknowledges_goes_nowhere() {
+        for kind in Kind::ALL {
+            let acks = [message(Framing::Mini, 1, &[0; 4]), message(Framing::Mini, 2, b"")].concat();
+            assert_eq!(through(kind, Mode::Full, &acks), Ok(Vec::new()));
+        }
+    }
+
+    #[test]
+    fn what_is_not_complete_is_kept_back_where_it_is_small() {
+        let framing = Framing::Mini;
+        let mut filter = Filter::new(Kind::Usbredir, Mode::Full, framing);
+        let mut out = Vec::new();
+        let small = message(framing, 101, &[7; 100]);
+        for (at, byte) in small.iter().enumerate() {
+            filter.feed(&[*byte], &mut out).unwrap();
+            let kept = if at + 1 == small.len() { 0 } else { out.len() };
+            assert_eq!((filter.unfinished(), filter.between()), (kept, true), "byte {at}");
+        }
+        let large = message(framing, 101, &[7; (64 << 10) + 1]);
+        let (last, most) = large.split_last().unwrap();
+        filter.feed(most, &mut out).unwrap();
+        assert_eq!((filter.unfinished(), filter.between()), (0, false));
+        filter.feed(&[*last], &mut out).unwrap();
+        assert_eq!((filter.unfinished(), filter.between()), (0, true));
+        // One that is left out keeps nothing back.
+        let mut filter = Filter::new(Kind::Inputs, Mode::ViewOnly, framing);
+        filter.feed(&small[..50], &mut out).unwrap();
+        assert_eq!((filter.unfinished(), filter.between()), (0, true));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 //!
 //! Compiled for tests and for fuzzers only (`--cfg fuzzing`); `fuzz/` runs each target for as long as one likes.
 
+use super::acks::Acks;
 use super::channel::{Kind, Kinds, Mode};
 use super::filter::Filter;
 use super::frame::{Frames, Framing, Piece};
@@ -14,6 +15,7 @@ pub type Target = fn(&[u8]);
 
 /// Every target by its name, which is also the name of its folder in `tests/corpus`.
 pub const TARGETS: &[(&str, Target)] = &[
+    ("console_acks", acks),
     ("console_filter", filter),
     ("console_gate", gate),
     ("console_hall", hall),
@@ -120,6 +122,30 @@ fn filter(bytes: &[u8]) {
             assert!(!matches!(piece, Piece::Head(head) if head.message > 100));
         }
     }
+}
+
+fn acks(bytes: &[u8]) {
+    let Some((_, _, framing, chunk, stream)) = way(bytes) else {
+        return;
+    };
+    let run = |chunk: usize| {
+        let mut acks = Acks::new(framing);
+        let end = stream.chunks(chunk).try_for_each(|bytes| acks.feed(bytes));
+        let mut out = Vec::new();
+        while acks.are_due() {
+            acks.take(&mut out);
+        }
+        (out, end)
+    };
+    let (out, end) = run(chunk);
+    assert_eq!((&out, &end), (&run(1).0, &run(stream.len().max(1)).1));
+    // Whole messages, no more of them than came, and of two types only.
+    let mut frames = Frames::new(framing);
+    let mut left = out.as_slice();
+    while let Some(piece) = frames.next(&mut left) {
+        assert!(!matches!(piece, Piece::Head(head) if !matches!((head.message, head.size), (1, 4) | (2, 0))));
+    }
+    assert!(frames.between() && out.len() <= stream.len());
 }
 
 fn gate(bytes: &[u8]) {

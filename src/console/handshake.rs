@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::time::timeout;
 
-use super::keys::{Key, Keys};
+use super::keys::{Asks, Key, Keys};
 use super::link::{self, Caps, Code, Common, Hello, Reply};
 use super::wire::{self, Stream};
 use crate::secret::Secret;
@@ -83,7 +83,18 @@ pub async fn refuse<S: Stream + ?Sized>(wire: &mut S, code: Code) {
     wire::last_words(wire, &Reply::refusal(code)).await;
 }
 
-/// Shows what the machine can do, and a key; returns the ticket that the viewer sent under it, or `None` where it sent
+/// A key for a viewer, as soon as there is one.
+///
+/// # Errors
+/// [`HandshakeError::Slow`], [`HandshakeError::NoKey`].
+pub async fn key(keys: &Keys, who: Asks) -> Result<Key, HandshakeError> {
+    within("a key", KEY_TIME, async {
+        keys.take(who).await.ok_or(HandshakeError::NoKey)
+    })
+    .await
+}
+
+/// Shows what the machine can do, and the key; returns the ticket that the viewer sent under it, or `None` where it sent
 /// something that is none.
 ///
 /// # Errors
@@ -92,12 +103,8 @@ pub async fn ticket<S: Stream + ?Sized>(
     wire: &mut S,
     hello: &Hello,
     shown: &Caps,
-    keys: &Keys,
+    key: Key,
 ) -> Result<Option<Secret>, HandshakeError> {
-    let key = within("a key", KEY_TIME, async {
-        keys.take().await.ok_or(HandshakeError::NoKey)
-    })
-    .await?;
     within("the ticket", TICKET_TIME, async {
         let reply = Reply {
             key: *key.public(),

@@ -4,8 +4,12 @@
 //! that a burst of viewers does not wait and the runtime never does; and it is used for one ticket only, by its type:
 //! [`Key::open`] consumes it. So nobody who watches how long decryptions take learns about a key that is ever used again.
 //!
-//! There are two such threads. One makes keys ahead, and gives way to everything else on the host: that a viewer was given
-//! four keys must not slow down the viewer. The other works only while few are ready, as urgently as those that wait.
+//! There are two such threads, and both give way to what else the host has to do: its jobs. One makes keys ahead, and gives
+//! way so far that a viewer does not notice what replaces the four keys that it was given. The other works only while few
+//! are ready, and gives way less.
+//!
+//! An eighth of the keys is kept for viewers that have a session already. However many strangers ask for keys, who are given
+//! one before they show a ticket, a session's later channels find one.
 
 use std::io;
 use std::thread::JoinHandle;
@@ -13,6 +17,7 @@ use std::thread::JoinHandle;
 use openssl::error::ErrorStack;
 use openssl::pkey::{PKey, Private};
 use openssl::rsa::{Padding, Rsa};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Mutex, mpsc};
 
 use super::link::{KEY, SEALED};
@@ -24,12 +29,26 @@ const BITS: u32 = 1024;
 /// By how much the thread that makes keys ahead gives way (nice(2), which on Linux is about one thread): on a busy
 /// processor it gets about a tenth of what others get.
 const GIVES_WAY: i32 = 10;
+/// The same for the thread that makes them while few are ready: about a third of what others get.
+const URGENT_GIVES_WAY: i32 = 5;
 
 /// Few are ready below this part of those that should be.
 const FEW: usize = 4;
+/// This part of them is kept for viewers that have a session.
+const KEPT: usize = 8;
 
 /// The name of the thread that gives way.
 const PATIENT: &str = "console keys";
+const URGENT: &str = "urgent keys";
+
+/// Who asks for a key.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Asks {
+    /// Somebody who has shown nothing yet.
+    Stranger,
+    /// Somebody who names a session that is there, for one more of its channels.
+    Member,
+}
 
 /// A key for one ticket.
 pub struct Key {
@@ -102,7 +121,10 @@ pub fn seal(ticket: &Secret, public: &[u8; KEY]) -> Result<[u8; SEALED], ErrorSt
 /// Keys that are ready.
 #[derive(Debug)]
 pub struct Keys {
+    /// For all.
     ready: Mutex<mpsc::Receiver<Key>>,
+    /// For members, when there are no others.
+    kept: Mutex<mpsc::Receiver<Key>>,
     few: usize,
     /// Who makes keys ahead.
     patient: Option<JoinHandle<()>>,
@@ -111,37 +133,44 @@ pub struct Keys {
 }
 
 impl Keys {
-    /// Starts the threads that keep `ahead` keys ready, at least one. They end when this is dropped,
+    /// Starts the threads that keep `ahead` keys ready, at least two. They end when this is dropped,
     /// which waits for the keys that they are just making.
     ///
     /// # Errors
     /// Where there is no thread to be had, or OpenSSL makes no key of this kind.
     pub fn start(ahead: usize) -> io::Result<Self> {
-        let (give, ready) = mpsc::channel(ahead.max(1));
+        let keep = (ahead / KEPT).max(1);
+        let (keeps, kept) = mpsc::channel(keep);
+        let (gives, ready) = mpsc::channel(ahead.saturating_sub(keep).max(1));
         // The first is made here: whoever cannot make one is told so at once, and not by viewers that wait.
         let first = Key::generate().map_err(io::Error::other)?;
-        drop(give.try_send(first));
+        drop(gives.try_send(first));
         let few = (ahead / FEW).max(1);
         // Dropped on an error, this ends whichever thread there is.
         let mut keys = Keys {
             ready: Mutex::new(ready),
+            kept: Mutex::new(kept),
             few,
             patient: None,
             urgent: None,
         };
         let thread = |name: &str| std::thread::Builder::new().name(name.to_owned());
-        let sender = give.clone();
+        let maker = Maker { gives, keeps };
+        let other = maker.clone();
         keys.patient = Some(thread(PATIENT).spawn(move || {
             // Where that is refused, it takes its full share.
             let _ = rustix::process::nice(GIVES_WAY);
-            while make(&sender) {}
+            while other.make() {}
         })?);
-        keys.urgent = Some(thread("urgent keys").spawn(move || {
-            while !give.is_closed() {
-                if give.max_capacity() - give.capacity() >= few {
+        keys.urgent = Some(thread(URGENT).spawn(move || {
+            let _ = rustix::process::nice(URGENT_GIVES_WAY);
+            while !maker.gives.is_closed() {
+                if maker.are_few(few) {
+                    if !maker.make() {
+                        return;
+                    }
+                } else {
                     std::thread::park();
-                } else if !make(&give) {
-                    return;
                 }
             }
         })?);
@@ -149,12 +178,25 @@ impl Keys {
     }
 
     /// The next key, as soon as there is one; never the same twice. `None` when no more are made.
-    pub async fn take(&self) -> Option<Key> {
-        let mut ready = self.ready.lock().await;
-        if ready.len() <= self.few {
-            self.wake();
+    pub async fn take(&self, who: Asks) -> Option<Key> {
+        if who == Asks::Stranger {
+            let mut ready = self.ready.lock().await;
+            if ready.len() <= self.few {
+                self.wake();
+            }
+            return ready.recv().await;
         }
-        ready.recv().await
+        // Somebody who holds it waits for one himself.
+        if let Ok(mut ready) = self.ready.try_lock()
+            && let Ok(key) = ready.try_recv()
+        {
+            if ready.len() <= self.few {
+                self.wake();
+            }
+            return Some(key);
+        }
+        self.wake();
+        self.kept.lock().await.recv().await
     }
 
     /// Has the urgent thread look at how many are ready. It does so once more if it is just going to sleep.
@@ -166,13 +208,17 @@ impl Keys {
 
     /// How many are ready now.
     pub fn ready(&self) -> usize {
-        self.ready.try_lock().map_or(0, |keys| keys.len())
+        [&self.ready, &self.kept]
+            .into_iter()
+            .map(|keys| keys.try_lock().map_or(0, |keys| keys.len()))
+            .sum()
     }
 }
 
 impl Drop for Keys {
     fn drop(&mut self) {
         self.ready.get_mut().close();
+        self.kept.get_mut().close();
         self.wake();
         for maker in [self.patient.take(), self.urgent.take()].into_iter().flatten() {
             // A process that ends while it is at work takes OpenSSL's memory from under it.
@@ -181,9 +227,29 @@ impl Drop for Keys {
     }
 }
 
-/// Makes one more; false when nobody wants any more, or none can be made.
-fn make(give: &mpsc::Sender<Key>) -> bool {
-    Key::generate().is_ok_and(|key| give.blocking_send(key).is_ok())
+/// Where keys go that were made.
+#[derive(Clone)]
+struct Maker {
+    gives: mpsc::Sender<Key>,
+    keeps: mpsc::Sender<Key>,
+}
+
+impl Maker {
+    /// Makes one more, for members first; false when nobody wants any more, or none can be made.
+    fn make(&self) -> bool {
+        let Ok(key) = Key::generate() else {
+            return false;
+        };
+        match self.keeps.try_send(key) {
+            Ok(()) => true,
+            Err(TrySendError::Full(key)) => self.gives.blocking_send(key).is_ok(),
+            Err(TrySendError::Closed(_)) => false,
+        }
+    }
+
+    fn are_few(&self, few: usize) -> bool {
+        self.keeps.capacity() > 0 || self.gives.max_capacity() - self.gives.capacity() < few
+    }
 }
 
 #[cfg(test)]
@@ -225,10 +291,39 @@ mod tests {
         let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
         let keys = Keys::start(3).unwrap();
         let mut seen = std::collections::HashSet::new();
-        for _ in 0..12 {
-            let key = runtime.block_on(keys.take()).unwrap();
+        for number in 0..12 {
+            let who = [Asks::Stranger, Asks::Member][number % 2];
+            let key = runtime.block_on(keys.take(who)).unwrap();
             assert!(seen.insert(*key.public()));
         }
+    }
+
+    #[test]
+    fn members_are_given_keys_though_strangers_take_all_that_they_can() {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .build()
+            .unwrap();
+        let keys = Keys::start(16).unwrap();
+        runtime.block_on(async {
+            while keys.ready() < 16 {
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+            // They ask for more than are made in a while, and are first in line.
+            let strangers = futures_util::future::join_all((0..1000).map(|_| keys.take(Asks::Stranger)));
+            let members = async {
+                let mut taken = 0;
+                for _ in 0..8 {
+                    taken += usize::from(keys.take(Asks::Member).await.is_some());
+                }
+                taken
+            };
+            tokio::select! {
+                biased;
+                _ = strangers => panic!("a thousand keys were made before eight were given"),
+                taken = members => assert_eq!(taken, 8),
+            }
+        });
     }
 
     /// The threads of this process with their niceness (proc(5), field 19 of stat).
@@ -254,7 +349,7 @@ mod tests {
             .iter()
             .any(|(name, nice)| name == PATIENT && *nice == (ours + GIVES_WAY).min(19))
         {
-            runtime.block_on(keys.take()).unwrap();
+            runtime.block_on(keys.take(Asks::Stranger)).unwrap();
         }
         // One that is waited for in vain would wait here for ever.
         drop(keys);

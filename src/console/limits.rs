@@ -12,8 +12,12 @@ pub struct Limits {
     pub waiting: usize,
     /// The same from one address. Viewers open one connection per channel, so less than ten stops a single one.
     pub waiting_per_address: usize,
-    /// Wrong tickets from one address in a minute, after which it is not listened to for the rest of that minute.
+    /// Wrong tickets from one address in a minute, after which it is not listened to for the rest of that minute. Whoever was
+    /// shown a key and brought no ticket at all counts, too.
     pub wrong_tickets: u32,
+    /// Keys that one address is shown at once, with good tickets or not: one for each channel. A viewer has four to eight, and
+    /// some thirty viewers may share an address. As many come anew in a minute.
+    pub keys_per_address: u32,
     /// Sessions.
     pub sessions: usize,
     /// Channels of one session.
@@ -22,6 +26,15 @@ pub struct Limits {
     pub takeovers: usize,
     /// Keys that are made ahead; each channel takes one.
     pub keys: usize,
+    /// Bytes of a session's machine that its viewer has not taken, on all of its channels; past it the session ends. A machine
+    /// that draws is never made to wait, since QEMU waits for it in the thread of its control connection, so what a slow
+    /// viewer has not taken lies here. A full HD screen has 8 MiB without any compression.
+    pub untaken: usize,
+    /// The same of all sessions together: past it the one for whose viewer most waits ends.
+    pub untaken_by_all: usize,
+    /// How long a byte may wait for its viewer; past it the session ends. With 1 Mbit/s, 7 MB are taken in a minute: some
+    /// full HD screens of what guests show, when they change all at once.
+    pub untaken_for: Duration,
 }
 
 impl Default for Limits {
@@ -30,10 +43,14 @@ impl Default for Limits {
             waiting: 512,
             waiting_per_address: 64,
             wrong_tickets: 30,
+            keys_per_address: 240,
             sessions: 500,
             channels: 32,
             takeovers: 6,
             keys: 600,
+            untaken: 32 << 20,
+            untaken_by_all: 256 << 20,
+            untaken_for: Duration::from_secs(60),
         }
     }
 }
@@ -55,6 +72,7 @@ pub(crate) fn owner(address: IpAddr) -> IpAddr {
 #[derive(Debug)]
 struct Counts {
     wrong: Wrong,
+    shown: Shown,
     waiting: usize,
     by_owner: HashMap<IpAddr, usize>,
 }
@@ -99,6 +117,48 @@ impl Wrong {
     }
 }
 
+/// How many keys addresses were shown lately: a bucket for each, which is empty at first and runs out evenly in a minute.
+#[derive(Debug)]
+struct Shown {
+    most: u32,
+    by_owner: HashMap<IpAddr, (f64, Instant)>,
+}
+
+impl Shown {
+    fn new(most: u32) -> Self {
+        Self {
+            most,
+            by_owner: HashMap::new(),
+        }
+    }
+
+    /// What is left in a bucket now.
+    fn left(most: u32, (filled, since): (f64, Instant), now: Instant) -> f64 {
+        let passed = now.saturating_duration_since(since).as_secs_f64() / COUNTED.as_secs_f64();
+        (filled - passed * f64::from(most)).max(0.0)
+    }
+
+    /// Counts one more, unless there are too many. Where too many addresses are noted, those that are new are not.
+    fn one_more(&mut self, address: IpAddr, now: Instant) -> bool {
+        let most = self.most;
+        if self.by_owner.len() >= ADDRESSES_MAX {
+            self.by_owner
+                .retain(|_, bucket| Self::left(most, *bucket, now) > 0.0);
+        }
+        let owner = owner(address);
+        if self.by_owner.len() >= ADDRESSES_MAX && !self.by_owner.contains_key(&owner) {
+            return true;
+        }
+        let bucket = self.by_owner.entry(owner).or_insert((0.0, now));
+        let filled = Self::left(most, *bucket, now) + 1.0;
+        let fits = filled <= f64::from(most);
+        if fits {
+            *bucket = (filled, now);
+        }
+        fits
+    }
+}
+
 /// Whether a minute that began then is not over.
 fn counts(since: Instant, now: Instant) -> bool {
     now.saturating_duration_since(since) < COUNTED
@@ -124,6 +184,7 @@ impl Door {
         Door {
             counts: Arc::new(Mutex::new(Counts {
                 wrong: Wrong::new(limits.wrong_tickets),
+                shown: Shown::new(limits.keys_per_address),
                 waiting: 0,
                 by_owner: HashMap::new(),
             })),
@@ -153,6 +214,12 @@ impl Door {
     pub(super) fn wrong(&self, address: IpAddr) {
         let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
         counts.wrong.note(address, Instant::now());
+    }
+
+    /// Whether this address may be shown a key, which counts.
+    pub(super) fn may_have_key(&self, address: IpAddr) -> bool {
+        let mut counts = self.counts.lock().unwrap_or_else(PoisonError::into_inner);
+        counts.shown.one_more(address, Instant::now())
     }
 
     /// How many wait.
@@ -242,5 +309,18 @@ mod tests {
         door.wrong(at("192.0.2.1"));
         assert!(door.enter(at("192.0.2.1")).is_none());
         assert!(door.enter(at("192.0.2.2")).is_some());
+    }
+
+    #[test]
+    fn an_address_is_shown_so_many_keys_at_once_and_as_many_in_a_minute() {
+        let now = Instant::now();
+        let mut shown = Shown::new(60);
+        let (one, same) = (at("2001:db8::1"), at("2001:db8::2"));
+        assert!((0..60).all(|_| shown.one_more(one, now)));
+        assert!(!shown.one_more(same, now) && shown.one_more(at("192.0.2.1"), now));
+        let later = now + Duration::from_secs(2);
+        assert!(shown.one_more(one, later) && shown.one_more(one, later));
+        assert!(!shown.one_more(one, later));
+        assert!((0..60).all(|_| shown.one_more(one, later + COUNTED)));
     }
 }

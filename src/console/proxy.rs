@@ -10,6 +10,7 @@ use futures_util::future::BoxFuture;
 use tokio::io::AsyncReadExt;
 use tokio::time::timeout;
 
+use super::acks::Acks;
 use super::backend::{self, Backend, Dialled};
 use super::caps::Mirror;
 use super::channel::{Kind, Mode};
@@ -19,7 +20,7 @@ use super::frame::Framing;
 use super::gate::Gate;
 use super::hall::Hall;
 use super::handshake::{self, HandshakeError};
-use super::keys::Keys;
+use super::keys::{Asks, Keys};
 use super::limits::{Door as Waiting, Limits, Pass};
 use super::link::{Caps, Code, Common, Hello};
 use super::refusal::{Denied, Refusal};
@@ -132,15 +133,10 @@ impl Proxy {
 
     /// The same, for one that has its place.
     pub(super) async fn attend(&self, mut wire: Wire, from: SocketAddr, pass: Pass) {
-        let greeted = self.greet(&mut wire).await;
+        let greeted = self.greet(&mut wire, from).await;
         let (visit, ticket) = match greeted {
             Ok(greeted) => greeted,
-            Err(why) => {
-                if matches!(why, Refusal::NoTicket) {
-                    self.waiting.wrong(from.ip());
-                }
-                return self.turn_away(wire, from, why, pass).await;
-            }
+            Err(why) => return self.turn_away(wire, from, why, pass).await,
         };
         if visit.kind == Kind::Main {
             self.main(wire, from, pass, &visit, &ticket).await;
@@ -160,15 +156,30 @@ impl Proxy {
     }
 
     /// The handshake up to the ticket.
-    async fn greet(&self, wire: &mut Wire) -> Result<(Visit, Secret), Refusal> {
+    async fn greet(&self, wire: &mut Wire, from: SocketAddr) -> Result<(Visit, Secret), Refusal> {
         let hello = handshake::hello(wire).await?;
         let Some(kind) = Kind::from_number(hello.kind) else {
             handshake::refuse(wire, Code::InvalidData).await;
             return Err(HandshakeError::Refused(Code::InvalidData).into());
         };
         let shown = self.mirror.shown(|| self.door.model(), kind).await;
-        let ticket = handshake::ticket(wire, &hello, &shown, &self.keys).await?;
-        let ticket = ticket.ok_or(Refusal::NoTicket)?;
+        if !self.waiting.may_have_key(from.ip()) {
+            handshake::refuse(wire, Code::Error).await;
+            return Err(Refusal::Crowded);
+        }
+        // Whose session it is, the ticket says; that there is one is enough for a key.
+        let who = if self.registry.has(hello.session) {
+            Asks::Member
+        } else {
+            Asks::Stranger
+        };
+        let key = handshake::key(&self.keys, who).await?;
+        let ticket = match handshake::ticket(wire, &hello, &shown, key).await {
+            Ok(ticket) => ticket.ok_or(Refusal::NoTicket),
+            Err(error) => Err(error.into()),
+        };
+        // A key costs us more than a guess costs them: who was shown one and brought nothing has guessed wrong.
+        let ticket = ticket.inspect_err(|_| self.waiting.wrong(from.ip()))?;
         Ok((Visit { hello, kind, shown }, ticket))
     }
 
@@ -332,14 +343,14 @@ impl Proxy {
         let mut filter = Filter::new(kind, session.mode, visit.framing());
         let mut carried = Carried::default();
         let opened = match dialled {
-            Some(dialled) => Ok(dialled.wire),
+            Some(dialled) => Ok((dialled.wire, Vec::new())),
             None => {
                 self.begin(&mut viewer, session, visit, &mut filter, &mut carried)
                     .await
             }
         };
-        let machine = match opened {
-            Ok(machine) => machine,
+        let (machine, begun) = match opened {
+            Ok(opened) => opened,
             Err(end) => {
                 if end.ends_all() {
                     session.finish(end.of_session());
@@ -355,11 +366,16 @@ impl Proxy {
             id,
         });
         let relay = Relay {
+            kind,
             viewer,
             machine,
             filter,
+            begun,
+            acks: Acks::new(visit.framing()),
             hall: (kind == Kind::Main).then(|| Hall::new(session.kinds, visit.framing())),
             session,
+            registry: &self.registry,
+            limits: &self.limits,
             carried,
         };
         let (end, carried, viewer) = relay.run().await;
@@ -375,7 +391,8 @@ impl Proxy {
         Closed { end, viewer }
     }
 
-    /// Waits until the viewer has begun its screen's channel, and opens it at the machine.
+    /// Waits until the viewer has begun its screen's channel, and opens it at the machine; says also what came of a message
+    /// that is not complete.
     async fn begin(
         &self,
         viewer: &mut Wire,
@@ -383,7 +400,7 @@ impl Proxy {
         visit: &Visit,
         filter: &mut Filter,
         carried: &mut Carried,
-    ) -> Result<Wire, ChannelEnd> {
+    ) -> Result<(Wire, Vec<u8>), ChannelEnd> {
         let held = async {
             let mut gate = Gate::new(visit.framing());
             let mut bytes = vec![0; 4096];
@@ -402,17 +419,18 @@ impl Proxy {
                 }
             }
         };
-        let held = tokio::select! {
+        let mut held = tokio::select! {
             end = session.finished() => return Err(ChannelEnd::Session(end)),
             held = timeout(BEGIN_TIME, held) => held.unwrap_or(Err(ChannelEnd::Violation(Violation::NoBeginning)))?,
         };
+        let begun = held.split_off(held.len().saturating_sub(filter.unfinished()));
         let machine = self.dial(session, visit, &held).await.map_err(|why| match why {
             Refusal::Ended(end) => ChannelEnd::Session(end),
             other => ChannelEnd::MachineLost(io::Error::other(other)),
         })?;
         carried.to_machine = u64::try_from(held.len()).unwrap_or_default();
         session.count(0, carried.to_machine);
-        Ok(machine.wire)
+        Ok((machine.wire, begun))
     }
 }
 

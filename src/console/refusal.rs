@@ -37,8 +37,11 @@ pub enum Denied {
 /// Why a connection was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Refusal {
-    /// Too many wait, in all or from there; or too many wrong tickets came from there.
-    #[error("too many connections are waiting, or too many wrong tickets came from that address")]
+    /// Too many wait, in all or from there; or too many wrong tickets came from there, or none where one was asked for; or
+    /// too many channels were begun from there.
+    #[error(
+        "too many connections are waiting, or too many came from that address with wrong tickets or at all"
+    )]
     Crowded,
     /// The handshake did not come to its end.
     #[error("{0}")]

@@ -1,30 +1,32 @@
 //! Both directions of one channel, until either side or the session ends.
 
 use std::io;
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt, ReadHalf, WriteHalf};
+use tokio::sync::Notify;
 use tokio::time::timeout;
 
+use super::acks::Acks;
+use super::channel::Kind;
+use super::down::Down;
 use super::filter::{Filter, Violation};
 use super::hall::Hall;
-use super::session::{End, Session};
+use super::limits::Limits;
+use super::queue::CHUNK_MAX;
+use super::session::{End, Registry, Session};
 use super::wire::Wire;
 
 /// How long the other direction may go on once one has ended. SPICE has no use for half a connection; this is for what is
 /// still on its way.
 const HALF_TIME: Duration = Duration::from_secs(5);
 
-/// Without a single byte taken by the viewer in this time, it is gone or means harm: QEMU waits for viewers that do not
-/// read, up to 30 s at a time, while the guest changes its screen.
-const STALL_TIME: Duration = Duration::from_secs(15);
-
 /// For the reason of an end to be said.
 const NOTICE_TIME: Duration = Duration::from_secs(1);
 
-/// First and largest size of a direction's buffer, in bytes: channels that say little keep little.
+/// First size of a buffer, in bytes.
 const BUFFER_MIN: usize = 4 << 10;
-const BUFFER_MAX: usize = 64 << 10;
 
 /// Why a channel ended.
 #[derive(Debug, thiserror::Error)]
@@ -41,9 +43,14 @@ pub enum ChannelEnd {
     /// The viewer, or the machine, sent what it must not.
     #[error("{0}")]
     Violation(Violation),
-    /// The viewer took nothing any more.
-    #[error("the viewer took nothing for {} s", STALL_TIME.as_secs())]
-    Stalled,
+    /// The viewer took too little.
+    #[error("{waiting} bytes wait for the viewer, the first of them for {} s", oldest.as_secs())]
+    Stalled {
+        /// Bytes that wait on this channel.
+        waiting: usize,
+        /// How long the first of them has waited.
+        oldest: Duration,
+    },
     /// The viewer's connection broke.
     #[error("the viewer's connection broke: {0}")]
     ViewerLost(io::Error),
@@ -61,13 +68,13 @@ impl ChannelEnd {
             ChannelEnd::Session(end) => end.clone(),
             ChannelEnd::Violation(Violation::Machine(_)) => End::MachineLeft,
             ChannelEnd::Violation(_) => End::Misbehaved,
-            ChannelEnd::Stalled => End::Stalled,
+            ChannelEnd::Stalled { .. } => End::Stalled,
         }
     }
 
     /// Whether the whole session ends with it, whatever channel it was.
     pub(super) fn ends_all(&self) -> bool {
-        matches!(self, ChannelEnd::Violation(_) | ChannelEnd::Stalled)
+        matches!(self, ChannelEnd::Violation(_) | ChannelEnd::Stalled { .. })
     }
 }
 
@@ -82,132 +89,77 @@ pub struct Carried {
 
 /// A channel whose handshakes are done on both sides.
 pub(super) struct Relay<'a> {
+    pub(super) kind: Kind,
     pub(super) viewer: Wire,
     pub(super) machine: Wire,
     pub(super) filter: Filter,
+    /// What passed the filter already and is kept back, since its message is not complete.
+    pub(super) begun: Vec<u8>,
+    pub(super) acks: Acks,
     /// On the main channel only.
     pub(super) hall: Option<Hall>,
     pub(super) session: &'a Session,
+    pub(super) registry: &'a Registry,
+    pub(super) limits: &'a Limits,
     /// What is already counted, of bytes that went before.
     pub(super) carried: Carried,
 }
 
+/// What one direction learns and the other one says.
+#[derive(Debug)]
+pub(super) struct Receipts {
+    acks: Mutex<Acks>,
+    due: Notify,
+}
+
+impl Receipts {
+    pub(super) fn came(&self, bytes: &[u8]) -> Result<(), Violation> {
+        let mut acks = self.acks.lock().unwrap_or_else(PoisonError::into_inner);
+        acks.feed(bytes)?;
+        if acks.are_due() {
+            self.due.notify_one();
+        }
+        Ok(())
+    }
+
+    /// Appends some; false when there were none.
+    fn take(&self, out: &mut Vec<u8>) -> bool {
+        let mut acks = self.acks.lock().unwrap_or_else(PoisonError::into_inner);
+        let are_due = acks.are_due();
+        acks.take(out);
+        are_due
+    }
+}
+
 /// A buffer that grows with what comes.
-struct Buffer(Vec<u8>);
+pub(super) struct Buffer(pub(super) Vec<u8>);
 
 impl Buffer {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         Buffer(vec![0; BUFFER_MIN])
     }
 
     async fn fill(&mut self, from: &mut ReadHalf<Wire>) -> io::Result<usize> {
         let got = from.read(&mut self.0).await?;
-        if got == self.0.len() && got < BUFFER_MAX {
-            self.0.resize(got * 2, 0);
-        }
+        self.grow(got);
         Ok(got)
     }
-}
 
-/// The machine's direction. What was read and not yet written survives a cancelled write.
-struct Down {
-    buffer: Buffer,
-    hall: Option<Hall>,
-    out: Vec<u8>,
-    /// What of `out` (with a hall) or of `buffer` is still to be written.
-    from: usize,
-    to: usize,
-}
-
-impl Down {
-    async fn write(&mut self, viewer: &mut WriteHalf<Wire>, seen: &mut Seen<'_>) -> Result<(), ChannelEnd> {
-        while self.from < self.to {
-            let source = if self.hall.is_some() {
-                &self.out
-            } else {
-                &self.buffer.0
-            };
-            let bytes = source.get(self.from..self.to).unwrap_or_default();
-            let wrote = timeout(STALL_TIME, viewer.write(bytes))
-                .await
-                .map_err(|_| ChannelEnd::Stalled)?
-                .map_err(ChannelEnd::ViewerLost)?;
-            if wrote == 0 {
-                return Err(ChannelEnd::Viewer);
-            }
-            self.from += wrote;
-            seen.down(wrote);
+    pub(super) fn grow(&mut self, got: usize) {
+        if got == self.0.len() && got < CHUNK_MAX {
+            self.0.resize(got * 2, 0);
         }
-        timeout(STALL_TIME, viewer.flush())
-            .await
-            .map_err(|_| ChannelEnd::Stalled)?
-            .map_err(ChannelEnd::ViewerLost)
-    }
-
-    /// Reads once; false at the end.
-    async fn read(&mut self, machine: &mut ReadHalf<Wire>, session: &Session) -> Result<bool, ChannelEnd> {
-        let got = self.buffer.fill(machine).await.map_err(ChannelEnd::MachineLost)?;
-        (self.from, self.to) = (0, got);
-        if let Some(hall) = &mut self.hall {
-            self.out.clear();
-            let bytes = self.buffer.0.get(..got).unwrap_or_default();
-            let end = hall.feed(bytes, &mut self.out);
-            self.to = self.out.len();
-            // Before the viewer has it: its next channel may come at once.
-            if let Some(id) = hall.session() {
-                session.id.get_or_init(|| id);
-            }
-            end.map_err(ChannelEnd::Violation)?;
-        }
-        Ok(got > 0)
-    }
-
-    async fn run(
-        &mut self,
-        machine: &mut ReadHalf<Wire>,
-        viewer: &mut WriteHalf<Wire>,
-        seen: &mut Seen<'_>,
-    ) -> Result<(), ChannelEnd> {
-        while self.read(machine, seen.session).await? {
-            self.write(viewer, seen).await?;
-        }
-        // The viewer may be gone already; the end is the same.
-        drop(viewer.shutdown().await);
-        Ok(())
-    }
-
-    /// Says between two messages why it is over.
-    async fn say(
-        &mut self,
-        machine: &mut ReadHalf<Wire>,
-        viewer: &mut WriteHalf<Wire>,
-        seen: &mut Seen<'_>,
-        end: &End,
-    ) -> Result<(), ChannelEnd> {
-        self.write(viewer, seen).await?;
-        while !self.hall.as_ref().is_none_or(Hall::between) {
-            if !self.read(machine, seen.session).await? {
-                return Ok(());
-            }
-            self.write(viewer, seen).await?;
-        }
-        if let Some(hall) = &self.hall {
-            let notice = hall.notice(&end.to_string());
-            viewer.write_all(&notice).await.map_err(ChannelEnd::ViewerLost)?;
-            viewer.flush().await.map_err(ChannelEnd::ViewerLost)?;
-        }
-        Ok(())
     }
 }
 
 /// Counts, here and in the session.
-struct Seen<'a> {
+pub(super) struct Seen<'a> {
     session: &'a Session,
     bytes: u64,
 }
 
 impl Seen<'_> {
-    fn down(&mut self, bytes: usize) {
+    pub(super) fn down(&mut self, bytes: usize) {
         let bytes = u64::try_from(bytes).unwrap_or_default();
         self.bytes += bytes;
         self.session.count(bytes, 0);
@@ -220,27 +172,48 @@ impl Seen<'_> {
     }
 }
 
+/// The viewer's direction, and what the proxy says itself: always between two messages.
 async fn up(
     viewer: &mut ReadHalf<Wire>,
     machine: &mut WriteHalf<Wire>,
     filter: &mut Filter,
+    mut out: Vec<u8>,
+    receipts: &Receipts,
     seen: &mut Seen<'_>,
 ) -> Result<(), ChannelEnd> {
     let mut buffer = Buffer::new();
-    let mut out = Vec::new();
+    let mut ours = Vec::new();
     loop {
-        let got = buffer.fill(viewer).await.map_err(ChannelEnd::ViewerLost)?;
+        let got = tokio::select! {
+            biased;
+            () = receipts.due.notified(), if filter.between() => {
+                ours.clear();
+                while receipts.take(&mut ours) {
+                    send(machine, &ours).await?;
+                    ours.clear();
+                }
+                continue;
+            }
+            got = buffer.fill(viewer) => got.map_err(ChannelEnd::ViewerLost)?,
+        };
         if got == 0 {
             drop(machine.shutdown().await);
             return Ok(());
         }
-        out.clear();
         let verdict = filter.feed(buffer.0.get(..got).unwrap_or_default(), &mut out);
-        machine.write_all(&out).await.map_err(ChannelEnd::MachineLost)?;
-        machine.flush().await.map_err(ChannelEnd::MachineLost)?;
-        seen.up(out.len());
+        let whole = out.len().saturating_sub(filter.unfinished());
+        if whole > 0 {
+            send(machine, out.get(..whole).unwrap_or_default()).await?;
+            seen.up(whole);
+            out.drain(..whole);
+        }
         verdict.map_err(ChannelEnd::Violation)?;
     }
+}
+
+async fn send(machine: &mut WriteHalf<Wire>, bytes: &[u8]) -> Result<(), ChannelEnd> {
+    machine.write_all(bytes).await.map_err(ChannelEnd::MachineLost)?;
+    machine.flush().await.map_err(ChannelEnd::MachineLost)
 }
 
 impl Relay<'_> {
@@ -258,18 +231,25 @@ impl Relay<'_> {
                 bytes: self.carried.to_viewer,
             },
         );
-        let mut state = Down {
-            buffer: Buffer::new(),
-            hall: self.hall.take(),
-            out: Vec::new(),
-            from: 0,
-            to: 0,
+        let receipts = Receipts {
+            acks: Mutex::new(self.acks),
+            due: Notify::new(),
         };
+        let mut state = Down::new(
+            self.kind,
+            self.hall.take(),
+            &receipts,
+            self.session,
+            self.registry,
+            self.limits,
+        );
         let end = {
             let up = up(
                 &mut viewer_read,
                 &mut machine_write,
                 &mut self.filter,
+                self.begun,
+                &receipts,
                 &mut seen_up,
             );
             let down = state.run(&mut machine_read, &mut viewer_write, &mut seen_down);
@@ -290,7 +270,7 @@ impl Relay<'_> {
             self.session.finish(end.of_session());
         }
         if let Some(why) = self.session.ended()
-            && !matches!(end, ChannelEnd::Stalled)
+            && !matches!(end, ChannelEnd::Stalled { .. })
         {
             let say = state.say(&mut machine_read, &mut viewer_write, &mut seen_down, &why);
             // Who does not hear it, does not.
@@ -318,3 +298,6 @@ async fn other_half(
         },
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -2,7 +2,7 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Instant, SystemTime};
 
@@ -59,7 +59,7 @@ pub enum End {
     #[error("the viewer broke the protocol")]
     Misbehaved,
     /// The viewer did not take what the machine sent.
-    #[error("the viewer stopped reading")]
+    #[error("the viewer did not keep up with what the machine shows, or stopped reading")]
     Stalled,
 }
 
@@ -108,6 +108,9 @@ pub struct Session {
     to_viewer: AtomicU64,
     to_machine: AtomicU64,
     next_channel: AtomicU64,
+    /// Bytes of the machine that the viewer has not taken: this one's, and all viewers'.
+    owed: AtomicUsize,
+    owed_by_all: Arc<AtomicUsize>,
 }
 
 impl Session {
@@ -175,6 +178,23 @@ impl Session {
     /// A number for a channel that opens now.
     pub(super) fn next_channel(&self) -> u64 {
         self.next_channel.fetch_add(1, Ordering::Relaxed)
+    }
+
+    /// So many more bytes wait for the viewer.
+    pub(super) fn owes(&self, bytes: usize) {
+        self.owed.fetch_add(bytes, Ordering::Relaxed);
+        self.owed_by_all.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// So many of them wait no more.
+    pub(super) fn paid(&self, bytes: usize) {
+        self.owed.fetch_sub(bytes, Ordering::Relaxed);
+        self.owed_by_all.fetch_sub(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes that wait for the viewer, on all of its channels.
+    pub(super) fn owed(&self) -> usize {
+        self.owed.load(Ordering::Relaxed)
     }
 
     pub(super) fn count(&self, to_viewer: u64, to_machine: u64) {
@@ -253,6 +273,9 @@ struct State {
 pub(super) struct Registry {
     state: Mutex<State>,
     most: usize,
+    /// See [`Limits::untaken_by_all`].
+    untaken: usize,
+    owed: Arc<AtomicUsize>,
 }
 
 impl Registry {
@@ -260,6 +283,8 @@ impl Registry {
         Registry {
             state: Mutex::default(),
             most: limits.sessions,
+            untaken: limits.untaken_by_all,
+            owed: Arc::default(),
         }
     }
 
@@ -316,12 +341,20 @@ impl Registry {
             to_viewer: AtomicU64::new(0),
             to_machine: AtomicU64::new(0),
             next_channel: AtomicU64::new(1),
+            owed: AtomicUsize::new(0),
+            owed_by_all: Arc::clone(&self.owed),
         });
         state.live.push(Arc::clone(&session));
         Ok(Live {
             session,
             registry: Arc::clone(self),
         })
+    }
+
+    /// Whether there is a session with this number.
+    pub(super) fn has(&self, id: u32) -> bool {
+        let state = self.state();
+        state.live.iter().any(|session| session.id.get() == Some(&id))
     }
 
     /// The session of a later channel: both its number and the ticket must be those of the same one.
@@ -340,6 +373,21 @@ impl Registry {
             Found::NoSuchSession
         } else {
             Found::NoSuchTicket
+        }
+    }
+
+    /// Where more waits for all viewers together than may, ends the session of the one for whom most does.
+    pub(super) fn relieve(&self) {
+        if self.owed.load(Ordering::Relaxed) <= self.untaken {
+            return;
+        }
+        let state = self.state();
+        // Those that end will soon owe nothing.
+        let staying = || state.live.iter().filter(|session| session.ended().is_none());
+        if staying().map(|session| session.owed()).sum::<usize>() > self.untaken
+            && let Some(slowest) = staying().max_by_key(|session| session.owed())
+        {
+            slowest.finish(End::Stalled);
         }
     }
 
@@ -420,113 +468,13 @@ fn digest(ticket: &Secret) -> [u8; 32] {
     Sha256::digest(ticket.reveal().as_bytes()).into()
 }
 
+/// A session that no proxy has, for tests of what sessions are asked.
 #[cfg(test)]
-mod tests {
-    use super::super::backend::Unix;
-    use super::*;
-
-    fn admission(machine: &str, ticket: &str) -> Admission {
-        Admission {
-            ticket: ticket.to_owned(),
-            viewer: "someone".to_owned(),
-            machine: machine.to_owned(),
-            mode: Mode::Full,
-            kinds: Kinds::default(),
-            backend: Arc::new(Unix {
-                path: "/nowhere".into(),
-                ticket: None,
-                likeness: "none".to_owned(),
-            }),
-        }
-    }
-
-    fn registry(sessions: usize) -> Arc<Registry> {
-        Arc::new(Registry::new(&Limits {
-            sessions,
-            ..Limits::default()
-        }))
-    }
-
-    fn open(registry: &Arc<Registry>, machine: &str, ticket: &str) -> Result<Live, NotNow> {
-        let from = "192.0.2.1:1".parse().unwrap();
-        registry.open(
-            admission(machine, ticket),
-            &Secret::new(ticket),
-            from,
-            registry.now(),
-        )
-    }
-
-    #[test]
-    fn a_later_channel_belongs_to_the_session_with_its_number_and_its_ticket() {
-        let registry = registry(9);
-        let one = open(&registry, "a", "first").unwrap();
-        let other = open(&registry, "b", "second").unwrap();
-        let find = |ticket: &str, id| match registry.find(&Secret::new(ticket), id) {
-            Found::Session(session) => session.machine.clone(),
-            other => format!("{other:?}"),
-        };
-        assert_eq!(
-            find("first", 7),
-            "NoSuchSession",
-            "before the machine gave it a number"
-        );
-        one.session.id.set(7).unwrap();
-        other.session.id.set(8).unwrap();
-        assert_eq!(find("first", 7), "a");
-        assert_eq!(find("second", 8), "b");
-        assert_eq!(find("second", 7), "NoSuchSession", "someone else's number");
-        assert_eq!(find("third", 7), "NoSuchTicket");
-        one.session.finish(End::Revoked);
-        assert_eq!(find("first", 7), "NoSuchSession", "ended, though not gone yet");
-        drop(one);
-        assert_eq!(find("first", 7), "NoSuchTicket");
-    }
-
-    #[test]
-    fn ends_reach_those_that_are_meant_and_the_first_reason_counts() {
-        let registry = registry(9);
-        let [one, two, three] = [("a", "x"), ("b", "y"), ("b", "z")]
-            .map(|(machine, ticket)| open(&registry, machine, ticket).unwrap());
-        assert_eq!(registry.end(Whose::Machine("b"), &End::MachineGone), 2);
-        assert_eq!(registry.end(Whose::Ticket("z"), &End::Revoked), 1);
-        assert_eq!(two.session.ended(), Some(End::MachineGone));
-        assert_eq!(three.session.ended(), Some(End::MachineGone));
-        assert_eq!(one.session.ended(), None);
-        assert_eq!(registry.end(Whose::Number(one.session.number), &End::Revoked), 1);
-        assert_eq!(one.session.ended(), Some(End::Revoked));
-    }
-
-    #[test]
-    fn a_session_that_was_admitted_before_its_machine_ended_does_not_begin_after() {
-        let registry = registry(9);
-        let from = "192.0.2.1:1".parse().unwrap();
-        let since = registry.now();
-        registry.end(Whose::Machine("a"), &End::MachineGone);
-        let begin = |machine: &str, since| {
-            registry
-                .open(admission(machine, "t"), &Secret::new("t"), from, since)
-                .map(|_| ())
-        };
-        assert_eq!(begin("a", since), Err(NotNow::Over));
-        assert_eq!(begin("b", since), Ok(()));
-        assert_eq!(
-            begin("a", registry.now()),
-            Ok(()),
-            "a new machine of the same name"
-        );
-    }
-
-    #[test]
-    fn there_are_no_more_sessions_than_allowed_and_no_more_channels() {
-        let registry = registry(1);
-        let one = open(&registry, "a", "x").unwrap();
-        assert_eq!(open(&registry, "b", "y").map(|_| ()), Err(NotNow::Full));
-        let seats = [one.session.seat(2), one.session.seat(2)];
-        assert!(seats.iter().all(Option::is_some) && one.session.seat(2).is_none());
-        drop(seats);
-        assert_eq!(one.session.channels(), 0);
-        drop(one);
-        assert!(open(&registry, "b", "y").is_ok());
-    }
+pub(super) fn test_session_of(limits: &Limits) -> (Arc<Registry>, Live) {
+    let registry = Arc::new(Registry::new(limits));
+    let live = tests::open(&registry, "a machine", "a ticket").unwrap();
+    (registry, live)
 }
+
+#[cfg(test)]
+mod tests;

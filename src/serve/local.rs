@@ -12,7 +12,7 @@ use super::LOOK;
 use super::audit::Audit;
 use super::screen::{self, Passes, Port};
 use super::session::{End, Sessions};
-use crate::console::Security;
+use crate::console::{Limits, Security};
 use crate::outcome::Failure;
 use crate::record::{JobDir, Jobs};
 use crate::report;
@@ -21,6 +21,8 @@ use crate::ticket::{self, Grant, Mode};
 
 /// Whoever is shown the file starts a viewer within this.
 const TO_BEGIN: SignedDuration = SignedDuration::from_mins(10);
+/// Keys that are made ahead: for all channels of one viewer, and once more for when it comes back at once.
+const KEYS: usize = 16;
 /// When it is over, the machine's side has this long to close.
 const LAST_WORDS: Duration = Duration::from_millis(500);
 
@@ -52,7 +54,13 @@ where
     let log = settings.console.as_ref().and_then(|c| c.audit_log.as_deref());
     let sessions = Arc::new(Sessions::new(1, Arc::new(Audit::beside(log)), Arc::default()));
     let jobs = Jobs::look(&settings.state_dir);
-    let proxy = screen::proxy(jobs, Arc::clone(&sessions), Arc::new(Passes::default()), 1).map_err(failed)?;
+    let limits = Limits {
+        sessions: 1,
+        keys: KEYS,
+        ..Limits::default()
+    };
+    let passes = Arc::new(Passes::default());
+    let proxy = screen::proxy_within(limits, jobs, Arc::clone(&sessions), passes).map_err(failed)?;
     sessions.end_at(&proxy);
     let listener = TcpListener::bind(SocketAddr::from((Ipv4Addr::LOCALHOST, 0)))
         .await

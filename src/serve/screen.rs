@@ -10,13 +10,11 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
-use axum::body::Bytes;
 use axum::extract::ws::{Message, WebSocket};
-use futures_util::future::BoxFuture;
+use futures_util::future::{BoxFuture, ready};
 use futures_util::{SinkExt, StreamExt};
 use jiff::Timestamp;
 use sha2::{Digest, Sha256};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 use super::lease::Leases;
 use super::session::{Channel, End, Full, Session, Sessions};
@@ -32,12 +30,6 @@ use crate::ticket::{self, Mode, Refusal};
 pub(super) const GOOD_FOR: Duration = Duration::from_secs(300);
 /// Passes that are out; more push out those that are soonest over.
 const PASSES: usize = 1000;
-/// Bytes between the proxy and a WebSocket, each way: a full screen's worth is several of these.
-const UNDER_WAY: usize = 256 << 10;
-/// For what was said last to reach a browser.
-const LAST_WORDS: Duration = Duration::from_secs(5);
-/// Bytes of a message to a browser.
-const PIECE: usize = 64 << 10;
 
 /// Whose a pass is, and until when it is good.
 type Pass = (Weak<Session>, Instant);
@@ -109,6 +101,20 @@ pub(super) fn proxy(
     passes: Arc<Passes>,
     most: usize,
 ) -> io::Result<Arc<Proxy>> {
+    let limits = Limits {
+        sessions: most,
+        ..Limits::default()
+    };
+    proxy_within(limits, jobs, sessions, passes)
+}
+
+/// The same with limits of the caller's.
+pub(super) fn proxy_within(
+    limits: Limits,
+    jobs: Jobs,
+    sessions: Arc<Sessions>,
+    passes: Arc<Passes>,
+) -> io::Result<Arc<Proxy>> {
     let (alone, leases) = (Arc::new(Mutex::default()), Arc::<Leases>::default());
     let desk = Desk {
         jobs,
@@ -122,10 +128,6 @@ pub(super) fn proxy(
         alone,
         leases,
         open: Mutex::default(),
-    };
-    let limits = Limits {
-        sessions: most,
-        ..Limits::default()
     };
     Proxy::new(desk, notes, limits)
 }
@@ -301,45 +303,17 @@ impl Observer for Notes {
 
 /// Serves the screen to a browser: one WebSocket is one channel of SPICE. It ends when the proxy ends the session's channels.
 pub(super) async fn serve(proxy: Arc<Proxy>, socket: WebSocket, from: SocketAddr) {
-    let (near, far) = tokio::io::duplex(UNDER_WAY);
-    // Not cut off in the middle: it sees the end of its stream, and closes what it has at the machine.
-    let serving = tokio::spawn(async move { proxy.serve(near, from).await });
-    let ended = async {
-        // However it ended.
-        let _ = serving.await;
-        tokio::time::sleep(LAST_WORDS).await;
-    };
-    let (mut from_proxy, mut to_proxy) = tokio::io::split(far);
-    let (mut to_browser, mut from_browser) = socket.split();
-    let out = async {
-        let mut piece = vec![0; PIECE];
-        while let Ok(count @ 1..) = from_proxy.read(&mut piece).await {
-            let bytes = Bytes::copy_from_slice(&piece[..count]);
-            if to_browser.send(Message::Binary(bytes)).await.is_err() {
-                return;
-            }
-        }
-        // Whether the browser hears it makes no difference.
-        let _ = to_browser.send(Message::Close(None)).await;
-    };
-    let back = async {
-        while let Some(Ok(message)) = from_browser.next().await {
-            match message {
-                Message::Binary(bytes) => {
-                    if to_proxy.write_all(&bytes).await.is_err() {
-                        return;
-                    }
-                }
-                Message::Close(_) => return,
-                Message::Text(_) | Message::Ping(_) | Message::Pong(_) => {}
-            }
-        }
-    };
-    tokio::select! {
-        () = out => {}
-        () = back => {}
-        () = ended => {}
-    }
+    let (outgoing, incoming) = socket.split();
+    let incoming = incoming
+        .take_while(|message| ready(!matches!(message, Ok(Message::Close(_)) | Err(_))))
+        .filter_map(|message| {
+            ready(match message {
+                Ok(Message::Binary(bytes)) => Some(bytes),
+                _ => None,
+            })
+        });
+    let outgoing = outgoing.with(|bytes| ready(Ok::<_, axum::Error>(Message::Binary(bytes))));
+    proxy.serve_websocket(incoming, outgoing, from).await;
 }
 
 /// How a viewer reaches the proxy.

@@ -4,16 +4,14 @@
 #![allow(dead_code)]
 
 use std::collections::HashMap;
-use std::io::{self, BufRead, BufReader, Read, Write};
+use std::io::{self, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, SocketAddr, TcpStream};
 use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, Stdio};
+use std::process::Command;
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use cannery::console::backend::{Tcp, Unix};
 use cannery::console::link::{Caps, Hello, Reply};
 use cannery::console::{
     Admission, Backend, Denied, Door, Event, Kind, Kinds, Limits, Mode, Observer, Proxy, Security, keys,
@@ -22,180 +20,10 @@ use cannery::secret::Secret;
 use futures_util::future::BoxFuture;
 use tokio::sync::oneshot;
 
-/// Longest wait for anything here: an emulated machine on a busy host.
-pub const PATIENCE: Duration = Duration::from_secs(40);
+#[path = "spice_screen.rs"]
+mod screen;
 
-/// What QEMU's screen asks for, which no viewer is told.
-const MACHINES_OWN: &str = "the-machines-own";
-
-/// A QEMU that has not begun to run its guest, with all kinds of channels that need no hardware.
-pub struct Screen {
-    child: Child,
-    folder: tempfile::TempDir,
-}
-
-impl Screen {
-    /// One at a socket that only this host reaches, as libvirt gives it to us.
-    pub fn start() -> Self {
-        let screen = Self::listening(|folder| format!("unix=on,addr={}", folder.join("screen").display()));
-        awaits("QEMU's screen", || screen.path().exists());
-        screen
-    }
-
-    /// One at a port of the loopback device.
-    pub fn at_port(port: u16) -> Self {
-        let screen = Self::listening(|_| format!("addr=127.0.0.1,port={port}"));
-        awaits("QEMU's screen", || {
-            TcpStream::connect((Ipv4Addr::LOCALHOST, port)).is_ok()
-        });
-        screen
-    }
-
-    fn listening(place: impl FnOnce(&Path) -> String) -> Self {
-        let folder = tempfile::tempdir().unwrap();
-        let place = place(folder.path());
-        let at = |name: &str| folder.path().join(name).display().to_string();
-        let child = Command::new("qemu-system-x86_64")
-            .args([
-                "-M",
-                "q35",
-                "-accel",
-                "tcg",
-                "-m",
-                "64",
-                "-S",
-                "-nodefaults",
-                "-display",
-                "none",
-            ])
-            .args(["-vga", "virtio", "-device", "virtio-serial"])
-            .args(["-chardev", "spiceport,id=port,name=a.port"])
-            .args(["-device", "virtserialport,chardev=port,name=a.port"])
-            .args(["-chardev", "spicevmc,id=agent,name=vdagent"])
-            .args(["-device", "virtserialport,chardev=agent,name=com.redhat.spice.0"])
-            .args(["-object", &format!("secret,id=own,data={MACHINES_OWN}")])
-            .args(["-spice", &format!("{place},password-secret=own")])
-            .args(["-qmp", &format!("unix:{},server=on,wait=off", at("control"))])
-            .args(["-trace", "input_event_key_*", "-D", &at("log")])
-            .stdin(Stdio::null())
-            .spawn()
-            .unwrap();
-        let screen = Screen { child, folder };
-        awaits("QEMU's control connection", || {
-            screen.folder.path().join("control").exists()
-        });
-        screen
-    }
-
-    /// Lets the guest run: its firmware looks for a disk that is not there. Before, it gets no keys.
-    pub fn run_guest(&self) {
-        self.control().ask("cont");
-    }
-
-    /// The keys that QEMU was given, one line for each press and release.
-    pub fn keys(&self) -> Vec<String> {
-        let log = std::fs::read_to_string(self.folder.path().join("log")).unwrap_or_default();
-        log.lines()
-            .filter(|line| line.contains("input_event_key"))
-            .map(str::to_owned)
-            .collect()
-    }
-
-    pub fn path(&self) -> PathBuf {
-        self.folder.path().join("screen")
-    }
-
-    pub fn folder(&self) -> &Path {
-        self.folder.path()
-    }
-
-    pub fn backend(&self) -> Arc<dyn Backend> {
-        Arc::new(Unix {
-            path: self.path(),
-            ticket: Some(Secret::new(MACHINES_OWN)),
-            likeness: "qemu".to_owned(),
-        })
-    }
-
-    /// The way to one at a port.
-    pub fn backend_at(port: u16) -> Arc<dyn Backend> {
-        Arc::new(Tcp {
-            host: "127.0.0.1".to_owned(),
-            port: Some(port),
-            tls: None,
-            ticket: Some(Secret::new(MACHINES_OWN)),
-            likeness: "qemu".to_owned(),
-        })
-    }
-
-    /// What the machine itself says it can do on a channel.
-    pub fn caps(&self, kind: Kind) -> Caps {
-        let mut viewer = Viewer::at(UnixStream::connect(self.path()).unwrap());
-        viewer.link(&hello(0, kind)).unwrap().caps
-    }
-
-    /// How long the machine's control connection takes to answer.
-    pub fn answers_in(&self) -> Duration {
-        self.control().answers_in()
-    }
-
-    fn control(&self) -> Control {
-        Control::open(&self.folder.path().join("control"))
-    }
-
-    pub fn kill(&mut self) {
-        drop(self.child.kill());
-        drop(self.child.wait());
-    }
-}
-
-impl Drop for Screen {
-    fn drop(&mut self) {
-        self.kill();
-    }
-}
-
-/// Waits until this is there.
-#[track_caller]
-fn awaits(what: &str, mut is_there: impl FnMut() -> bool) {
-    let end = Instant::now() + PATIENCE;
-    while !is_there() {
-        assert!(Instant::now() < end, "waited for {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
-
-/// QEMU's control connection.
-struct Control(BufReader<UnixStream>);
-
-impl Control {
-    fn open(path: &Path) -> Self {
-        let stream = UnixStream::connect(path).unwrap();
-        stream.set_read_timeout(Some(PATIENCE)).unwrap();
-        let mut control = Control(BufReader::new(stream));
-        control.line();
-        control.ask("qmp_capabilities");
-        control
-    }
-
-    fn line(&mut self) -> String {
-        let mut line = String::new();
-        self.0.read_line(&mut line).unwrap();
-        line
-    }
-
-    fn ask(&mut self, what: &str) {
-        let stream = self.0.get_mut();
-        writeln!(stream, "{{\"execute\": \"{what}\"}}").unwrap();
-        while !self.line().contains("\"return\"") {}
-    }
-
-    fn answers_in(&mut self) -> Duration {
-        let begin = Instant::now();
-        self.ask("query-status");
-        begin.elapsed()
-    }
-}
+pub use screen::*;
 
 /// Tickets and what they admit to.
 pub struct Tickets {

@@ -25,7 +25,7 @@ const BREATH: Duration = Duration::from_millis(1);
 /// What they do.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Abuse {
-    /// So many connections from one address, which say nothing.
+    /// So many connections that say nothing, from one address for each forty: what stops them is the limit for all.
     HalfOpen(usize),
     /// So many wrong tickets, from one address for each forty.
     BadTickets(usize),
@@ -68,8 +68,8 @@ async fn act(what: Abuse, way: Way) -> io::Result<Held> {
     let mut held = VecDeque::new();
     match what {
         Abuse::HalfOpen(count) => {
-            for _ in 0..count {
-                hold(&mut held, connect(at, address(0)).await?);
+            for number in 0..count {
+                hold(&mut held, connect(at, address(number / PER_ADDRESS)).await?);
             }
         }
         Abuse::SlowTls(count) => {

@@ -15,6 +15,9 @@ const CONTROL_GOAL: Goal = Goal::Under(Duration::from_millis(100));
 /// Sessions that a viewer opens while others abuse the proxy: some, and no more than keys allow.
 const BESIDE_LEAST: usize = 5;
 const BESIDE_MOST: usize = 30;
+/// For how long a viewer comes again that finds no place, and how often: longer than a place is held by who says nothing.
+const COMES_AGAIN: Duration = Duration::from_secs(30);
+const COME_AGAIN: Duration = Duration::from_millis(20);
 /// How often a real machine is taken over: below what the proxy allows in a minute (`Limits::takeovers`).
 const TAKEOVERS: usize = 3;
 
@@ -63,6 +66,8 @@ impl Bench<'_> {
         }
         if let Some(qemu) = qemu {
             figures.extend(self.mute(&qemu).await?);
+            drop(qemu);
+            figures.extend(self.looks().await?);
         }
         Ok(figures)
     }
@@ -88,10 +93,22 @@ impl Bench<'_> {
         let begun = abuse::begin(what, way)?;
         let mut took = Vec::new();
         while took.len() < BESIDE_LEAST || !(begun.is_done() || took.len() >= BESIDE_MOST) {
-            took.push(self.timed(way).await?);
+            took.push(self.timed_until_in(way).await?);
         }
         drop(begun.done().await?.map_err(lost)?);
         Ok(took)
+    }
+
+    /// The time until a viewer is in that comes again when it is refused: there may be no place at the door.
+    async fn timed_until_in(&mut self, way: &Way) -> Result<Duration, Failure> {
+        let begin = Instant::now();
+        loop {
+            match self.timed(way).await {
+                Ok(_) => return Ok(begin.elapsed()),
+                Err(refused) if begin.elapsed() > COMES_AGAIN => return Err(refused),
+                Err(_) => tokio::time::sleep(COME_AGAIN).await,
+            }
+        }
     }
 
     /// What a viewer that never begins its screen does to a real machine, when the next viewer takes it over.

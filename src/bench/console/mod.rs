@@ -4,7 +4,7 @@
 //! viewer ──▶ proxy (a process of its own) ──▶ stub (a machine's screen that answers at once)
 //!    ├─────▶ tunnel (socat) ────────────────▶   │
 //!    └──────────────────────────────────────▶   │
-//! abuse ──▶ proxy ──▶ qemu (a real one, which never runs its guest)
+//! abuse ──▶ proxy ──▶ qemu (a real one, which runs no guest, or one that changes its screen all the time)
 //! ```
 //!
 //! With another proxy named, viewers and abuse go through that one, too.
@@ -14,6 +14,7 @@
 mod abuse;
 mod aside;
 mod harm;
+mod looks;
 mod proxy;
 mod qemu;
 mod rival;
@@ -70,7 +71,7 @@ const MACHINE: &str = "machine";
 const CERTIFICATE: &str = "certificate.pem";
 const KEY: &str = "key.pem";
 
-/// Where usual viewers come from: an address of loopback that nobody abuses.
+/// Where the viewers of a real machine come from: an address of loopback that nobody abuses.
 const VIEWER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 2);
 /// Channels of a session.
 const CHANNELS: usize = 4;
@@ -171,7 +172,7 @@ impl Bench<'_> {
     /// A session at a machine that nobody else looks at.
     async fn session(&mut self, way: &Way) -> Result<Session, Failure> {
         self.tickets += 1;
-        Session::open(way, VIEWER, &ticket(self.tickets))
+        Session::open(way, address(self.tickets), &ticket(self.tickets))
             .await
             .map_err(lost)
     }
@@ -335,7 +336,21 @@ impl Bench<'_> {
             burst.twice(),
             Goal::Zero,
         );
-        Ok(vec![all, refused, steady, twice])
+        self.proxy.quiet().await?;
+        // Without a goal: a handshake costs viewers as much as the proxy, and all share these processors.
+        let secured = self.burst_over(&self.tls.clone()).await?;
+        let mut over_tls = Figure::new(
+            format!("a burst of {count} sessions over TLS"),
+            Peer::None,
+            Goal::None,
+        );
+        over_tls.took(secured.all);
+        let refused_tls = Figure::of_count(
+            format!("sessions of the burst over TLS that were refused, of {count}"),
+            secured.refused,
+            Goal::Zero,
+        );
+        Ok(vec![all, refused, steady, twice, over_tls, refused_tls])
     }
 
     async fn burst_over(&mut self, way: &Way) -> Result<Burst, Failure> {
@@ -348,9 +363,7 @@ impl Bench<'_> {
         for _ in 0..count {
             self.tickets += 1;
             let (way, number) = (way.clone(), self.tickets);
-            // Many viewers, each with an address of its own.
-            let from = Ipv4Addr::new(127, 0, 1, u8::try_from(number % 250).unwrap_or_default() + 1);
-            coming.spawn(async move { Session::open(&way, from, &ticket(number)).await });
+            coming.spawn(async move { Session::open(&way, address(number), &ticket(number)).await });
         }
         while let Some(opened) = coming.join_next().await {
             match opened.map_err(|e| lost(io::Error::other(e)))? {
@@ -413,6 +426,11 @@ impl Bench<'_> {
             ),
         ])
     }
+}
+
+/// Many viewers, each with an address of its own.
+fn address(number: usize) -> Ipv4Addr {
+    Ipv4Addr::new(127, 0, 1, u8::try_from(number % 250).unwrap_or_default() + 1)
 }
 
 /// What came of a burst.

@@ -11,6 +11,7 @@ use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 
 use super::lost;
+use crate::bench::scratch::cannot;
 use crate::outcome::Failure;
 
 const PROGRAM: &str = "qemu-system-x86_64";
@@ -27,7 +28,13 @@ const ANSWER: Duration = Duration::from_secs(40);
 /// Between an answer and the next question.
 const ASK_EVERY: Duration = Duration::from_millis(2);
 
-/// A QEMU that never begins to run its guest. It ends with this value.
+/// A disk's first sector, which switches for ever between text and graphics (`modes.s`).
+const MODES: &[u8] = include_bytes!("modes.bin");
+const DISK: &str = "modes";
+/// Bytes of that disk: firmware starts none that is smaller than a cylinder.
+const DISK_SIZE: usize = 4 << 20;
+
+/// A QEMU, which ends with this value.
 #[derive(Debug)]
 pub(super) struct Qemu {
     _child: Child,
@@ -35,21 +42,37 @@ pub(super) struct Qemu {
 }
 
 impl Qemu {
-    /// Starts one whose screen is a socket in the folder. `None` where there is none, or none that has SPICE.
+    /// Starts one whose screen is a socket in the folder, and which never begins to run its guest. `None` where there is none,
+    /// or none that has SPICE.
     pub(super) async fn start(folder: &Path) -> Result<Option<Self>, Failure> {
-        let screen = format!("unix=on,addr={}", folder.join(SCREEN).display());
-        Self::start_with(&screen, folder.join(CONTROL)).await
+        Self::start_with(&at(folder), folder.join(CONTROL), &["-S"]).await
+    }
+
+    /// The same with a guest that runs, and changes its screen's mode again and again.
+    pub(super) async fn switching(folder: &Path) -> Result<Option<Self>, Failure> {
+        let disk = folder.join(DISK);
+        let mut content = MODES.to_vec();
+        content.resize(DISK_SIZE, 0);
+        std::fs::write(&disk, content).map_err(|e| cannot("write", &disk, &e))?;
+        for left in [SCREEN, CONTROL] {
+            // What the one before it listened at.
+            let _ = std::fs::remove_file(folder.join(left));
+        }
+        let drive = format!("file={},format=raw,if=none,id=disk", disk.display());
+        let more = ["-drive", &drive, "-device", "ide-hd,drive=disk"];
+        Self::start_with(&at(folder), folder.join(CONTROL), &more).await
     }
 
     /// The same with its screen at a port of loopback.
     pub(super) async fn start_at(folder: &Path, screen: SocketAddr) -> Result<Option<Self>, Failure> {
         let screen = format!("addr={},port={}", screen.ip(), screen.port());
-        Self::start_with(&screen, folder.join(OTHER_CONTROL)).await
+        Self::start_with(&screen, folder.join(OTHER_CONTROL), &["-S"]).await
     }
 
-    async fn start_with(screen: &str, control: PathBuf) -> Result<Option<Self>, Failure> {
+    async fn start_with(screen: &str, control: PathBuf, more: &[&str]) -> Result<Option<Self>, Failure> {
         let started = Command::new(PROGRAM)
-            .args(["-M", "q35", "-accel", "tcg", "-m", "64", "-S", "-nodefaults"])
+            .args(["-M", "q35", "-accel", "tcg", "-m", "64", "-nodefaults"])
+            .args(more)
             .args(["-display", "none", "-vga", "virtio", "-spice"])
             .arg(format!("{screen},disable-ticketing=on"))
             .arg("-qmp")
@@ -103,6 +126,11 @@ impl Qemu {
             }
         }
     }
+}
+
+/// The argument for a screen that is a socket in the folder.
+fn at(folder: &Path) -> String {
+    format!("unix=on,addr={}", folder.join(SCREEN).display())
 }
 
 struct Control(BufStream<UnixStream>);

@@ -130,7 +130,7 @@ async fn channel(way: &Way, from: Ipv4Addr, hello: &Hello, ticket: &Secret) -> i
 /// A viewer that opens its screen's channel and never begins it.
 pub(super) struct Mute {
     _main: Wire,
-    _display: Wire,
+    pub(super) display: Wire,
 }
 
 impl Mute {
@@ -139,7 +139,7 @@ impl Mute {
         let display = channel(way, from, &hello(id, Kind::Display), ticket).await?;
         Ok(Mute {
             _main: main.wire,
-            _display: display.wire,
+            display: display.wire,
         })
     }
 }

@@ -1,0 +1,248 @@
+//! What the machine has sent and the viewer has not taken yet.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use super::session::Session;
+
+/// First and largest size of a piece of memory, in bytes: channels that say little keep little.
+const CHUNK_MIN: usize = 4 << 10;
+pub(super) const CHUNK_MAX: usize = 64 << 10;
+/// This part of a piece must be free for it to be read into. What is less is left unused.
+const ENOUGH: usize = 4;
+/// How exactly it is known since when the first byte waits.
+const EXACT: Duration = Duration::from_secs(1);
+
+#[derive(Debug)]
+struct Chunk {
+    bytes: Vec<u8>,
+    from: usize,
+    to: usize,
+}
+
+/// Bytes on their way to the viewer of one channel, in their order. They are read into it and written from it, without
+/// another copy; its session knows how many there are.
+#[derive(Debug)]
+pub(super) struct Queue<'a> {
+    session: &'a Session,
+    chunks: VecDeque<Chunk>,
+    next: usize,
+    waiting: usize,
+    came: u64,
+    went: u64,
+    /// When bytes came, and how many had come before them.
+    marks: VecDeque<(Instant, u64)>,
+}
+
+impl<'a> Queue<'a> {
+    pub(super) fn new(session: &'a Session) -> Self {
+        Queue {
+            session,
+            chunks: VecDeque::new(),
+            next: CHUNK_MIN,
+            waiting: 0,
+            came: 0,
+            went: 0,
+            marks: VecDeque::new(),
+        }
+    }
+
+    /// Whose they are.
+    pub(super) fn session(&self) -> &'a Session {
+        self.session
+    }
+
+    /// Bytes that wait.
+    pub(super) fn len(&self) -> usize {
+        self.waiting
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.waiting == 0
+    }
+
+    /// Since when the first of them waits, to a second, by which it may be less.
+    pub(super) fn oldest(&self) -> Option<Instant> {
+        self.marks.front().map(|(at, _)| *at)
+    }
+
+    /// Where more can be read into.
+    pub(super) fn space(&mut self) -> &mut [u8] {
+        let enough = |chunk: &Chunk| chunk.bytes.len() - chunk.to >= chunk.bytes.len() / ENOUGH;
+        if !self.chunks.back().is_some_and(enough) {
+            self.chunks.push_back(Chunk {
+                bytes: vec![0; self.next],
+                from: 0,
+                to: 0,
+            });
+        }
+        self.chunks
+            .back_mut()
+            .and_then(|chunk| chunk.bytes.get_mut(chunk.to..))
+            .unwrap_or_default()
+    }
+
+    /// So many bytes were read into [`space`](Self::space); returns them.
+    pub(super) fn filled(&mut self, count: usize, now: Instant) -> &[u8] {
+        if self.marks.back().is_none_or(|(at, _)| now - *at >= EXACT) {
+            self.marks.push_back((now, self.came));
+        }
+        self.came += wide(count);
+        self.waiting += count;
+        self.session.owes(count);
+        let Some(chunk) = self.chunks.back_mut() else {
+            return &[];
+        };
+        let from = chunk.to;
+        chunk.to += count;
+        if chunk.to == chunk.bytes.len() {
+            self.next = (chunk.bytes.len() * 2).min(CHUNK_MAX);
+        }
+        chunk.bytes.get(from..chunk.to).unwrap_or_default()
+    }
+
+    /// Appends bytes that are elsewhere.
+    pub(super) fn push(&mut self, mut bytes: &[u8], now: Instant) {
+        while !bytes.is_empty() {
+            let space = self.space();
+            let (some, rest) = bytes.split_at_checked(space.len()).unwrap_or((bytes, &[]));
+            for (place, byte) in space.iter_mut().zip(some) {
+                *place = *byte;
+            }
+            self.filled(some.len(), now);
+            bytes = rest;
+        }
+    }
+
+    /// The first that wait. Until some of them are [`taken`](Self::taken) they stay what they are, and others are only
+    /// added: TLS wants a write that did not succeed to be tried with the same bytes.
+    pub(super) fn front(&self) -> &[u8] {
+        self.chunks
+            .front()
+            .and_then(|chunk| chunk.bytes.get(chunk.from..chunk.to))
+            .unwrap_or_default()
+    }
+
+    /// So many of the first were taken.
+    pub(super) fn taken(&mut self, count: usize) {
+        self.went += wide(count);
+        self.waiting = self.waiting.saturating_sub(count);
+        self.session.paid(count);
+        while self.marks.get(1).is_some_and(|(_, before)| *before <= self.went) {
+            self.marks.pop_front();
+        }
+        if self.waiting == 0 {
+            self.marks.clear();
+        }
+        let others = self.chunks.len() > 1;
+        let Some(chunk) = self.chunks.front_mut() else {
+            return;
+        };
+        chunk.from += count;
+        if chunk.from < chunk.to {
+            return;
+        }
+        if others || chunk.bytes.len() < self.next {
+            self.chunks.pop_front();
+        } else {
+            (chunk.from, chunk.to) = (0, 0);
+        }
+    }
+}
+
+impl Drop for Queue<'_> {
+    fn drop(&mut self) {
+        self.session.paid(self.waiting);
+    }
+}
+
+fn wide(bytes: usize) -> u64 {
+    u64::try_from(bytes).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::super::limits::Limits;
+    use super::super::session::test_session_of;
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn bytes_come_out_as_they_went_in(
+            steps in prop::collection::vec((any::<bool>(), 1usize..200_000), 1..60),
+        ) {
+            let (_, live) = test_session_of(&Limits::default());
+    let session = &live.session;
+            let now = Instant::now();
+            let mut queue = Queue::new(session);
+            let (mut next, mut awaited) = (0u8, 0u8);
+            for (reads, most) in steps {
+                if reads {
+                    let space = queue.space();
+                    prop_assert!(!space.is_empty() && space.len() <= CHUNK_MAX);
+                    let count = space.len().min(most);
+                    for byte in &mut space[..count] {
+                        *byte = next;
+                        next = next.wrapping_mul(5).wrapping_add(1);
+                    }
+                    prop_assert_eq!(queue.filled(count, now).len(), count);
+                } else {
+                    let front = queue.front();
+                    prop_assert_eq!(front.is_empty(), queue.is_empty());
+                    let count = front.len().min(most);
+                    for byte in &front[..count] {
+                        prop_assert_eq!(*byte, awaited);
+                        awaited = awaited.wrapping_mul(5).wrapping_add(1);
+                    }
+                    queue.taken(count);
+                }
+                prop_assert_eq!(session.owed(), queue.len());
+                // What is not used is less than what is.
+                let memory: usize = queue.chunks.iter().map(|chunk| chunk.bytes.len()).sum();
+                prop_assert!(memory <= queue.len() * 4 / 3 + 3 * CHUNK_MAX);
+            }
+            drop(queue);
+            prop_assert_eq!(session.owed(), 0);
+        }
+    }
+
+    #[test]
+    fn what_is_pushed_waits_like_what_is_read() {
+        let (_, live) = test_session_of(&Limits::default());
+        let session = &live.session;
+        let mut queue = Queue::new(session);
+        let bytes: Vec<u8> = (0..200_000).map(|n: u32| n.to_le_bytes()[0]).collect();
+        queue.push(&bytes, Instant::now());
+        let mut out = Vec::new();
+        while !queue.is_empty() {
+            out.extend_from_slice(queue.front());
+            queue.taken(queue.front().len());
+        }
+        assert_eq!(out, bytes);
+        assert_eq!(queue.oldest(), None);
+    }
+
+    #[test]
+    fn the_oldest_byte_is_the_one_that_waits_longest() {
+        let (_, live) = test_session_of(&Limits::default());
+        let session = &live.session;
+        let begin = Instant::now();
+        let at = |tenths: u32| begin + Duration::from_millis(100) * tenths;
+        let age = |queue: &Queue<'_>, now: Instant| queue.oldest().map(|since| now - since);
+        let mut queue = Queue::new(session);
+        for tenths in 0..100 {
+            queue.push(&[0; 10], at(tenths));
+        }
+        assert_eq!(age(&queue, at(100)), Some(Duration::from_secs(10)));
+        queue.taken(505);
+        assert_eq!(age(&queue, at(100)), Some(Duration::from_secs(5)));
+        queue.taken(494);
+        assert_eq!(age(&queue, at(100)), Some(Duration::from_secs(1)), "to a second");
+        queue.taken(1);
+        assert_eq!(age(&queue, at(100)), None);
+    }
+}
