@@ -43,15 +43,13 @@ fn is_held(host: &Host, handle: &Handle) {
 fn key(host: &Host, id: &str) -> String {
     let list = host.expect(&["vm", "list", "--format", "json"]);
     let list: serde_json::Value = serde_json::from_str(&list).unwrap();
-    let keys = list
+    let mut keys = list
         .as_array()
         .unwrap()
         .iter()
         .map(|job| job["key"].as_str().unwrap());
-    keys.filter(|key| key.split('-').nth(1) == Some(id))
-        .next_back()
-        .unwrap()
-        .to_owned()
+    let key = keys.rfind(|key| key.split('-').nth(1) == Some(id));
+    key.unwrap().to_owned()
 }
 
 #[test]

@@ -213,21 +213,26 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
         serde_json::from_str(&host.expect(&["console", "list", "--format", "json"])).unwrap()
     };
     let before = tickets().len();
-    let mut local = host
-        .command(&["console", &key, "--print"])
-        .stdout(Stdio::piped())
-        .spawn()
-        .unwrap();
-    let mut file = vec![0; 4096];
-    let count = local.stdout.as_mut().unwrap().read(&mut file).unwrap();
-    let file = String::from_utf8(file[..count].to_vec()).unwrap();
-    let keys = self::keys(&file);
-    let here = format!("spice://{}?port={}", keys["host"], keys["port"]);
-    assert!(pictured(&here, keys["password"], &ca, &picture), "{file}");
-    assert_eq!(tickets().len(), before + 1);
-    kill_process(Pid::from_child(&local), Signal::INT).unwrap();
-    assert!(local.wait().unwrap().success());
-    assert_eq!(tickets().len(), before, "its ticket goes with it");
+    let pictured_by_command = |before: usize, arguments: &[&str]| {
+        let mut local = host
+            .command(&[&["console", &key, "--print"], arguments].concat())
+            .stdout(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut file = vec![0; 4096];
+        let count = local.stdout.as_mut().unwrap().read(&mut file).unwrap();
+        let file = String::from_utf8(file[..count].to_vec()).unwrap();
+        let keys = self::keys(&file);
+        let here = format!("spice://{}?port={}", keys["host"], keys["port"]);
+        let seen = pictured(&here, keys["password"], &ca, &picture);
+        assert_eq!(tickets().len(), before + 1);
+        kill_process(Pid::from_child(&local), Signal::INT).unwrap();
+        assert!(local.wait().unwrap().success());
+        assert_eq!(tickets().len(), before, "its ticket goes with it");
+        seen
+    };
+    assert!(pictured_by_command(before, &[]));
+    assert!(pictured_by_command(before, &["--view-only"]));
 
     // A browser: the ticket goes into the page by its address and is gone from there.
     let mut chromium = Chromium::start().await;
@@ -279,6 +284,11 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
         std::fs::write(&path, picture).unwrap();
         println!("{path}");
     }
+
+    // Another process of this host does not take it for somebody who may only look.
+    let before = tickets().len();
+    assert!(!pictured_by_command(before, &["--view-only"]));
+    shows_the_guest(&mut chromium, &host).await;
 
     // All of it ends with the ticket, while the machine lives on.
     host.expect(&["console", "end", &key]);
