@@ -96,6 +96,7 @@ async fn main() -> Result<(), Box<dyn Error>> {
 }
 
 /// Any library for WebSockets will do: what the proxy wants is what their messages hold.
+#[expect(clippy::result_large_err, reason = "the library's own type")]
 async fn listen_for_websockets(proxy: Arc<Proxy>, listener: TcpListener) -> Result<(), Box<dyn Error>> {
     loop {
         let (stream, from) = listener.accept().await?;

@@ -176,7 +176,7 @@ mod tests {
             steps in prop::collection::vec((any::<bool>(), 1usize..200_000), 1..60),
         ) {
             let (_, live) = test_session_of(&Limits::default());
-    let session = &live.session;
+            let session = &live.session;
             let now = Instant::now();
             let mut queue = Queue::new(session);
             let (mut next, mut awaited) = (0u8, 0u8);

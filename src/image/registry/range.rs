@@ -140,38 +140,49 @@ async fn connect(endpoint: &Endpoint, descriptor: &Descriptor, wanted: &Range<u6
 
 /// Is the answer exactly the part that was asked for?
 fn is_part(headers: &HeaderMap, wanted: &Range<u64>) -> bool {
-    let part = content_range(headers).and_then(|(part, _)| part);
+    let part = ContentRange::of(headers).and_then(|range| range.part);
     part.is_some_and(|(first, last)| first == wanted.start && last.checked_add(1) == Some(wanted.end))
 }
 
 /// How large the whole is, by an answer to who asked for what begins at `start`; none where it does not say, or may speak of
 /// something else.
 fn told_size(status: StatusCode, headers: &HeaderMap, start: u64) -> Option<u64> {
-    match (status, content_range(headers)) {
-        (StatusCode::PARTIAL_CONTENT, Some((Some((first, _)), total))) if first == start => total,
-        (StatusCode::RANGE_NOT_SATISFIABLE, Some((None, total))) => total,
+    let range = ContentRange::of(headers).unwrap_or_default();
+    match (status, range.part) {
+        (StatusCode::PARTIAL_CONTENT, Some((first, _))) if first == start => range.total,
+        (StatusCode::RANGE_NOT_SATISFIABLE, None) => range.total,
         (StatusCode::OK, _) => headers.get(CONTENT_LENGTH)?.to_str().ok()?.parse().ok(),
         _ => None,
     }
 }
 
-/// What a `Content-Range` says (RFC 9110 §14.4): the first and the last byte, and how many the whole has; none where it is none.
-fn content_range(headers: &HeaderMap) -> Option<(Option<(u64, u64)>, Option<u64>)> {
-    /// `*` where it is not said.
-    fn unless_open<T>(text: &str, read: impl FnOnce(&str) -> Option<T>) -> Option<Option<T>> {
-        if text == "*" {
-            Some(None)
-        } else {
-            read(text).map(Some)
-        }
+/// What a `Content-Range` says (RFC 9110 §14.4), each none where it is `*`.
+#[derive(Debug, Default)]
+struct ContentRange {
+    /// The first and the last byte.
+    part: Option<(u64, u64)>,
+    /// How many bytes the whole has.
+    total: Option<u64>,
+}
+
+impl ContentRange {
+    /// None where there is none, or it is broken.
+    fn of(headers: &HeaderMap) -> Option<Self> {
+        let text = headers.get(CONTENT_RANGE)?.to_str().ok()?;
+        let (part, total) = text.strip_prefix("bytes ")?.split_once('/')?;
+        let part = match part {
+            "*" => None,
+            part => {
+                let (first, last) = part.split_once('-')?;
+                Some((first.parse().ok()?, last.parse().ok()?))
+            }
+        };
+        let total = match total {
+            "*" => None,
+            total => Some(total.parse().ok()?),
+        };
+        Some(Self { part, total })
     }
-    let text = headers.get(CONTENT_RANGE)?.to_str().ok()?;
-    let (part, total) = text.strip_prefix("bytes ")?.split_once('/')?;
-    let part = unless_open(part, |part| {
-        let (first, last) = part.split_once('-')?;
-        Some((first.parse().ok()?, last.parse().ok()?))
-    })?;
-    Some((part, unless_open(total, |total| total.parse().ok())?))
 }
 
 #[cfg(test)]
