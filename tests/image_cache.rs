@@ -347,7 +347,7 @@ fn what_two_images_share_is_freed_and_counted_with_the_second() {
 
 #[test]
 fn before_an_image_exceeds_the_budget_the_one_used_least_recently_goes() {
-    let host = Host::new("max_size = \"500K\"");
+    let host = Host::new("max_size = \"600K\"");
     let names = [1, 3, 5].map(|seed| host.add(&format!("vm-{seed}"), seed));
     let [first, second] = [&names[0], &names[1]].map(|name| {
         std::thread::sleep(std::time::Duration::from_millis(20));

@@ -62,6 +62,8 @@ impl Pace {
 /// The next thing that could be done.
 enum Step {
     Wrote(usize),
+    /// All that was written is on its way.
+    Flushed,
     Read(usize),
 }
 
@@ -117,7 +119,7 @@ impl<'a> Down<'a> {
             && let Poll::Ready(flushed) = Pin::new(viewer).poll_flush(cx)
         {
             self.flushed = true;
-            flushed.map_err(ChannelEnd::ViewerLost)?;
+            return Poll::Ready(flushed.map(|()| Step::Flushed).map_err(ChannelEnd::ViewerLost));
         }
         if !reads {
             return Poll::Pending;
@@ -196,6 +198,7 @@ impl<'a> Down<'a> {
             };
             match step {
                 Some(Step::Wrote(count)) => self.wrote(count, seen)?,
+                Some(Step::Flushed) => {}
                 Some(Step::Read(0)) => ended = true,
                 Some(Step::Read(got)) => self.read(got)?,
                 None => self.within_limits(Instant::now())?,
@@ -231,6 +234,7 @@ impl<'a> Down<'a> {
             let step = std::future::poll_fn(|cx| self.step(cx, machine, viewer, !between));
             match step.await? {
                 Step::Wrote(count) => self.wrote(count, seen)?,
+                Step::Flushed => {}
                 Step::Read(0) => return Ok(()),
                 Step::Read(got) => self.read(got)?,
             }

@@ -3,7 +3,7 @@ use std::sync::Arc;
 use tokio::io::DuplexStream;
 use tokio::time::Instant;
 
-use super::super::channel::Mode;
+use super::super::channel::{Kinds, Mode};
 use super::super::frame::{Framing, message};
 use super::super::session::test_session_of;
 use super::*;
@@ -33,7 +33,7 @@ fn channel(kind: Kind, framing: Framing, limits: Limits) -> Channel {
             filter: Filter::new(kind, Mode::ViewOnly, framing),
             begun: Vec::new(),
             acks: Acks::new(framing),
-            hall: None,
+            hall: (kind == Kind::Main).then(|| Hall::new(Kinds::default(), framing)),
             session: &ours,
             registry: &registry,
             limits: &limits,
@@ -174,4 +174,42 @@ async fn a_device_waits_for_its_viewer_and_neither_loses_anything() {
     );
     assert!(channel.session.owed() < 3 * CHUNK_MAX);
     assert_eq!(channel.session.ended(), None);
+}
+
+#[tokio::test(start_paused = true)]
+async fn what_a_machine_said_last_arrives_and_its_end_does_so_at_once() {
+    let mut channel = channel(Kind::Cursor, Framing::Mini, Limits::default());
+    let begin = Instant::now();
+    let last = message(Framing::Mini, 105, &[7; 3000]);
+    channel.machine.write_all(&last).await.unwrap();
+    drop(channel.machine);
+    let mut seen = Vec::new();
+    channel.viewer.read_to_end(&mut seen).await.unwrap();
+    assert_eq!(seen, last);
+    drop(channel.viewer);
+    assert!(matches!(channel.over.await.unwrap(), ChannelEnd::Machine));
+    assert!(
+        begin.elapsed() < Duration::from_millis(100),
+        "{:?}",
+        begin.elapsed()
+    );
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_is_taken_over_hears_so_and_keeps_nobody_waiting() {
+    let mut channel = channel(Kind::Main, Framing::Mini, Limits::default());
+    let first = message(Framing::Mini, 4, b"ping");
+    channel.machine.write_all(&first).await.unwrap();
+    let mut seen = vec![0; first.len()];
+    channel.viewer.read_exact(&mut seen).await.unwrap();
+    let begin = Instant::now();
+    channel.session.finish(End::TakenOver);
+    assert!(matches!(channel.over.await.unwrap(), ChannelEnd::Session(_)));
+    assert!(
+        begin.elapsed() < Duration::from_millis(100),
+        "{:?}",
+        begin.elapsed()
+    );
+    channel.viewer.read_to_end(&mut seen).await.unwrap();
+    assert!(String::from_utf8_lossy(&seen).contains("taken over"));
 }
