@@ -389,7 +389,7 @@ fn before_an_image_exceeds_the_budget_the_one_used_least_recently_goes() {
         1 << 60,
         "is too large: its packed content",
     );
-    nothing("beyond", OCI_TAR_GZIP, 600_000, "instead of 600000");
+    nothing("beyond", OCI_TAR_GZIP, 700_000, "instead of 700000");
 
     let third = host.pull(&names[2]);
     assert!(host.disk(&first).exists() && host.disk(&third).exists());
