@@ -82,7 +82,7 @@ fn a_machine_whose_scripts_or_jobs_time_was_over_is_held_and_has_the_report() {
     // What comes after the script finds the report, and so does what uploads it.
     let log = of_script.log();
     let (_, after) = log.split_once("ls -a .cannery").unwrap();
-    for part in ["serial.log", "screen.png", "after: failed"] {
+    for part in ["serial.log", "screen.png", "after: timedout"] {
         assert!(after.contains(part), "{part} in {log}");
     }
     is_held(&scene.host, &of_script);

@@ -244,6 +244,7 @@ fn run_stages(
     let status = match &script {
         Ok(()) => "success",
         Err(Problem::Halted(Halt::Canceled)) => "canceled",
+        Err(Problem::Halted(Halt::ScriptTimedOut)) => "timedout",
         Err(_) => "failed",
     };
     if has_step(job, "after_script") {
