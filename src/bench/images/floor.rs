@@ -31,7 +31,7 @@ pub(super) struct Floor {
 }
 
 impl Floor {
-    /// One after the other. Each has all processors to itself, so that nobody does the three in less.
+    /// One after the other. Each has all processors to itself, so that who does all three needs about as long.
     pub(super) fn together(self) -> Duration {
         self.hash + self.unpack + self.write
     }

@@ -219,6 +219,7 @@ mod tests {
             ["r.example.com/vm:1", "r.example.com/vm:2"]
         );
     }
+
     /// A pull that needs ten seconds in one go, and jobs that fetch as the clock says.
     async fn prewarm(jobs_fetch: impl Fn(u64) -> bool) -> (u64, usize) {
         let begin = tokio::time::Instant::now();
