@@ -26,12 +26,20 @@ pub(super) struct Leases(Mutex<HashMap<u64, (JobKey, Vec<File>)>>);
 impl Leases {
     /// May this session's viewer have the screen? Each yes is given back with [`Leases::leave`]. What goes on in this process is not
     /// asked here.
-    pub(super) fn take(&self, session: &Session) -> bool {
-        self.lock(session).unwrap_or_else(|e| {
-            // A folder that cannot be locked in is no reason to refuse somebody with a ticket.
-            tracing::warn!("nobody else will know who looks at the screen: {e}");
-            true
-        })
+    pub(super) async fn take(&self, session: &Session) -> bool {
+        for tried in 1..=TRIES {
+            match self.lock(session) {
+                Ok(true) => return true,
+                Ok(false) if tried < TRIES => tokio::time::sleep(PAUSE).await,
+                Ok(false) => {}
+                Err(e) => {
+                    // A folder that cannot be locked in is no reason to refuse somebody with a ticket.
+                    tracing::warn!("nobody else will know who looks at the screen: {e}");
+                    return true;
+                }
+            }
+        }
+        false
     }
 
     fn lock(&self, session: &Session) -> io::Result<bool> {
@@ -46,16 +54,7 @@ impl Leases {
             locks.push(file);
             return Ok(true);
         }
-        if held.values().any(|(of, _)| of == job) {
-            return Ok(true);
-        }
-        for _ in 0..TRIES {
-            if file.try_lock().is_ok() {
-                return Ok(true);
-            }
-            std::thread::sleep(PAUSE);
-        }
-        Ok(false)
+        Ok(held.values().any(|(of, _)| of == job) || file.try_lock().is_ok())
     }
 
     /// One of this session's viewers has left.
@@ -75,23 +74,23 @@ mod tests {
     use super::super::tests::Place;
     use super::*;
 
-    #[test]
-    fn who_may_only_look_leaves_the_screen_to_another_process_that_has_it_in_full_mode() {
+    #[tokio::test]
+    async fn who_may_only_look_leaves_the_screen_to_another_process_that_has_it_in_full_mode() {
         let place = Place::new();
         let [typing, looking] = [Mode::Full, Mode::ViewOnly].map(|mode| place.session_that(mode));
         // Two processes.
         let [here, there] = [(); 2].map(|()| Leases::default());
-        assert!(there.take(&looking));
+        assert!(there.take(&looking).await);
         for _ in 0..2 {
-            assert!(here.take(&typing));
+            assert!(here.take(&typing).await);
         }
-        assert!(!there.take(&looking));
-        assert!(there.take(&typing), "it takes the screen over");
+        assert!(!there.take(&looking).await);
+        assert!(there.take(&typing).await, "it takes the screen over");
         there.leave(typing.number);
-        assert!(here.take(&looking), "the proxy of this process decides");
+        assert!(here.take(&looking).await, "the proxy of this process decides");
         here.leave(typing.number);
-        assert!(!there.take(&looking), "one is there still");
+        assert!(!there.take(&looking).await, "one is there still");
         here.leave(typing.number);
-        assert!(there.take(&looking));
+        assert!(there.take(&looking).await);
     }
 }

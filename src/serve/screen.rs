@@ -208,8 +208,11 @@ impl Door for Desk {
         Box::pin(async move {
             let session = self.session(password.reveal(), from)?;
             let backend = screen(&session.job).ok_or(Denied::MachineGone);
-            let backend = backend
-                .and_then(|backend| self.leases.take(&session).then_some(backend).ok_or(Denied::Taken));
+            let backend = match backend {
+                Ok(backend) if self.leases.take(&session).await => Ok(backend),
+                Ok(_) => Err(Denied::Taken),
+                gone => gone,
+            };
             let backend =
                 backend.inspect_err(|_| end_if_alone(&self.sessions, &self.alone, session.number))?;
             Ok(Admission {
