@@ -489,8 +489,13 @@ fn a_file_on_a_web_server_is_an_image_where_its_sum_is_known() {
     assert_eq!(disk.digest.to_string(), sha256(&packed));
     let pinned = format!("/none/disk.raw#sha256={}", sum(&raw));
     assert!(provide(&pinned).unwrap().from_cache);
+    let mistyped = format!("/new/disk.raw#sha256={}", sum(b"another"));
     for (path, part) in [
         ("/bad/disk.raw", "arrived damaged"),
+        (
+            &mistyped,
+            "its bytes are not those of the digest behind its address",
+        ),
         ("/worse/disk.raw", "SHA-512"),
         ("/none/disk.raw", "write #sha256=HEX"),
         ("/new/lost.raw", "does not exist"),

@@ -161,12 +161,11 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
         401
     );
     assert_eq!(browser.enter(&key, &mint(&["--quiet"])).await, 204);
-    let file = browser
-        .get(&format!("/jobs/{key}/console.vv"))
-        .await
-        .text()
-        .await
-        .unwrap();
+    let viewer_file = async || {
+        let answer = browser.get(&format!("/jobs/{key}/console.vv")).await;
+        answer.text().await.unwrap()
+    };
+    let file = viewer_file().await;
     let keys = keys(&file);
     assert_eq!((keys["type"], keys["host"]), ("spice", "localhost"));
     assert!(keys["ca"].starts_with("-----BEGIN CERTIFICATE-----\\n"));
@@ -180,14 +179,8 @@ async fn a_screen_is_shown_in_a_browser_and_in_viewers_as_long_as_the_ticket_is_
         &picture
     ));
 
-    let file = browser
-        .get(&format!("/jobs/{key}/console.vv"))
-        .await
-        .text()
-        .await
-        .unwrap();
     let path = host.folder().join("console.vv");
-    std::fs::write(&path, file).unwrap();
+    std::fs::write(&path, viewer_file().await).unwrap();
     type_in_the_viewer(&host, &path, || {
         assert!(pictured(&address, &mint(&["--quiet"]), &ca, &picture));
     });

@@ -94,6 +94,11 @@ impl WebFile {
         self.learned.get().map(String::as_str)
     }
 
+    /// Is its digest somebody's word alone, behind its address?
+    pub(in crate::image) fn is_pinned(&self) -> bool {
+        self.expected.is_some()
+    }
+
     /// The digest of the file's bytes, and the manifest of an image that is this file.
     pub(in crate::image) async fn root(&self) -> Result<(Digest, Vec<u8>), Error> {
         let size = self.size().await?;
