@@ -23,7 +23,7 @@ pub(super) enum Place {
 
 /// Reads what was written on the command line: paths begin with `/`, `./` or `../`, everything else is an image.
 pub(super) fn place(text: &str) -> Result<Place, Failure> {
-    if ["/", "./", "../"].iter().any(|start| text.starts_with(start)) {
+    if is_path(text) {
         return Ok(Place::File(text.into()));
     }
     match reference(text) {
@@ -32,9 +32,13 @@ pub(super) fn place(text: &str) -> Result<Place, Failure> {
     }
 }
 
-/// What failed, and what else may have been meant by that name.
+fn is_path(text: &str) -> bool {
+    ["/", "./", "../"].iter().any(|start| text.starts_with(start))
+}
+
+/// What failed, and what else may have been meant by the name of an image.
 pub(super) fn or_file(text: &str, failure: Failure) -> Failure {
-    if Path::new(text).is_file() {
+    if !is_path(text) && Path::new(text).is_file() {
         failure.hint(format!("For the file of that name, write ./{text}"))
     } else {
         failure
@@ -267,5 +271,9 @@ mod tests {
         // Cargo's tests run where Cargo.toml is.
         let error = place("Cargo.toml").unwrap_err().to_string();
         assert!(error.contains("./Cargo.toml"), "{error}");
+        let hinted = |text: &str| or_file(text, Failure::system("x")).to_string();
+        assert!(hinted("Cargo.toml").ends_with("write ./Cargo.toml."));
+        // Who wrote that already meant the file.
+        assert!(!hinted("./Cargo.toml").contains("write"));
     }
 }
