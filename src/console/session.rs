@@ -52,6 +52,9 @@ pub enum End {
     /// The ticket was revoked, or an admin ended the session.
     #[error("this console session was ended by the operator")]
     Revoked,
+    /// It has lasted as long as it may.
+    #[error("this console session's time is over")]
+    OutOfTime,
     /// The proxy is being stopped.
     #[error("the console service is being stopped; try again later")]
     Stopped,
@@ -72,6 +75,7 @@ impl End {
             End::TakenOver => "taken_over",
             End::MachineGone => "machine_gone",
             End::Revoked => "revoked",
+            End::OutOfTime => "out_of_time",
             End::Stopped => "stopped",
             End::Misbehaved => "misbehaved",
             End::Stalled => "stalled",

@@ -88,7 +88,8 @@ pub(super) fn end(proxy: &Proxy, session: &Session, why: End) {
     let why = match why {
         End::Left => console::End::ViewerLeft,
         End::Gone => console::End::MachineGone,
-        End::Revoked | End::Admin | End::Time => console::End::Revoked,
+        End::Revoked | End::Admin => console::End::Revoked,
+        End::Time => console::End::OutOfTime,
         End::Stopping => console::End::Stopped,
     };
     proxy.end(Whose::Ticket(&name_of(session)), &why);
