@@ -22,7 +22,7 @@ use tokio::sync::Semaphore;
 use super::batch::{self, Batch, Unit};
 use super::part::{CancelledOnDrop, blocking, relay};
 use super::progress::{Event, Meter, Progress};
-use super::site::{Site, processors};
+use super::site::{Site, unpackers};
 use super::source::{PIECES_IN_FLIGHT, Source, told};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
@@ -92,7 +92,7 @@ pub(in crate::image) async fn fetch(
         site: Arc::clone(&site),
         cancelled: Arc::clone(&cancelled.0),
         memory: Arc::new(Semaphore::new(IN_FLIGHT_KIB)),
-        processors: Arc::new(Semaphore::new(processors())),
+        unpackers: Arc::new(Semaphore::new(unpackers())),
     };
     let fetched = told(progress, &place.meter, total, crew.all_noted()).await;
     // What came before an error is kept as well.
@@ -106,7 +106,7 @@ struct Crew<'a> {
     site: Arc<Site>,
     cancelled: Arc<AtomicBool>,
     memory: Arc<Semaphore>,
-    processors: Arc<Semaphore>,
+    unpackers: Arc<Semaphore>,
 }
 
 impl Crew<'_> {
@@ -202,10 +202,10 @@ impl Crew<'_> {
                 packed.extend_from_slice(&taken);
                 at += (skipped.len() + taken.len()) as u64;
             }
-            let processor = Arc::clone(&self.processors).acquire_owned().await;
+            let unpacker = Arc::clone(&self.unpackers).acquire_owned().await;
             let (site, pieces, begin) = (Arc::clone(&self.site), batch.pieces.clone(), batch.range.start);
             unpacking.push(tokio::spawn(blocking(move || {
-                let _held_until_done = (memory, processor);
+                let _held_until_done = (memory, unpacker);
                 site.unpack_batch(blob, &pieces, begin, &packed)
             })));
         }

@@ -24,15 +24,20 @@ use crate::image::error::Error;
 use crate::image::format::Workplace;
 use crate::image::plan::{Piece, Pieces};
 
-/// Bytes that are written to a file at once.
-const RUN: usize = 4 << 20;
+/// Bytes that are written to a file at once: no more than a processor has near by, for they have just been unpacked.
+const RUN: usize = 1 << 20;
 
 /// Pieces that one thread looks for on this host at once.
 const LOOKUPS: usize = 256;
 
-/// How many threads unpack at once.
+/// How many threads have something to do on all processors.
 pub(super) fn processors() -> usize {
     std::thread::available_parallelism().map_or(2, |count| count.get().clamp(2, 8))
+}
+
+/// How many threads unpack at once. A file takes what one of them writes at a time, and some wait for that.
+pub(super) fn unpackers() -> usize {
+    processors() + 2
 }
 
 /// What all threads share.

@@ -64,8 +64,11 @@ impl SparseFile {
                 .truncate(false)
                 .mode(0o600)
                 .open(path)?;
-            // What a killed process wrote behind what it has noted is not known to be right.
-            file.set_len(there)?;
+            // What a killed process wrote behind what it has noted is not known to be right. A file that is cut to nothing is
+            // written to the disk when it is closed, as ext4 does it for those who replace files so; a new one need not wait.
+            if file.metadata()?.len() != there {
+                file.set_len(there)?;
+            }
             Ok(file)
         };
         let file = open().map_err(|error| room.write_failed(path, error, expected.unwrap_or_default()))?;
