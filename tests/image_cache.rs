@@ -27,7 +27,7 @@ use cannery::record::{Caller, JobKey, Jobs, Record};
 use faulty_registry::Registry;
 use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, Tar, noise};
 use jiff::Timestamp;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// A host with a state folder, a layout folder of images, and settings.
 struct Host {
@@ -243,12 +243,12 @@ fn images_are_listed_named_pinned_and_removed() {
     );
     let rows = host.list();
     let row = rows.iter().find(|row| row["digest"] == digest.as_str()).unwrap();
-    assert_eq!(row["references"], serde_json::json!([one, alias]));
+    assert_eq!(row["references"], json!([one, alias]));
     assert_eq!(
         (&row["format"], &row["virtual_size"]),
         (&"raw".into(), &(4 << 20).into())
     );
-    assert_eq!(row["pins"], serde_json::json!(["release"]));
+    assert_eq!(row["pins"], json!(["release"]));
     let size = row["size"].as_u64().unwrap();
     assert!((200 << 10..1 << 20).contains(&size), "holes take no room: {size}");
     let table = host.says(&["image", "ls", "--digests"]);
@@ -359,7 +359,7 @@ fn before_an_image_exceeds_the_budget_the_one_used_least_recently_goes() {
     let nothing = |claim: &str, media_type: &str, size: u64, reason: &str| {
         let mut layer = host.layout.blob(b"nothing", media_type);
         layer["size"] = size.into();
-        let manifest = serde_json::json!({
+        let manifest = json!({
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
             "config": host.layout.blob(b"{}", "application/vnd.oci.empty.v1+json"),
@@ -690,10 +690,37 @@ fn programs_are_told_what_came_and_what_went() {
         (&digest.into(), &0.into())
     );
 
-    host.says(&["image", "pin", &two]);
+    let other = host.pull(&two);
+    let alias = "r.example.com/vm:stable";
+    let table: [(&[&str], Value); 4] = [
+        (
+            &["image", "tag", &one, alias],
+            json!({"reference": alias, "digest": digest}),
+        ),
+        (
+            &["image", "pin", &two, alias, "--name", "team"],
+            json!([{"digest": other, "pin": "team"}, {"digest": digest, "pin": "team"}]),
+        ),
+        (
+            &["image", "pin", &two],
+            json!([{"digest": other, "pin": "operator"}]),
+        ),
+        (
+            &["image", "unpin", alias],
+            json!([{"digest": digest, "pins": ["team"]}]),
+        ),
+    ];
+    for (arguments, expected) in table {
+        assert_eq!(said(arguments), (expected, true), "{arguments:?}");
+    }
+    let (unpinned, well) = said(&["image", "unpin", "--name", "team", &two, &one]);
+    assert!(!well, "the second has none of that name");
+    assert_eq!(unpinned, json!([{"digest": other, "pins": ["team"]}]));
+
+    host.says(&["image", "rm", alias]);
     let (gone, well) = said(&["image", "rm", &one, &two]);
     assert!(!well, "the second is pinned");
-    let expected = serde_json::json!([{"untagged": one}, {"deleted": digest}]);
+    let expected = json!([{"untagged": one}, {"deleted": digest}]);
     assert_eq!(gone, expected);
 }
 

@@ -24,6 +24,7 @@ use cannery::image::{
 use cannery::secret::Secret;
 use https_fixture::{Answer, Authority, Seen, Server, Speech};
 use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar, noise};
+use serde_json::{Value, json};
 
 /// An image as a registry serves it: content by digest, and the manifest as tag `1`.
 #[derive(Clone)]
@@ -594,6 +595,15 @@ fn a_login_is_tried_kept_and_forgotten() {
             "{}",
             text(&out)
         );
+    }
+    let arguments = ["login", "-u", "ci", "--password-stdin", "--format", "json", &host];
+    let said = home.cannery(&arguments, "sesame").stdout;
+    let kept = json!({"registry": host, "username": "ci", "kept_in": file});
+    assert_eq!(serde_json::from_slice::<Value>(&said).unwrap(), kept);
+    for forgotten in [true, false] {
+        let said = home.cannery(&["logout", "--format", "json", &host], "").stdout;
+        let expected = json!({"registry": host, "forgotten": forgotten});
+        assert_eq!(serde_json::from_slice::<Value>(&said).unwrap(), expected);
     }
     for (arguments, reason) in [
         (["login", "-u", "ci", "-p", "sesame", &host], "command line"),

@@ -104,6 +104,15 @@ enum Format {
     Json,
 }
 
+/// How what a command came to is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Answer {
+    /// Lines, for people.
+    Text,
+    /// JSON, for programs.
+    Json,
+}
+
 /// What every command is given.
 struct Context {
     environment: Environment,

@@ -275,7 +275,8 @@ impl Work<'_> {
     }
 }
 
-/// Writes the disk into a new file, which appears under its name when it is whole; one that is there is left alone.
+/// Writes the disk into a new file, which appears under its name when it is whole; one that is there is left alone. The file's
+/// length in bytes comes back.
 ///
 /// # Errors
 /// [`Error::Storage`].
@@ -284,12 +285,13 @@ pub async fn save(
     format: DiskFormat,
     path: &Path,
     progress: &dyn Progress,
-) -> Result<(), Error> {
+) -> Result<u64, Error> {
     if path.symlink_metadata().is_ok() {
         return Err(Error::storage(path)(io::ErrorKind::AlreadyExists.into()));
     }
     let made = make(draft, format, record::folder_of(path), progress).await?;
-    made.name(path).map_err(Error::storage(path))
+    made.name(path).map_err(Error::storage(path))?;
+    Ok(path.metadata().map_err(Error::storage(path))?.len())
 }
 
 /// Writes the disk into a file that is to get its name in `dir`, by whoever calls.
