@@ -15,10 +15,11 @@ mod faulty_registry;
 mod image_fixture;
 
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use cannery::image::{
     Asker, Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Silent, Store,
@@ -33,13 +34,19 @@ use serde_json::{Value, json};
 struct Host {
     dir: tempfile::TempDir,
     layout: Layout,
+    registry: Registry,
 }
 
 impl Host {
     fn new(images: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let layout = Layout::new(&dir.path().join("layout"));
-        let host = Self { dir, layout };
+        let registry = Registry::new();
+        let host = Self {
+            dir,
+            layout,
+            registry,
+        };
         host.write_settings("test:///default", images);
         host
     }
@@ -81,7 +88,7 @@ impl Host {
 
     /// Adds an image twice to a registry, with other labels the second time; their references.
     fn add_relabelled(&self, seed: u64) -> [String; 2] {
-        let registry = Registry::new();
+        let registry = &self.registry;
         self.write_settings(
             "test:///default",
             &format!("plain_http = [\"{}\"]", registry.host),
@@ -722,6 +729,34 @@ fn programs_are_told_what_came_and_what_went() {
     assert!(!well, "the second is pinned");
     let expected = json!([{"untagged": one}, {"deleted": digest}]);
     assert_eq!(gone, expected);
+}
+
+#[test]
+fn who_waits_for_a_registry_that_does_not_answer_is_told_so() {
+    // One says nothing at all, the other stops in the middle of a layer.
+    let (mute, halting) = (Host::new(""), Host::new(""));
+    let mut calls = Vec::new();
+    for (host, command) in [(&mute, "pull"), (&mute, "inspect"), (&halting, "pull")] {
+        let [image, _] = host.add_relabelled(1);
+        mute.registry.be_mute(true);
+        halting.registry.hold_after(Some(0));
+        let mut call = host.command(&["image", command, &image]);
+        let call = call.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        calls.push((&host.registry.host, call));
+    }
+    for (registry, call) in &mut calls {
+        let waiting = format!("waiting for {registry}, which has not answered for 5.");
+        let said = BufReader::new(call.stderr.as_mut().unwrap()).lines();
+        let mut lines = said.map(Result::unwrap);
+        let line = lines.find(|line| line.contains(&waiting)).unwrap();
+        assert!(line.contains("given up after about 2 min 6 s"), "{line}");
+    }
+    mute.registry.be_mute(false);
+    halting.registry.hold_after(None);
+    for (_, call) in calls {
+        let output = call.wait_with_output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    }
 }
 
 #[test]

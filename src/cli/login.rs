@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use rustix::termios::{self, LocalModes, OptionalActions, Termios};
 use serde::Serialize;
 
-use super::{Answer, Context, print, print_json};
+use super::{Answer, Context, Patient, print, print_json};
 use crate::image::{AuthFile, Keeper, verify_login};
 use crate::outcome::Failure;
 use crate::report::plain;
@@ -67,7 +67,9 @@ pub(super) async fn run(context: &Context, arguments: Arguments) -> Result<(), F
             return Err(Failure::system("nobody was logged in"));
         }
     };
-    verify_login(&registry, &user, &password, &images::registries(&settings)?).await?;
+    let registries = images::registries(&settings)?;
+    let progress = Patient::new(&context.log);
+    verify_login(&registry, &user, &password, &registries, &progress).await?;
     let keeper = AuthFile::new(&file).keep(&registry, &user, &password).await?;
     let kept = Kept {
         registry,

@@ -10,6 +10,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 
+use patient::Patient;
+
 use crate::job::Environment;
 #[cfg(debug_assertions)]
 use crate::kill;
@@ -28,6 +30,7 @@ mod job;
 mod login;
 mod logout;
 mod network;
+mod patient;
 mod prepare;
 mod reap;
 mod run;

@@ -1,5 +1,5 @@
 use super::{reference, shown};
-use crate::cli::{Answer, Context, print, print_json};
+use crate::cli::{Answer, Context, Patient, print, print_json};
 use crate::image::{Asker, Digest, PullPolicy, Reference, Request, Requirements, Sight, Signature, Store};
 use crate::outcome::Failure;
 use crate::report::{bytes, plain, table};
@@ -36,7 +36,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
         },
         ..request
     };
-    let sight = store.look(&request).await?;
+    let sight = store.look(&request, &Patient::new(&context.log)).await?;
     if arguments.raw || arguments.image_config {
         let text = if arguments.raw {
             &sight.manifest

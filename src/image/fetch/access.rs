@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::progress::{Event, Meter};
+use super::progress::{Event, Meter, told_of_silence};
 use super::source::{Kind, Source, told};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
@@ -62,7 +62,7 @@ impl Pull<'_> {
             };
         }
         let source = self.source_of(digest.to_string()).await?;
-        match source.root().await {
+        match told_of_silence(self.progress, || source.unanswered(), source.root()).await {
             Ok(_) => {
                 self.note_access(&source, digest).await?;
                 Ok(true)
