@@ -84,7 +84,11 @@ impl Store {
     pub async fn look(&self, request: &Request, progress: &dyn Progress) -> Result<Sight, Error> {
         let pull = Pull::new(self, request, progress)?;
         let source = pull.source().await?;
-        told_of_silence(progress, || source.unanswered(), pull.look_at(&source)).await
+        let look = pull.look_at(&source);
+        match told_of_silence(progress, || source.unanswered(), look).await {
+            Ok(sight) => Ok(sight),
+            Err(error) => Err(pull.who_is_denied(error).await),
+        }
     }
 }
 

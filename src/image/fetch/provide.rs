@@ -103,7 +103,10 @@ impl Store {
                 }
             }
         }
-        Err(first.unwrap_or(Error::NotCached { image: pull.image }))
+        let error = first.unwrap_or_else(|| Error::NotCached {
+            image: pull.image.clone(),
+        });
+        Err(pull.who_is_denied(error).await)
     }
 }
 

@@ -12,7 +12,7 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATIO
 use reqwest::{Method, Response, StatusCode, Url};
 
 use super::super::error::Error;
-use super::credentials::Login;
+use super::credentials::{Login, Origin};
 use super::silence::{Silence, Unanswered};
 use super::token::Tokens;
 use super::transport::{
@@ -361,12 +361,14 @@ impl Endpoint {
 
     pub(super) fn denied(&self) -> Error {
         let (image, registry) = (self.image.clone(), self.registry.clone());
-        let user = self.login.as_ref().map(|login| login.user.clone());
+        let login = self.login.as_ref();
+        let user = login.map(|login| login.user.clone());
         match self.purpose {
             Purpose::Read => Error::Denied {
                 image,
                 registry,
                 user,
+                of_host: login.is_some_and(|login| login.origin == Origin::Host),
             },
             Purpose::Write => Error::ScopeMissing {
                 image,

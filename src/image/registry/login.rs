@@ -35,6 +35,22 @@ pub async fn verify_login(
     progress: &dyn Progress,
 ) -> Result<(), Error> {
     let login = Login::new(user, password.clone(), Origin::Host);
+    if knows(registry, login, registries, progress).await? {
+        return Ok(());
+    }
+    Err(Error::LoginRefused {
+        registry: registry.to_owned(),
+        user: user.to_owned(),
+    })
+}
+
+/// Does a registry know this account, with this password?
+pub(in crate::image) async fn knows(
+    registry: &str,
+    login: Login,
+    registries: &Registries,
+    progress: &dyn Progress,
+) -> Result<bool, Error> {
     let endpoint = Endpoint::new(
         registry,
         registry,
@@ -53,14 +69,11 @@ pub async fn verify_login(
             status => Err(endpoint.refused(status, answer.response.headers(), "it")),
         }
     });
-    let answered = told_of_silence(progress, || endpoint.unanswered(), asked).await;
-    answered.map_err(|error| match error {
-        Error::Denied { .. } => Error::LoginRefused {
-            registry: registry.to_owned(),
-            user: user.to_owned(),
-        },
-        other => other,
-    })
+    match told_of_silence(progress, || endpoint.unanswered(), asked).await {
+        Ok(()) => Ok(true),
+        Err(Error::Denied { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Who keeps a login.

@@ -37,6 +37,7 @@ mod weather;
 mod web;
 
 pub(super) use endpoint::Purpose;
+pub(super) use login::knows;
 pub use login::{AuthFile, Keeper, verify_login};
 pub(super) use push::Upload;
 pub(super) use referrers::Referrer;
