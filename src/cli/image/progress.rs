@@ -178,7 +178,7 @@ impl Bars {
 }
 
 fn bar(name: String, template: &str) -> ProgressBar {
-    let bar = ProgressBar::new(0).with_prefix(name);
+    let bar = ProgressBar::no_length().with_prefix(name);
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }
