@@ -11,7 +11,7 @@
 use std::fmt;
 
 use crate::guest;
-use crate::image::{self, Origin};
+use crate::image::{self, CredentialsError, Origin};
 use crate::machine;
 use crate::record::{Ending, Reason};
 
@@ -249,6 +249,9 @@ impl From<image::Error> for Failure {
         let (system, author) = (Failure::system(&message), Failure::author(&message));
         match e {
             E::NotFound { .. } => author.hint("Is the name right, and was the tag pushed?"),
+            E::Denied { of_host: true, .. } => {
+                author.hint("Is the name right? If it is, ask the runner's operator to give this account access to it")
+            }
             E::Denied { .. } => {
                 author.hint("Give the job credentials for it in DOCKER_AUTH_CONFIG, log in with `cannery login` on the runner's host, or ask for access to its project")
             }
@@ -264,6 +267,10 @@ impl From<image::Error> for Failure {
             E::KeyFile { .. } => system.hint("Correct signed_by in the settings"),
             E::NotCached { .. } | E::NotGranted { .. } => author.hint("Use the pull policy if-not-present or always"),
             E::NotHere { .. } => system.hint("`cannery image list` shows those that are"),
+            E::Credentials(CredentialsError::Refused { registry, origin, .. }) => match origin {
+                Origin::JobGiven => author.hint("Give the job a login in DOCKER_AUTH_CONFIG whose password or token is still good"),
+                Origin::Host => system.hint(format!("Its password or token is no longer good: call `cannery login {registry}` on the host, as the user who runs the jobs")),
+            },
             E::Credentials(e) => match e.origin() {
                 Origin::JobGiven => author.hint("It must be a docker config.json with plain \"auths\""),
                 Origin::Host => system.hint("Correct the file in images.auth_files, or what its credential helper needs"),
@@ -455,8 +462,15 @@ mod tests {
             origin,
             reason: "no JSON".into(),
         };
+        let refused = |origin| image::CredentialsError::Refused {
+            registry: "registry.example.com".into(),
+            user: "ci".into(),
+            origin,
+        };
         for (error, fault) in [
             (helper, Fault::System),
+            (refused(Origin::Host), Fault::System),
+            (refused(Origin::JobGiven), Fault::Author),
             (unreadable(Origin::Host), Fault::System),
             (unreadable(Origin::JobGiven), Fault::Author),
         ] {

@@ -24,6 +24,7 @@ use std::time::{Duration, Instant};
 use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar, raw_disk, sha256};
 use registry_fixture::Registry;
 use support::host::{Host, virsh};
+use support::https::{Answer, Server, Speech};
 use support::job::Job;
 use support::stages::{BUILD_FAILURE, Call, SYSTEM_FAILURE, Stages, ended};
 use support::{table, until};
@@ -502,24 +503,48 @@ fn without_a_script(world: &World<'_>) {
         &job(&name).with_settings(&open),
         &["denies access"],
     );
-    let logins = host.folder().join("auth.json");
-    fs::write(
-        &logins,
-        format!("{{\"credHelpers\": {{\"{}\": \"is-not-there\"}}}}", registry.host),
-    )
-    .unwrap();
-    let of_host = world.settings("logins.toml", |text| {
-        let (name, logins) = (&registry.host, logins.display());
-        text.replacen(
-            "[images]\n",
-            &format!("[images]\nallow = [\"{name}/**\"]\nplain_http = [\"{name}\"]\nhost_credentials = [\"{name}/**\"]\nauth_files = [\"{logins}\"]\n"),
-            1,
-        )
-    });
+    // The host's own logins, for the images of a registry.
+    let lent = |registry: &str, logins: &str| {
+        let file = host.folder().join("auth.json");
+        fs::write(&file, logins).unwrap();
+        let list = format!(
+            "host_credentials = [\"{registry}/**\"]\nauth_files = [\"{}\"]",
+            file.display()
+        );
+        world.settings("logins.toml", |text| {
+            text.replacen(
+                "[images]\n",
+                &format!("[images]\nallow = [\"{registry}/**\"]\nplain_http = [\"{registry}\"]\n{list}\n"),
+                1,
+            )
+        })
+    };
+    let helper = format!("{{\"credHelpers\": {{\"{}\": \"is-not-there\"}}}}", registry.host);
     walk.refused(
         "a login of the host's own cannot be used",
-        &job(&name).with_settings(&of_host),
+        &job(&name).with_settings(&lent(&registry.host, &helper)),
         &["docker-credential-is-not-there", "images.auth_files"],
+    );
+    let login = |registry: &str| {
+        format!("{{\"auths\": {{\"{registry}\": {{\"username\": \"ci\", \"password\": \"old\"}}}}}}")
+    };
+    walk.refused(
+        "the registry refuses a login of the host's own",
+        &job(&name).with_settings(&lent(&registry.host, &login(&registry.host))),
+        &["refuses the login of `ci` given by the host", "`cannery login"],
+    );
+    let narrow = Server::start(Speech::Plain, |seen| {
+        match (seen.authorization(), seen.path.as_str()) {
+            (None, _) => Answer::status(401).with("www-authenticate", "Basic"),
+            (Some(_), "/v2/") => Answer::ok("{}"),
+            (Some(_), _) => Answer::status(403),
+        }
+    });
+    walk.refused(
+        "the registry denies the image to a login of the host's own that it knows",
+        &job(&format!("{}/team/vm:1", narrow.host()))
+            .with_settings(&lent(&narrow.host(), &login(&narrow.host()))),
+        &["denies access", "to the host's user `ci`", "Is the name right?"],
     );
     registry.stop();
     walk.refused(

@@ -219,7 +219,9 @@ fn a_registry_that_denies_says_whom_and_the_right_login_goes_through() {
         .failed(BUILD_FAILURE, &["denies access to", &image, "DOCKER_AUTH_CONFIG"]);
     nobody.cleans_up();
     let wrong = job().variable("CUSTOM_ENV_DOCKER_AUTH_CONFIG", config("not-it"));
-    let call = wrong.prepare().failed(BUILD_FAILURE, &["denies access to", USER]);
+    let call = wrong
+        .prepare()
+        .failed(BUILD_FAILURE, &["refuses the login of", USER, "given by the job"]);
     assert!(!call.log.contains("not-it"), "{}", call.log);
     wrong.cleans_up();
     for (key, value) in [

@@ -15,10 +15,11 @@ mod faulty_registry;
 mod image_fixture;
 
 use std::fs;
+use std::io::{BufRead as _, BufReader};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use cannery::image::{
     Asker, Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Silent, Store,
@@ -27,19 +28,25 @@ use cannery::record::{Caller, JobKey, Jobs, Record};
 use faulty_registry::Registry;
 use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, Tar, noise};
 use jiff::Timestamp;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 /// A host with a state folder, a layout folder of images, and settings.
 struct Host {
     dir: tempfile::TempDir,
     layout: Layout,
+    registry: Registry,
 }
 
 impl Host {
     fn new(images: &str) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let layout = Layout::new(&dir.path().join("layout"));
-        let host = Self { dir, layout };
+        let registry = Registry::new();
+        let host = Self {
+            dir,
+            layout,
+            registry,
+        };
         host.write_settings("test:///default", images);
         host
     }
@@ -81,7 +88,7 @@ impl Host {
 
     /// Adds an image twice to a registry, with other labels the second time; their references.
     fn add_relabelled(&self, seed: u64) -> [String; 2] {
-        let registry = Registry::new();
+        let registry = &self.registry;
         self.write_settings(
             "test:///default",
             &format!("plain_http = [\"{}\"]", registry.host),
@@ -243,12 +250,12 @@ fn images_are_listed_named_pinned_and_removed() {
     );
     let rows = host.list();
     let row = rows.iter().find(|row| row["digest"] == digest.as_str()).unwrap();
-    assert_eq!(row["references"], serde_json::json!([one, alias]));
+    assert_eq!(row["references"], json!([one, alias]));
     assert_eq!(
         (&row["format"], &row["virtual_size"]),
         (&"raw".into(), &(4 << 20).into())
     );
-    assert_eq!(row["pins"], serde_json::json!(["release"]));
+    assert_eq!(row["pins"], json!(["release"]));
     let size = row["size"].as_u64().unwrap();
     assert!((200 << 10..1 << 20).contains(&size), "holes take no room: {size}");
     let table = host.says(&["image", "ls", "--digests"]);
@@ -359,7 +366,7 @@ fn before_an_image_exceeds_the_budget_the_one_used_least_recently_goes() {
     let nothing = |claim: &str, media_type: &str, size: u64, reason: &str| {
         let mut layer = host.layout.blob(b"nothing", media_type);
         layer["size"] = size.into();
-        let manifest = serde_json::json!({
+        let manifest = json!({
             "schemaVersion": 2,
             "mediaType": "application/vnd.oci.image.manifest.v1+json",
             "config": host.layout.blob(b"{}", "application/vnd.oci.empty.v1+json"),
@@ -690,11 +697,66 @@ fn programs_are_told_what_came_and_what_went() {
         (&digest.into(), &0.into())
     );
 
-    host.says(&["image", "pin", &two]);
+    let other = host.pull(&two);
+    let alias = "r.example.com/vm:stable";
+    let table: [(&[&str], Value); 4] = [
+        (
+            &["image", "tag", &one, alias],
+            json!({"reference": alias, "digest": digest}),
+        ),
+        (
+            &["image", "pin", &two, alias, "--name", "team"],
+            json!([{"digest": other, "pin": "team"}, {"digest": digest, "pin": "team"}]),
+        ),
+        (
+            &["image", "pin", &two],
+            json!([{"digest": other, "pin": "operator"}]),
+        ),
+        (
+            &["image", "unpin", alias],
+            json!([{"digest": digest, "pins": ["team"]}]),
+        ),
+    ];
+    for (arguments, expected) in table {
+        assert_eq!(said(arguments), (expected, true), "{arguments:?}");
+    }
+    let (unpinned, well) = said(&["image", "unpin", "--name", "team", &two, &one]);
+    assert!(!well, "the second has none of that name");
+    assert_eq!(unpinned, json!([{"digest": other, "pins": ["team"]}]));
+
+    host.says(&["image", "rm", alias]);
     let (gone, well) = said(&["image", "rm", &one, &two]);
     assert!(!well, "the second is pinned");
-    let expected = serde_json::json!([{"untagged": one}, {"deleted": digest}]);
+    let expected = json!([{"untagged": one}, {"deleted": digest}]);
     assert_eq!(gone, expected);
+}
+
+#[test]
+fn who_waits_for_a_registry_that_does_not_answer_is_told_so() {
+    // One says nothing at all, the other stops in the middle of a layer.
+    let (mute, halting) = (Host::new(""), Host::new(""));
+    let mut calls = Vec::new();
+    for (host, command) in [(&mute, "pull"), (&mute, "inspect"), (&halting, "pull")] {
+        let [image, _] = host.add_relabelled(1);
+        mute.registry.be_mute(true);
+        halting.registry.hold_after(Some(0));
+        let mut call = host.command(&["image", command, &image]);
+        let call = call.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        calls.push((&host.registry.host, call));
+    }
+    for (registry, call) in &mut calls {
+        let waiting = format!("waiting for {registry}, which has not answered for 5.");
+        let said = BufReader::new(call.stderr.as_mut().unwrap()).lines();
+        let mut lines = said.map(Result::unwrap);
+        let line = lines.find(|line| line.contains(&waiting)).unwrap();
+        assert!(line.contains("given up after about 2 min 6 s"), "{line}");
+    }
+    mute.registry.be_mute(false);
+    halting.registry.hold_after(None);
+    for (_, call) in calls {
+        let output = call.wait_with_output().unwrap();
+        assert!(output.status.success(), "{output:?}");
+    }
 }
 
 #[test]

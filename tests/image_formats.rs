@@ -43,7 +43,7 @@ impl Bench {
     }
 
     fn look(&self, reference: &str) -> Result<Sight, Error> {
-        runtime().block_on(self.store.look(&Self::request(reference, "")))
+        runtime().block_on(self.store.look(&Self::request(reference, ""), &Silent))
     }
 
     /// Without TLS from this host.

@@ -134,7 +134,10 @@ impl Bench {
             .enable_all()
             .build()
             .unwrap();
-        runtime.block_on(self.store.look(&request)).unwrap().signatures
+        runtime
+            .block_on(self.store.look(&request, &Silent))
+            .unwrap()
+            .signatures
     }
 
     fn disks(&self) -> usize {

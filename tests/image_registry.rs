@@ -20,8 +20,8 @@ use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use cannery::image::{
-    Credentials, Digest, Disk, Error, Event, Limits, Origin, Progress, PullPolicy, Registries, Request,
-    Requirements, Silent, Store,
+    Credentials, CredentialsError, Digest, Disk, Error, Event, Limits, Origin, Progress, PullPolicy,
+    Registries, Request, Requirements, Silent, Store,
 };
 use cannery::secret::Secret;
 use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, OCI_TAR_ZSTD, Tar, noise, raw_disk, sha256, zstd};
@@ -225,7 +225,12 @@ fn passwords_are_asked_for_and_given() {
     };
     let wrong = || Credentials::basic(&bench.registry.host, USER, Secret::new("open"));
     let error = with(wrong(), &[PullPolicy::Always]).unwrap_err();
-    assert!(error.to_string().ends_with("to the user `ci`"), "{error}");
+    assert!(
+        error
+            .to_string()
+            .ends_with("refuses the login of `ci` given by the job"),
+        "{error}"
+    );
     assert!(!format!("{error:?}").contains("open"));
     let config = format!(
         r#"{{"auths": {{"{}/team": {{"username": "{USER}", "password": "{PASSWORD}"}}}}}}"#,
@@ -235,7 +240,8 @@ fn passwords_are_asked_for_and_given() {
     assert!(!with(right, &[PullPolicy::Always]).unwrap().from_cache);
     // A denial ends it: no other policy hands out the cached disk.
     let error = with(wrong(), &[PullPolicy::Always, PullPolicy::IfNotPresent]).unwrap_err();
-    assert!(matches!(error, Error::Denied { .. }), "{error}");
+    let refused = matches!(error, Error::Credentials(CredentialsError::Refused { .. }));
+    assert!(refused, "{error}");
 }
 
 #[test]

@@ -21,9 +21,11 @@ use cannery::image::{
     Asker, Credentials, Disk, Error, Limits, Origin, PullPolicy, Registries, RegistryOptions, Request,
     Requirements, Silent, Store,
 };
+use cannery::outcome::{Failure, Fault};
 use cannery::secret::Secret;
 use https_fixture::{Answer, Authority, Seen, Server, Speech};
 use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar, noise};
+use serde_json::{Value, json};
 
 /// An image as a registry serves it: content by digest, and the manifest as tag `1`.
 #[derive(Clone)]
@@ -318,6 +320,84 @@ fn credentials_do_not_come_back_with_a_redirect() {
     assert!(back.iter().all(|seen| seen.authorization().is_none()), "{back:?}");
 }
 
+/// A registry that answers a login, asked alone and for an image, with these.
+fn registry_with_login(by_token: bool, to_login: u16, of_image: u16) -> Server {
+    let port = Arc::new(AtomicU32::new(0));
+    let own = Arc::clone(&port);
+    let server = Server::start(Speech::Plain, move |seen| {
+        let given = seen.authorization();
+        let known = if by_token { "Bearer t" } else { "Basic" };
+        if given.is_some() && seen.path.starts_with("/token") {
+            return Answer(to_login, Vec::new(), br#"{"token": "t"}"#.to_vec());
+        }
+        if !given.is_some_and(|given| given.starts_with(known)) {
+            let challenge = match by_token {
+                true => format!(
+                    r#"Bearer realm="http://127.0.0.1:{}/token""#,
+                    own.load(Ordering::Relaxed)
+                ),
+                false => "Basic".to_owned(),
+            };
+            return Answer::status(401).with("www-authenticate", challenge);
+        }
+        Answer::status(match to_login {
+            200 if seen.path != "/v2/" => of_image,
+            status => status,
+        })
+    });
+    port.store(server.port.into(), Ordering::Relaxed);
+    server
+}
+
+#[test]
+fn a_refused_login_is_for_whoever_gave_it_and_a_denied_image_for_whoever_named_it() {
+    const HOST: Option<Origin> = Some(Origin::Host);
+    const JOB: Option<Origin> = Some(Origin::JobGiven);
+    let refused_host = [
+        "refuses the login of `ci` given by the host",
+        "`cannery login 127.0.0.1:",
+    ];
+    let refused_job = ["refuses the login of `ci` given by the job", "DOCKER_AUTH_CONFIG"];
+    let denied_host = ["to the host's user `ci`", "Is the name right?"];
+    let denied_job = ["to the user `ci`", "DOCKER_AUTH_CONFIG"];
+    let nobody = ["without credentials", "DOCKER_AUTH_CONFIG"];
+    let absent = ["does not exist", "Is the name right"];
+    // Whose login it is, how it is shown, what comes of it alone and with an image; the fault.
+    for (origin, by_token, to_login, of_image, fault, words) in [
+        (HOST, false, 401, 401, Fault::System, refused_host),
+        (HOST, true, 401, 401, Fault::System, refused_host),
+        // As AWS does when a token has expired.
+        (HOST, false, 403, 403, Fault::System, refused_host),
+        (HOST, false, 200, 403, Fault::Author, denied_host),
+        // A token without a right, as many registries give it also for what is not there.
+        (HOST, true, 200, 401, Fault::Author, denied_host),
+        (HOST, true, 200, 404, Fault::Author, absent),
+        (JOB, false, 401, 401, Fault::Author, refused_job),
+        (JOB, true, 401, 401, Fault::Author, refused_job),
+        (JOB, false, 200, 403, Fault::Author, denied_job),
+        (JOB, true, 200, 401, Fault::Author, denied_job),
+        (None, false, 401, 401, Fault::Author, nobody),
+    ] {
+        let registry = registry_with_login(by_token, to_login, of_image);
+        let host = registry.host();
+        let logins = json!({"auths": {host.as_str(): {"username": "ci", "password": "sesame"}}});
+        let puller = Puller {
+            dir: tempfile::tempdir().unwrap(),
+            registries: Registries::without_tls([&host]),
+            credentials: origin.map_or_else(Credentials::none, |origin| {
+                Credentials::from_docker_config(&logins.to_string(), origin).unwrap()
+            }),
+        };
+        let failure = Failure::from(puller.pull(&host).unwrap_err());
+        let row = format!("{origin:?} {by_token} {to_login} {of_image}: {failure}");
+        assert_eq!(failure.fault, fault, "{row}");
+        for word in words {
+            assert!(failure.to_string().contains(word), "{word}: {row}");
+        }
+        assert!(!failure.to_string().contains("sesame"), "{row}");
+    }
+}
+
 #[test]
 fn a_mirror_is_asked_first_with_its_own_login() {
     let authority = Authority::new();
@@ -594,6 +674,15 @@ fn a_login_is_tried_kept_and_forgotten() {
             "{}",
             text(&out)
         );
+    }
+    let arguments = ["login", "-u", "ci", "--password-stdin", "--format", "json", &host];
+    let said = home.cannery(&arguments, "sesame").stdout;
+    let kept = json!({"registry": host, "username": "ci", "kept_in": file});
+    assert_eq!(serde_json::from_slice::<Value>(&said).unwrap(), kept);
+    for forgotten in [true, false] {
+        let said = home.cannery(&["logout", "--format", "json", &host], "").stdout;
+        let expected = json!({"registry": host, "forgotten": forgotten});
+        assert_eq!(serde_json::from_slice::<Value>(&said).unwrap(), expected);
     }
     for (arguments, reason) in [
         (["login", "-u", "ci", "-p", "sesame", &host], "command line"),

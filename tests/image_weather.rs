@@ -15,7 +15,8 @@ use axum::extract::{Path, State};
 use axum::http::{HeaderMap, Response, StatusCode, Uri, header};
 use axum::routing::get;
 use cannery::image::{
-    Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Requirements, Silent, Store,
+    Credentials, Disk, Error, Event, Limits, Progress, PullPolicy, Registries, Request, Requirements, Silent,
+    Store,
 };
 use cannery::secret::Secret;
 use image_fixture::{Image, Layout, OCI_TAR_GZIP, Tar, noise};
@@ -212,8 +213,8 @@ impl Bench {
         change(&mut self.weather.lock().unwrap());
     }
 
-    fn pull(&self) -> Result<Disk, Error> {
-        let request = Request {
+    fn request(&self) -> Request {
+        Request {
             reference: format!("{}/vm:1", self.host).parse().unwrap(),
             architecture: "x86_64".to_owned(),
             policies: vec![PullPolicy::Always],
@@ -225,12 +226,15 @@ impl Bench {
                 keep_free: 0,
             },
             asker: cannery::image::Asker::Operator,
-        };
+        }
+    }
+
+    fn pull(&self) -> Result<Disk, Error> {
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
             .unwrap();
-        runtime.block_on(self.store.provide(&request, &Silent))
+        runtime.block_on(self.store.provide(&self.request(), &Silent))
     }
 
     fn pull_well(&self) {
@@ -271,6 +275,62 @@ fn a_registry_without_ranges_sends_the_whole_again() {
     assert!(start.elapsed() < Duration::from_secs(20));
     bench.change(|weather| weather.cut_after = None);
     bench.pull_well();
+}
+
+/// Hears how long which registry was waited for, and for how long it will be.
+#[derive(Default)]
+struct Unanswered(Mutex<Vec<(String, Duration, Duration)>>);
+
+impl Progress for Unanswered {
+    fn event(&self, event: Event<'_>) {
+        if let Event::Unanswered {
+            registry,
+            waited,
+            most,
+        } = event
+        {
+            self.0.lock().unwrap().push((registry.to_owned(), waited, most));
+        }
+    }
+}
+
+#[test]
+fn a_registry_that_never_answers_is_named_while_it_is_waited_for_and_when_it_is_given_up() {
+    // The kernel takes the connections, and nobody reads what comes.
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let bench = Bench {
+        host: listener.local_addr().unwrap().to_string(),
+        ..Bench::new()
+    };
+    let heard = Unanswered::default();
+    // Its clock goes to the next moment at which something is due.
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .start_paused(true)
+        .build()
+        .unwrap();
+    let start = Instant::now();
+    let error = runtime.block_on(bench.store.provide(&bench.request(), &heard));
+    let error = error.unwrap_err().to_string();
+    assert!(start.elapsed() < Duration::from_secs(20), "{:?}", start.elapsed());
+    let begin = format!("{} cannot be reached: it does not answer in time", bench.host);
+    assert!(
+        error.starts_with(&begin)
+            && error.contains("(asked 4 times in ")
+            && error.ends_with(" s for /v2/vm/manifests/1)"),
+        "{error}"
+    );
+    let heard = heard.0.into_inner().unwrap();
+    let (first, last) = (&heard[0], heard.last().unwrap());
+    assert!(
+        first.1 >= Duration::from_secs(5) && first.1 < Duration::from_secs(6),
+        "{first:?}"
+    );
+    assert!(last.1 > Duration::from_secs(40), "{last:?}");
+    assert!(heard.is_sorted_by_key(|(_, waited, _)| *waited), "{heard:?}");
+    assert!(heard.iter().all(|(registry, waited, most)| {
+        *registry == bench.host && waited <= most && *most == Duration::from_millis(126_750)
+    }));
 }
 
 #[test]

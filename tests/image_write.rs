@@ -12,8 +12,9 @@ use std::fs;
 use std::path::Path;
 use std::time::Instant;
 
+use serde_json::{Value, json};
 use sha2::Digest as _;
-use support::desk::Desk;
+use support::desk::{Desk, SIZE};
 use support::https::{Answer, Server, Speech};
 use support::table;
 
@@ -179,6 +180,32 @@ fn an_image_of_our_own_format_sends_what_changed_and_is_the_same_from_every_file
     assert!(sent < 400_000, "{sent} bytes for 100000 that changed");
     let said = desk.refusal(&push(&disk, &three, "native", &["--base", &three]));
     assert!(said.contains("does not exist"), "{said}");
+}
+
+#[test]
+fn programs_are_told_what_was_written() {
+    let desk = Desk::new("");
+    let (disk, target, file) = (desk.raw(), desk.layout("json"), desk.path("copy.img"));
+    let digest = desk.cannery(&push(&disk, &target, "qcow2", &[]));
+    for arguments in [
+        push(&disk, &target, "qcow2", &["--json"]),
+        vec!["image", "convert", &disk, &target, "--format", "qcow2", "--json"],
+    ] {
+        let said: Value = serde_json::from_slice(&desk.call(&arguments).stdout).unwrap();
+        let size = blobs(&desk);
+        assert!(
+            said["size"]
+                .as_u64()
+                .is_some_and(|packed| packed > 0 && packed < size)
+        );
+        let expected =
+            json!({"reference": target, "digest": digest, "format": "qcow2", "size": said["size"]});
+        assert_eq!(said, expected, "{arguments:?}");
+    }
+    let convert = ["image", "convert", &target, &file];
+    let said = desk.call(&[&convert[..], &["--json"]].concat());
+    let said: Value = serde_json::from_slice(&said.stdout).unwrap();
+    assert_eq!(said, json!({"path": file, "format": "raw", "size": SIZE}));
 }
 
 #[test]

@@ -2,8 +2,9 @@ use std::io::{BufRead as _, IsTerminal as _, Read as _, Write as _};
 use std::path::PathBuf;
 
 use rustix::termios::{self, LocalModes, OptionalActions, Termios};
+use serde::Serialize;
 
-use super::{Context, print};
+use super::{Answer, Context, Patient, print, print_json};
 use crate::image::{AuthFile, Keeper, verify_login};
 use crate::outcome::Failure;
 use crate::report::plain;
@@ -32,6 +33,18 @@ pub(super) struct Arguments {
     /// The registry, as references name it
     #[arg(value_name = "REGISTRY")]
     registry: String,
+    /// How to print what was kept
+    #[arg(long, value_enum, default_value = "text")]
+    format: Answer,
+}
+
+/// A login that is kept; the JSON's keys are these names.
+#[derive(Debug, Serialize)]
+struct Kept {
+    registry: String,
+    username: String,
+    /// The file, or the credential helper.
+    kept_in: String,
 }
 
 pub(super) async fn run(context: &Context, arguments: Arguments) -> Result<(), Failure> {
@@ -54,16 +67,27 @@ pub(super) async fn run(context: &Context, arguments: Arguments) -> Result<(), F
             return Err(Failure::system("nobody was logged in"));
         }
     };
-    verify_login(&registry, &user, &password, &images::registries(&settings)?).await?;
+    let registries = images::registries(&settings)?;
+    let progress = Patient::new(&context.log);
+    verify_login(&registry, &user, &password, &registries, &progress).await?;
     let keeper = AuthFile::new(&file).keep(&registry, &user, &password).await?;
-    let place = match keeper {
-        Keeper::File => file.display().to_string(),
-        Keeper::Helper(helper) => format!("docker-credential-{helper}"),
+    let kept = Kept {
+        registry,
+        username: user,
+        kept_in: match keeper {
+            Keeper::File => file.display().to_string(),
+            Keeper::Helper(helper) => format!("docker-credential-{helper}"),
+        },
     };
-    print(&format!(
-        "Logged in to {registry} as {}; the login is kept in {place}.\n",
-        plain(&user, 100)
-    ));
+    match arguments.format {
+        Answer::Json => print_json(&kept)?,
+        Answer::Text => print(&format!(
+            "Logged in to {} as {}; the login is kept in {}.\n",
+            kept.registry,
+            plain(&kept.username, 100),
+            kept.kept_in
+        )),
+    }
     if settings.images.host_credentials.is_empty() {
         context.log.line(
             "cannery: jobs do not use it: images.host_credentials lists no images that are fetched with the host's logins.",

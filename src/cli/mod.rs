@@ -10,6 +10,8 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand, ValueEnum};
 use tokio::signal::unix::{SignalKind, signal};
 
+use patient::Patient;
+
 use crate::job::Environment;
 #[cfg(debug_assertions)]
 use crate::kill;
@@ -28,6 +30,7 @@ mod job;
 mod login;
 mod logout;
 mod network;
+mod patient;
 mod prepare;
 mod reap;
 mod run;
@@ -101,6 +104,15 @@ enum Format {
     /// Columns, for people.
     Table,
     /// An array of objects, for programs.
+    Json,
+}
+
+/// How what a command came to is printed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Answer {
+    /// Lines, for people.
+    Text,
+    /// JSON, for programs.
     Json,
 }
 

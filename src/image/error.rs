@@ -23,8 +23,9 @@ pub enum Error {
         /// Who said so; empty for a layout folder.
         registry: String,
     },
-    /// The registry refuses us (401, 403). Author: credentials are missing, wrong or not enough.
-    #[error("{registry} denies access to {image} {}", as_whom(.user))]
+    /// The registry refuses us the image (401, 403), and not the login that it was shown. Author: credentials are missing or not
+    /// enough, or there is no such image, which some registries do not tell apart.
+    #[error("{registry} denies access to {image} {}", as_whom(.user, *.of_host))]
     Denied {
         /// The reference.
         image: String,
@@ -32,6 +33,8 @@ pub enum Error {
         registry: String,
         /// The account that was refused; none when no credentials were known for this registry.
         user: Option<String>,
+        /// The account is one of the host's own.
+        of_host: bool,
     },
     /// The registry cannot be reached, breaks off or fails on its side, after retries. Weather.
     #[error("{registry} cannot be reached: {reason}")]
@@ -199,7 +202,7 @@ pub enum Error {
         reason: String,
     },
     /// The registry does not let us write (401, 403). Whoever pushes: the account lacks a right.
-    #[error("{registry} does not let us write {image} {}: the right {scope} is missing", as_whom(.user))]
+    #[error("{registry} does not let us write {image} {}: the right {scope} is missing", as_whom(.user, false))]
     ScopeMissing {
         /// The reference.
         image: String,
@@ -246,8 +249,9 @@ fn where_(registry: &str) -> String {
     }
 }
 
-fn as_whom(user: &Option<String>) -> String {
+fn as_whom(user: &Option<String>, of_host: bool) -> String {
     match user {
+        Some(user) if of_host => format!("to the host's user {}", quoted(user)),
         Some(user) => format!("to the user {}", quoted(user)),
         None => "without credentials".to_owned(),
     }
@@ -346,7 +350,8 @@ mod tests {
             !Error::Denied {
                 image: image(),
                 registry: "r".into(),
-                user: None
+                user: None,
+                of_host: false
             }
             .lets_the_next_policy_try()
         );

@@ -6,6 +6,8 @@ mod operator_log;
 mod pace;
 mod table;
 
+use std::time::Duration;
+
 pub use duration::{age, minute, seconds, span};
 pub use job_log::{JobLog, Throttle};
 pub use operator_log::{OperatorLog, start as start_operator_log};
@@ -39,6 +41,16 @@ pub fn awaited(by: usize) -> String {
     }
 }
 
+/// That a registry is waited for, which has given nothing for so long and is given up after so long.
+pub fn unanswered(registry: &str, waited: Duration, most: Duration) -> String {
+    format!(
+        "waiting for {}, which has not answered for {}; it is given up after about {}",
+        plain(registry, 200),
+        span(waited),
+        span(most)
+    )
+}
+
 /// A text that came from a stranger, safe to show on a terminal, in a log and in XML: control characters, and those that stand for
 /// no character, are left out, and it is not longer than `most` characters.
 pub fn plain(text: &str, most: usize) -> String {
@@ -65,6 +77,15 @@ mod tests {
         assert_eq!(
             lines,
             ["", "; another one waits for it", "; 2 others wait for it"]
+        );
+    }
+
+    #[test]
+    fn a_registry_that_is_waited_for_is_named() {
+        let (waited, most) = (Duration::from_secs(10), Duration::from_millis(126_750));
+        assert_eq!(
+            unanswered("r.example.com\x1b[1m", waited, most),
+            "waiting for r.example.com[1m, which has not answered for 10.0 s; it is given up after about 2 min 6 s"
         );
     }
 

@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::image::{Event, Progress};
-use crate::report::{JobLog, Pace, Throttle, age, awaited, bytes, span};
+use crate::report::{JobLog, Pace, Throttle, age, awaited, bytes, span, unanswered};
 
 /// How often a long wait says a word in the job log.
 const PROGRESS_EVERY: Duration = Duration::from_secs(5);
@@ -14,6 +14,8 @@ pub(super) struct PullLog<'a> {
     image: &'a str,
     log: &'a JobLog,
     throttle: Throttle,
+    /// Its own, since what does not move is told of meanwhile.
+    silence: Throttle,
     pace: Pace,
     /// How many others wait for it.
     awaited: AtomicUsize,
@@ -25,6 +27,7 @@ impl<'a> PullLog<'a> {
             image,
             log,
             throttle: Throttle::new(PROGRESS_EVERY),
+            silence: Throttle::new(PROGRESS_EVERY),
             pace: Pace::default(),
             awaited: AtomicUsize::new(0),
         }
@@ -44,6 +47,13 @@ impl Progress for PullLog<'_> {
                     bytes(total),
                     span(waited)
                 )
+            }
+            Event::Unanswered {
+                registry,
+                waited,
+                most,
+            } if self.silence.due() => {
+                format!("Fetching {}: {}.", self.image, unanswered(registry, waited, most))
             }
             Event::Fetching { done, total } => {
                 // Also where no line is due: the rate counts from the first byte.
@@ -68,5 +78,50 @@ impl Progress for PullLog<'_> {
             _ => return,
         };
         self.log.line(line);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{self, Write};
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    /// A log that is read afterwards.
+    #[derive(Clone, Default)]
+    struct Said(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Said {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().write(bytes)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_registry_that_does_not_answer_is_told_of_beside_what_does_not_move() {
+        let said = Said::default();
+        let log = JobLog::new(said.clone());
+        let pull = PullLog {
+            silence: Throttle::new(Duration::ZERO),
+            throttle: Throttle::new(Duration::ZERO),
+            ..PullLog::new("r.example.com/vm:1", &log)
+        };
+        pull.event(Event::Fetching { done: 0, total: 1024 });
+        pull.event(Event::Unanswered {
+            registry: "r.example.com",
+            waited: Duration::from_secs(10),
+            most: Duration::from_secs(126),
+        });
+        let said = String::from_utf8(said.0.lock().unwrap().clone()).unwrap();
+        assert_eq!(
+            said,
+            "Fetching r.example.com/vm:1: 0 B of 1.0 KiB.\n\
+             Fetching r.example.com/vm:1: waiting for r.example.com, which has not answered for 10.0 s; it is given up after about 2 min 6 s.\n"
+        );
     }
 }

@@ -66,6 +66,8 @@ struct Inner {
     met: Vec<Fault>,
     /// Nothing more is sent of layers after so many bytes.
     hold_after: Option<u64>,
+    /// Requests are taken, and not answered.
+    mute: bool,
     /// How often each name was asked for.
     asked: HashMap<String, usize>,
 }
@@ -133,6 +135,11 @@ impl Registry {
         self.inner.lock().unwrap().hold_after = bytes.map(|bytes| self.sent() + bytes);
     }
 
+    /// From now on it takes requests and answers none, until it is told otherwise.
+    pub fn be_mute(&self, mute: bool) {
+        self.inner.lock().unwrap().mute = mute;
+    }
+
     /// Bytes of layers that were sent so far.
     pub fn sent(&self) -> u64 {
         self.sent.load(SeqCst)
@@ -186,13 +193,17 @@ impl Inner {
 
 async fn answer(
     State(registry): State<Registry>,
-    Path((_, _, name)): Path<(String, String, String)>,
+    Path((_, kind, name)): Path<(String, String, String)>,
     headers: HeaderMap,
 ) -> Response<Body> {
+    while registry.inner.lock().unwrap().mute {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
     let (bytes, fault, random) = {
         let mut inner = registry.inner.lock().unwrap();
         *inner.asked.entry(name.clone()).or_default() += 1;
-        let Some(bytes) = inner.content.get(&name).cloned() else {
+        let known = inner.content.get(&name).cloned();
+        let Some(bytes) = known.filter(|_| kind != "referrers") else {
             return Response::builder().status(404).body("{}".into()).unwrap();
         };
         if bytes.len() <= LAYER {

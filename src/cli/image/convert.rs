@@ -3,7 +3,7 @@ use std::path::Path;
 use super::progress::Lines;
 use super::source::{Kind, More, Place, Wishes, draft, or_file, place};
 use super::{interruptible, push};
-use crate::cli::{Context, print};
+use crate::cli::Context;
 use crate::image::{DiskFormat, Progress, Silent};
 use crate::outcome::Failure;
 use crate::stage::images;
@@ -24,15 +24,14 @@ pub(in crate::cli) struct Arguments {
     more: More,
     #[command(flatten)]
     wishes: Wishes,
-    /// Print nothing but the digest
-    #[arg(long, short)]
-    quiet: bool,
+    #[command(flatten)]
+    telling: push::Telling,
 }
 
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
     let source = place(&arguments.source)?;
     let target = place(&arguments.destination)?;
-    let quiet = arguments.quiet;
+    let quiet = arguments.telling.quiet;
     let settings = context.settings()?;
     let store = images::store(&settings)?;
     interruptible("conversion", async {
@@ -42,8 +41,8 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
                 let draft = draft(context, &settings, &store, &source, &arguments.wishes, quiet)
                     .await
                     .map_err(|failure| or_file(&arguments.source, failure))?;
-                let digest = push::send(context, &settings, &draft, &manner, &target, quiet).await?;
-                print(&format!("{digest}\n"));
+                let row = push::send(context, &settings, &draft, &manner, &target, quiet).await?;
+                arguments.telling.tell(&row)
             }
             Place::File(path) => {
                 let format = of_file(arguments.format, &path)?;
@@ -57,10 +56,10 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
                 let name = path.display().to_string();
                 let lines = Lines::new(&name, &context.log);
                 let progress: &dyn Progress = if quiet { &Silent } else { &lines };
-                crate::image::save(&draft, format, &path, progress).await?;
+                let size = crate::image::save(&draft, format, &path, progress).await?;
+                arguments.telling.tell(&push::Row::File { path, format, size })
             }
         }
-        Ok(())
     })
     .await
 }

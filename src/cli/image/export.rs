@@ -1,6 +1,6 @@
 use super::source::{Manner, Wishes};
 use super::{interruptible, push, reference};
-use crate::cli::{Context, print};
+use crate::cli::Context;
 use crate::outcome::Failure;
 use crate::stage::kept;
 
@@ -20,9 +20,8 @@ pub(in crate::cli) struct Arguments {
     manner: Manner,
     #[command(flatten)]
     wishes: Wishes,
-    /// Print nothing but the digest
-    #[arg(long, short)]
-    quiet: bool,
+    #[command(flatten)]
+    telling: push::Telling,
 }
 
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
@@ -32,9 +31,9 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     interruptible("export", async {
         let mut draft = kept::draft(&settings, &arguments.domain, arguments.disk.as_deref()).await?;
         arguments.wishes.add_to(&mut draft)?;
-        let digest = push::send(context, &settings, &draft, &manner, &target, arguments.quiet).await?;
-        print(&format!("{digest}\n"));
-        Ok(())
+        let quiet = arguments.telling.quiet;
+        let row = push::send(context, &settings, &draft, &manner, &target, quiet).await?;
+        arguments.telling.tell(&row)
     })
     .await
 }

@@ -3,8 +3,8 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 use super::progress::Lines;
-use super::{Format, interruptible, reference, shown};
-use crate::cli::{Context, print, print_json};
+use super::{interruptible, reference, shown};
+use crate::cli::{Answer, Context, print, print_json};
 use crate::image::{Asker, Progress, PullPolicy, Reference, Silent};
 use crate::outcome::Failure;
 use crate::stage::images;
@@ -31,7 +31,7 @@ pub(in crate::cli) struct Arguments {
     quiet: bool,
     /// How to print what was made; as text, the name
     #[arg(long, value_enum, default_value = "text")]
-    format: Format,
+    format: Answer,
 }
 
 /// A machine that was made; the JSON's keys are these names.
@@ -63,7 +63,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             network: &arguments.network,
         };
         let file = kept::import(&settings, &import, progress).await?;
-        if arguments.format == Format::Json {
+        if arguments.format == Answer::Json {
             return print_json(&Row {
                 name: &name,
                 disk: file,

@@ -1,5 +1,5 @@
-use super::{Format, reference, shown};
-use crate::cli::{Context, print, print_json};
+use super::{reference, shown};
+use crate::cli::{Answer, Context, Patient, print, print_json};
 use crate::image::{Asker, Digest, PullPolicy, Reference, Request, Requirements, Sight, Signature, Store};
 use crate::outcome::Failure;
 use crate::report::{bytes, plain, table};
@@ -12,7 +12,7 @@ pub(in crate::cli) struct Arguments {
     image: String,
     /// How to print it
     #[arg(long, value_enum, default_value = "text")]
-    format: Format,
+    format: Answer,
     /// Print the manifest as it is
     #[arg(long, conflicts_with = "image_config")]
     raw: bool,
@@ -36,7 +36,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
         },
         ..request
     };
-    let sight = store.look(&request).await?;
+    let sight = store.look(&request, &Patient::new(&context.log)).await?;
     if arguments.raw || arguments.image_config {
         let text = if arguments.raw {
             &sight.manifest
@@ -47,8 +47,8 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
         return Ok(());
     }
     match arguments.format {
-        Format::Json => print_json(&sight),
-        Format::Text => {
+        Answer::Json => print_json(&sight),
+        Answer::Text => {
             print(&text(&sight));
             Ok(())
         }

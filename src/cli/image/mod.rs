@@ -1,5 +1,3 @@
-use clap::ValueEnum;
-
 use super::Context;
 use crate::image::Reference;
 use crate::outcome::Failure;
@@ -64,15 +62,6 @@ pub(super) async fn run(context: &Context, command: Command) -> Result<(), Failu
         Command::Import(arguments) => import::run(context, &arguments).await,
         Command::Inspect(arguments) => inspect::run(context, &arguments).await,
     }
-}
-
-/// How what a command came to is printed.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Format {
-    /// Lines, for people.
-    Text,
-    /// JSON, for programs.
-    Json,
 }
 
 /// Does something long, unless Ctrl-C comes in between; `what` is a noun for the sentence.

@@ -1,5 +1,7 @@
+use serde::Serialize;
+
 use super::choose::choose;
-use crate::cli::{Context, print};
+use crate::cli::{Answer, Context, print, print_json};
 use crate::image::PinName;
 use crate::outcome::Failure;
 use crate::stage::images;
@@ -13,9 +15,32 @@ pub(in crate::cli) struct Arguments {
     /// What the pin is called; an image may have several
     #[arg(long, default_value = "operator")]
     name: PinName,
+    /// How to print what was pinned; as text, the digests
+    #[arg(long, value_enum, default_value = "text")]
+    format: Answer,
+}
+
+/// An image that is pinned now; the JSON's keys are these names.
+#[derive(Debug, Serialize)]
+struct Row {
+    digest: String,
+    pin: String,
 }
 
 pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
+    let mut rows = Vec::new();
+    let pinned = pin(context, arguments, |row| match arguments.format {
+        Answer::Text => print(&format!("{}\n", row.digest)),
+        Answer::Json => rows.push(row),
+    });
+    // Also those that were pinned before one that was not.
+    if arguments.format == Answer::Json {
+        print_json(&rows)?;
+    }
+    pinned
+}
+
+fn pin(context: &Context, arguments: &Arguments, mut done: impl FnMut(Row)) -> Result<(), Failure> {
     let store = images::store(&context.settings()?)?;
     let all = store.inventory()?;
     // All words are checked before anything is pinned.
@@ -26,7 +51,10 @@ pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failur
         .collect::<Result<Vec<_>, _>>()?;
     for chosen in chosen {
         store.pin(&chosen.held.digest, &arguments.name)?;
-        print(&format!("{}\n", chosen.held.digest));
+        done(Row {
+            digest: chosen.held.digest.to_string(),
+            pin: arguments.name.to_string(),
+        });
     }
     Ok(())
 }

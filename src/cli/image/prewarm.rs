@@ -5,8 +5,8 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::progress::Lines;
-use super::{Format, pipeline, reference, shown, step_back};
-use crate::cli::{Context, print, print_json};
+use super::{pipeline, reference, shown, step_back};
+use crate::cli::{Answer, Context, print, print_json};
 use crate::image::{Asker, PullPolicy};
 use crate::outcome::Failure;
 use crate::record::{self, Jobs, State};
@@ -37,7 +37,7 @@ pub(in crate::cli) struct Arguments {
     gitlab_ci: Vec<PathBuf>,
     /// How to print what was fetched
     #[arg(long, value_enum, default_value = "text")]
-    format: Format,
+    format: Answer,
 }
 
 /// An image that was wanted, and what came of it; the JSON's keys are these names.
@@ -53,7 +53,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     let settings = context.settings()?;
     step_back();
     let wanted = wanted(context, arguments, &settings)?;
-    if wanted.is_empty() && arguments.format == Format::Text {
+    if wanted.is_empty() && arguments.format == Answer::Text {
         context.log.line(
             "Nothing to fetch: images.prewarm in the settings names no images, and no others were asked for.",
         );
@@ -94,7 +94,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
         };
         match politely(stepped_aside, jobs_fetch, fetch).await {
             Ok(disk) => {
-                if arguments.format == Format::Text {
+                if arguments.format == Answer::Text {
                     print(&format!("{} {}\n", disk.digest, shown(name)));
                 }
                 (digest, fetched_bytes) = (Some(disk.digest.to_string()), disk.fetched_bytes);
@@ -111,7 +111,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             error,
         });
     }
-    if arguments.format == Format::Json {
+    if arguments.format == Answer::Json {
         print_json(&rows)?;
     }
     let failed = rows.iter().filter(|row| row.error.is_some()).count();

@@ -9,7 +9,7 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::image::{Digest, Event, Progress};
-use crate::report::{JobLog, Pace, Throttle, age, awaited, bytes, span};
+use crate::report::{JobLog, Pace, Throttle, age, awaited, bytes, span, unanswered};
 
 /// How often a line is written where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -29,6 +29,8 @@ pub(super) struct Lines<'a> {
     name: &'a str,
     log: &'a JobLog,
     throttle: Throttle,
+    /// Its own, since what does not move is told of meanwhile.
+    silence: Throttle,
     pace: Pace,
     /// How many others wait for what is fetched.
     awaited: AtomicUsize,
@@ -48,6 +50,7 @@ impl<'a> Lines<'a> {
             name,
             log,
             throttle: Throttle::new(LINE_EVERY),
+            silence: Throttle::new(LINE_EVERY),
             pace: Pace::default(),
             awaited: AtomicUsize::new(0),
             bars: std::io::stderr().is_terminal().then(|| Bars::new(name)),
@@ -118,6 +121,11 @@ impl Progress for Lines<'_> {
                     None => {}
                 }
             }
+            Event::Unanswered {
+                registry,
+                waited,
+                most,
+            } if self.silence.due() => self.line(&unanswered(registry, waited, most)),
             Event::Doubted { .. } => {
                 self.line("this host was started again before it was known to be on the disk: comparing it with what came");
             }
@@ -170,7 +178,7 @@ impl Bars {
 }
 
 fn bar(name: String, template: &str) -> ProgressBar {
-    let bar = ProgressBar::new(0).with_prefix(name);
+    let bar = ProgressBar::no_length().with_prefix(name);
     if let Ok(style) = ProgressStyle::with_template(template) {
         bar.set_style(style);
     }

@@ -4,8 +4,8 @@ use clap::ValueEnum;
 use serde::Serialize;
 
 use super::progress::Lines;
-use super::{Format, reference, shown};
-use crate::cli::{Context, print, print_json};
+use super::{reference, shown};
+use crate::cli::{Answer, Context, print, print_json};
 use crate::image::{Asker, Disk, DiskFormat, Progress, PullPolicy, Reference, Silent};
 use crate::outcome::Failure;
 use crate::stage::images;
@@ -24,7 +24,7 @@ pub(in crate::cli) struct Arguments {
     quiet: bool,
     /// How to print what was fetched; as text, the digests
     #[arg(long, value_enum, default_value = "text")]
-    format: Format,
+    format: Answer,
 }
 
 /// An image that is here now; the JSON's keys are these names.
@@ -77,12 +77,12 @@ impl From<Policy> for PullPolicy {
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
     let mut rows = Vec::new();
     let fetched = fetch(context, arguments, |disk| match arguments.format {
-        Format::Text => print(&format!("{}\n", disk.digest)),
-        Format::Json => rows.push(Row::of(disk)),
+        Answer::Text => print(&format!("{}\n", disk.digest)),
+        Answer::Json => rows.push(Row::of(disk)),
     })
     .await;
     // Also those that came before one that did not.
-    if arguments.format == Format::Json {
+    if arguments.format == Answer::Json {
         print_json(&rows)?;
     }
     fetched

@@ -1,8 +1,8 @@
 use serde::Serialize;
 
 use super::choose::choose;
-use super::{Format, shown};
-use crate::cli::{Context, print, print_json};
+use super::shown;
+use crate::cli::{Answer, Context, print, print_json};
 use crate::outcome::Failure;
 use crate::reap::Images;
 
@@ -14,7 +14,7 @@ pub(in crate::cli) struct Arguments {
     images: Vec<String>,
     /// How to print what went
     #[arg(long, value_enum, default_value = "text")]
-    format: Format,
+    format: Answer,
 }
 
 /// What went: a name, or an image with all that it had. So it is written in the JSON.
@@ -28,13 +28,13 @@ enum Gone {
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
     let mut all = Vec::new();
     let removed = remove(context, arguments, |gone| match (arguments.format, &gone) {
-        (Format::Json, _) => all.push(gone),
-        (Format::Text, Gone::Untagged(name)) => print(&format!("Untagged: {}\n", shown(name))),
-        (Format::Text, Gone::Deleted(digest)) => print(&format!("Deleted: {digest}\n")),
+        (Answer::Json, _) => all.push(gone),
+        (Answer::Text, Gone::Untagged(name)) => print(&format!("Untagged: {}\n", shown(name))),
+        (Answer::Text, Gone::Deleted(digest)) => print(&format!("Deleted: {digest}\n")),
     })
     .await;
     // Also what went before one that did not.
-    if arguments.format == Format::Json {
+    if arguments.format == Answer::Json {
         print_json(&all)?;
     }
     removed

@@ -117,6 +117,12 @@ impl More {
 }
 
 impl Written {
+    /// The format, as `--format` names it.
+    pub(super) fn name(&self) -> String {
+        let value = self.kind.to_possible_value();
+        value.map_or_else(String::new, |value| value.get_name().to_owned())
+    }
+
     /// `scratch` is a folder for what is removed again.
     pub(super) fn format<'a>(&'a self, scratch: &'a Path) -> WriteFormat<'a> {
         match self.kind {

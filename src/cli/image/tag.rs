@@ -1,6 +1,8 @@
+use serde::Serialize;
+
 use super::choose::choose;
 use super::reference;
-use crate::cli::{Context, print};
+use crate::cli::{Answer, Context, print, print_json};
 use crate::image::Reference;
 use crate::outcome::Failure;
 use crate::stage::images;
@@ -12,6 +14,16 @@ pub(in crate::cli) struct Arguments {
     source: String,
     /// The new name, as `image:` would have it
     destination: String,
+    /// How to print what was named; as text, the digest
+    #[arg(long, value_enum, default_value = "text")]
+    format: Answer,
+}
+
+/// An image and its new name; the JSON's keys are these names.
+#[derive(Debug, Serialize)]
+struct Row {
+    reference: String,
+    digest: String,
 }
 
 pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
@@ -32,6 +44,15 @@ pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failur
         None => images::architecture()?.to_owned(),
     };
     store.remember(&destination, &architecture, &chosen.held.digest)?;
-    print(&format!("{}\n", chosen.held.digest));
-    Ok(())
+    let row = Row {
+        reference: destination.to_string(),
+        digest: chosen.held.digest.to_string(),
+    };
+    match arguments.format {
+        Answer::Json => print_json(&row),
+        Answer::Text => {
+            print(&format!("{}\n", row.digest));
+            Ok(())
+        }
+    }
 }

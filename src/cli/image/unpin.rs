@@ -1,5 +1,7 @@
+use serde::Serialize;
+
 use super::choose::choose;
-use crate::cli::{Context, print};
+use crate::cli::{Answer, Context, print, print_json};
 use crate::image::PinName;
 use crate::outcome::Failure;
 use crate::stage::images;
@@ -13,9 +15,32 @@ pub(in crate::cli) struct Arguments {
     /// Only the pin of this name [default: all]
     #[arg(long)]
     name: Option<PinName>,
+    /// How to print what was let go; as text, the digests
+    #[arg(long, value_enum, default_value = "text")]
+    format: Answer,
+}
+
+/// An image that these pins no longer keep; the JSON's keys are these names.
+#[derive(Debug, Serialize)]
+struct Row {
+    digest: String,
+    pins: Vec<String>,
 }
 
 pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
+    let mut rows = Vec::new();
+    let unpinned = unpin(context, arguments, |row| match arguments.format {
+        Answer::Text => print(&format!("{}\n", row.digest)),
+        Answer::Json => rows.push(row),
+    });
+    // Also those that were let go before one that was not.
+    if arguments.format == Answer::Json {
+        print_json(&rows)?;
+    }
+    unpinned
+}
+
+fn unpin(context: &Context, arguments: &Arguments, mut done: impl FnMut(Row)) -> Result<(), Failure> {
     let store = images::store(&context.settings()?)?;
     let all = store.inventory()?;
     let chosen = arguments
@@ -25,7 +50,8 @@ pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failur
         .collect::<Result<Vec<_>, _>>()?;
     for chosen in chosen {
         let digest = chosen.held.digest;
-        if store.unpin(&digest, arguments.name.as_ref())? == 0 {
+        let pins = store.unpin(&digest, arguments.name.as_ref())?;
+        if pins.is_empty() {
             let name = arguments
                 .name
                 .as_ref()
@@ -33,7 +59,10 @@ pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failur
             return Err(Failure::system(format!("the image {digest} is not pinned{name}"))
                 .hint("`cannery image why` shows what keeps it"));
         }
-        print(&format!("{digest}\n"));
+        done(Row {
+            digest: digest.to_string(),
+            pins: pins.iter().map(ToString::to_string).collect(),
+        });
     }
     Ok(())
 }

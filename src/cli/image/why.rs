@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::choose::choose;
 use super::shown;
-use crate::cli::{Context, Format, print, print_json};
+use crate::cli::{Answer, Context, print, print_json};
 use crate::image::{Going, Held, Policy};
 use crate::outcome::Failure;
 use crate::reap::{Images, standing_policy};
@@ -18,8 +18,8 @@ pub(in crate::cli) struct Arguments {
     /// An image by reference, digest, or the beginning of one
     image: String,
     /// How to print it
-    #[arg(long, value_enum, default_value = "table")]
-    format: Format,
+    #[arg(long, value_enum, default_value = "text")]
+    format: Answer,
 }
 
 /// What there is to say; the JSON's keys are these names.
@@ -50,7 +50,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     if keepers.is_empty() {
         reasons.goes = fate(&images, &settings, held).await?;
     }
-    if arguments.format == Format::Json {
+    if arguments.format == Answer::Json {
         return print_json(&reasons);
     }
     let idle = Duration::try_from(Timestamp::now().duration_since(held.used)).unwrap_or_default();

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use super::choose::{Unclear, choose};
 use super::seen::{self, Seen, Summary};
-use crate::cli::{Context, Format, print, print_json};
+use crate::cli::{Answer, Context, print, print_json};
 use crate::history::SERIAL_BYTES;
 use crate::machine::serial;
 use crate::outcome::Failure;
@@ -26,8 +26,8 @@ pub(in crate::cli) struct Arguments {
     #[arg(long, conflicts_with = "serial_lines")]
     serial: bool,
     /// How to print it
-    #[arg(long, value_enum, default_value = "table")]
-    format: Format,
+    #[arg(long, value_enum, default_value = "text")]
+    format: Answer,
 }
 
 /// What programs are told of a job; the JSON's keys are these names.
@@ -73,7 +73,7 @@ pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failur
         }
     };
     match arguments.format {
-        Format::Json => print_json(&Whole {
+        Answer::Json => print_json(&Whole {
             summary: job.summary(now),
             hints: job.outcome.as_ref().map(|o| o.hints()).unwrap_or_default(),
             phases: &job.phases,
@@ -81,7 +81,7 @@ pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failur
             serial_log,
             screen: job.screen.as_deref(),
         }),
-        Format::Table => {
+        Answer::Text => {
             print(&page(&job, (lines > 0).then_some(serial_log.as_str()), now));
             Ok(())
         }

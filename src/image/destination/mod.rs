@@ -9,7 +9,7 @@ use super::digest::Digest;
 use super::error::Error;
 use super::reference::Reference;
 use super::registry::credentials::Credentials;
-use super::registry::{Purpose, Registries, Session, Target, Upload};
+use super::registry::{Purpose, Registries, Session, Target, Unanswered, Upload};
 
 mod layout;
 
@@ -66,6 +66,14 @@ impl Destination {
                 .await?;
                 Ok(Self::Registry(Box::new(session)))
             }
+        }
+    }
+
+    /// The registry that is waited for, where that takes long.
+    pub(super) fn unanswered(&self) -> Option<Unanswered> {
+        match self {
+            Self::Registry(session) => session.unanswered(),
+            Self::Layout(_) => None,
         }
     }
 

@@ -2,14 +2,15 @@
 
 use std::sync::Arc;
 
-use super::progress::{Event, Meter};
+use super::progress::{Event, Meter, told_of_silence};
 use super::source::{Kind, Source, told};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::format;
 use crate::image::manifest::Manifest;
 use crate::image::reference::Reference;
-use crate::image::registry::credentials::Origin;
+use crate::image::registry::credentials::{CredentialsError, Origin};
+use crate::image::registry::knows;
 use crate::image::store::{Asker, Plea, Standing};
 
 use super::make::packed_size;
@@ -62,7 +63,7 @@ impl Pull<'_> {
             };
         }
         let source = self.source_of(digest.to_string()).await?;
-        match source.root().await {
+        match told_of_silence(self.progress, || source.unanswered(), source.root()).await {
             Ok(_) => {
                 self.note_access(&source, digest).await?;
                 Ok(true)
@@ -77,6 +78,33 @@ impl Pull<'_> {
                 _ => Err(error),
             },
             Err(error) => Err(error),
+        }
+    }
+
+    /// Asks a registry that has denied the image to a login whether it knows that login at all: a password that is wrong by now is
+    /// mended by another than a name of an image is.
+    pub(super) async fn who_is_denied(&self, error: Error) -> Error {
+        let (
+            Error::Denied { .. },
+            Reference::Registry {
+                registry, repository, ..
+            },
+        ) = (&error, &self.request.reference)
+        else {
+            return error;
+        };
+        let Ok(Some(login)) = self.request.credentials.find(registry, repository).await else {
+            return error;
+        };
+        let (user, origin) = (login.user.clone(), login.origin);
+        match knows(registry, login, &self.request.registries, self.progress).await {
+            Ok(false) => Error::Credentials(CredentialsError::Refused {
+                registry: registry.clone(),
+                user,
+                origin,
+            }),
+            // One that does not answer that denies the image all the same.
+            Ok(true) | Err(_) => error,
         }
     }
 

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use serde::Serialize;
 
-use super::progress::Silent;
+use super::progress::{Progress, told_of_silence};
 use super::provide::{Found, Pull, Request};
 use super::source::Source;
 use crate::image::digest::Digest;
@@ -81,21 +81,31 @@ impl Store {
     ///
     /// # Errors
     /// See [`Error`]: each variant says whose fault it is.
-    pub async fn look(&self, request: &Request) -> Result<Sight, Error> {
-        let pull = Pull::new(self, request, &Silent)?;
+    pub async fn look(&self, request: &Request, progress: &dyn Progress) -> Result<Sight, Error> {
+        let pull = Pull::new(self, request, progress)?;
         let source = pull.source().await?;
+        let look = pull.look_at(&source);
+        match told_of_silence(progress, || source.unanswered(), look).await {
+            Ok(sight) => Ok(sight),
+            Err(error) => Err(pull.who_is_denied(error).await),
+        }
+    }
+}
+
+impl Pull<'_> {
+    async fn look_at(&self, source: &Source) -> Result<Sight, Error> {
         let Found {
             root,
             digest,
             manifest,
             bytes,
-        } = pull.resolve(&source).await?;
-        let image = request.reference.to_string();
+        } = self.resolve(source).await?;
+        let image = self.image.clone();
         let kind = format::recognise(&manifest).map_err(|reason| Error::Unsupported {
             image: image.clone(),
             reason,
         })?;
-        let recipe = pull.recipe(&source, &manifest, kind).await?;
+        let recipe = self.recipe(source, &manifest, kind).await?;
         let config = if format::has_image_config(&manifest) {
             source.config(&manifest.config).await?
         } else {
@@ -116,10 +126,10 @@ impl Store {
                 .fold(0, |sum: u64, layer| sum.saturating_add(layer.size)),
             layers: manifest.layers.iter().map(Part::of).collect(),
             hints: recipe.hints,
-            signatures: pull.rules.signatures(&source, &root, &digest).await?,
+            signatures: self.rules.signatures(source, &root, &digest).await?,
             labels: read.labels,
             annotations: manifest.annotations.clone(),
-            config: machine_config(&source, &manifest).await?.unwrap_or(config),
+            config: machine_config(source, &manifest).await?.unwrap_or(config),
             manifest: bytes,
         })
     }

@@ -8,6 +8,10 @@ use std::time::Duration;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::manifest::Descriptor;
+use crate::image::registry::Unanswered;
+
+/// How often progress is told while something goes on.
+pub(super) const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// Hears what happens. Called from the task that asked, several times a second; the receiver throttles.
 pub trait Progress: Sync {
@@ -54,6 +58,15 @@ pub enum Event<'a> {
         total: u64,
         /// Its process; 0 while it does not say.
         process: u32,
+    },
+    /// A registry does not answer; we wait for it.
+    Unanswered {
+        /// `host[:port]`.
+        registry: &'a str,
+        /// For how long it has given nothing.
+        waited: Duration,
+        /// After how long it is given up, more or less.
+        most: Duration,
     },
     /// Bytes have arrived.
     Fetching {
@@ -115,6 +128,26 @@ pub enum Event<'a> {
         /// Why.
         error: &'a Error,
     },
+}
+
+/// Tells for which registry we wait while `work` goes on, as long as it does not answer.
+pub(in crate::image) async fn told_of_silence<T>(
+    progress: &dyn Progress,
+    unanswered: impl Fn() -> Option<Unanswered>,
+    work: impl Future<Output = T>,
+) -> T {
+    tokio::pin!(work);
+    let mut tick = tokio::time::interval(TELL_EVERY);
+    loop {
+        tokio::select! {
+            result = &mut work => return result,
+            _ = tick.tick() => {
+                if let Some(Unanswered { registry, waited, most }) = unanswered() {
+                    progress.event(Event::Unanswered { registry: &registry, waited, most });
+                }
+            }
+        }
+    }
 }
 
 /// Counts what threads do, for the task that reports it.

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 use super::part::blocking;
-use super::progress::{Event, Progress};
+use super::progress::{Event, Progress, told_of_silence};
 use super::room::Limits;
 use super::source::{Kind, Source};
 use crate::image::digest::Digest;
@@ -103,7 +103,10 @@ impl Store {
                 }
             }
         }
-        Err(first.unwrap_or(Error::NotCached { image: pull.image }))
+        let error = first.unwrap_or_else(|| Error::NotCached {
+            image: pull.image.clone(),
+        });
+        Err(pull.who_is_denied(error).await)
     }
 }
 
@@ -216,26 +219,31 @@ impl Pull<'_> {
 
     pub(super) async fn fetch(&self) -> Result<Disk, Error> {
         let source = self.source().await?;
+        let fetch = self.fetch_from(&source);
+        told_of_silence(self.progress, || source.unanswered(), fetch).await
+    }
+
+    async fn fetch_from(&self, source: &Source) -> Result<Disk, Error> {
         let Found {
             root,
             digest,
             manifest,
             ..
-        } = self.resolve(&source).await?;
+        } = self.resolve(source).await?;
         self.progress.event(Event::Resolved { digest: &digest });
-        let verdict = self.rules.check(self.store, &source, &root, &digest).await?;
+        let verdict = self.rules.check(self.store, source, &root, &digest).await?;
         let disk = match self.here(&digest).await? {
             Some(disk) => {
-                self.vouch(&source, &digest, &manifest).await?;
+                self.vouch(source, &digest, &manifest).await?;
                 self.progress.event(Event::Cached { digest: &digest });
                 disk
             }
             None => {
-                let made = self.make_with_room(&source, &digest, manifest).await;
-                made.map_err(|error| self.of_a_pin(&source, error))?
+                let made = self.make_with_room(source, &digest, manifest).await;
+                made.map_err(|error| self.of_a_pin(source, error))?
             }
         };
-        self.note_access(&source, &digest).await?;
+        self.note_access(source, &digest).await?;
         if let Kind::Web(file) = &source.kind
             && let Some(sum) = file.learned()
         {

@@ -11,7 +11,6 @@
 use std::io::Read;
 use std::ops::Range;
 use std::sync::Arc;
-use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
@@ -19,13 +18,13 @@ use tokio::sync::mpsc;
 
 use super::beginning::Beginning;
 use super::part::{CancelledOnDrop, Part, Piece, blocking, relay};
-use super::progress::{Event, Meter, Progress};
+use super::progress::{Event, Meter, Progress, TELL_EVERY};
 use super::verified::{Check, Position, Verified};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::layout::Layout;
 use crate::image::manifest::Descriptor;
-use crate::image::registry::{Session, WebFile};
+use crate::image::registry::{Session, Unanswered, WebFile};
 use crate::image::single::LocalFile;
 
 /// Largest manifest, index or config, in bytes: what registries allow, too.
@@ -41,9 +40,6 @@ const PARTS_IN_FLIGHT: usize = 4;
 
 /// Most connections to a registry at once; it may want fewer.
 const CONNECTIONS: usize = 6;
-
-/// How often progress is told while bytes flow.
-const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// Where one image comes from.
 #[derive(Debug)]
@@ -74,6 +70,15 @@ impl From<Kind> for Source {
 }
 
 impl Source {
+    /// The registry or web server that is waited for, where that takes long.
+    pub(in crate::image) fn unanswered(&self) -> Option<Unanswered> {
+        match &self.kind {
+            Kind::Registry(session) => session.unanswered(),
+            Kind::Web(file) => file.session.unanswered(),
+            Kind::Layout(_) | Kind::File(_) => None,
+        }
+    }
+
     /// The manifest or index that the reference itself names, and its digest.
     pub(in crate::image) async fn root(&self) -> Result<(Digest, Vec<u8>), Error> {
         match &self.kind {

@@ -50,6 +50,16 @@ pub enum CredentialsError {
         /// What happened.
         reason: String,
     },
+    /// The registry does not know the account, or not with this password. Operator or author.
+    #[error("{registry} refuses the login of {} given by {}", quoted(.user), .origin.giver())]
+    Refused {
+        /// The registry.
+        registry: String,
+        /// The account's name.
+        user: String,
+        /// Who gave it.
+        origin: Origin,
+    },
     /// The login is an identity token, and the registry has no token service that would take it. Operator or author.
     #[error("the login for {registry} is an identity token, and it asks for user and password")]
     IdentityToken {
@@ -64,7 +74,9 @@ impl CredentialsError {
     /// Who gave what cannot be used, and can mend it.
     pub fn origin(&self) -> Origin {
         match self {
-            Self::Unreadable { origin, .. } | Self::IdentityToken { origin, .. } => *origin,
+            Self::Unreadable { origin, .. }
+            | Self::Refused { origin, .. }
+            | Self::IdentityToken { origin, .. } => *origin,
             Self::HelperInJob { .. } => Origin::JobGiven,
             Self::Helper { .. } => Origin::Host,
         }

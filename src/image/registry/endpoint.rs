@@ -12,9 +12,12 @@ use reqwest::header::{AUTHORIZATION, HeaderMap, HeaderName, HeaderValue, LOCATIO
 use reqwest::{Method, Response, StatusCode, Url};
 
 use super::super::error::Error;
-use super::credentials::Login;
+use super::credentials::{Login, Origin};
+use super::silence::{Silence, Unanswered};
 use super::token::Tokens;
-use super::transport::{Body, Clients, REDIRECTS_MAX, TooMuch, begun, clients, sent};
+use super::transport::{
+    ANSWER_TIMEOUT, Body, Clients, REDIRECTS_MAX, TAKEN_TIMEOUT, TooMuch, begun, clients, sent,
+};
 use super::trust::{Reach, Registries, api_host};
 use super::weather::{Failure, Gate, Patience, asked_pause, weather};
 
@@ -41,6 +44,7 @@ pub(super) struct Endpoint {
     tokens: Tokens,
     purpose: Purpose,
     pub(super) gate: Arc<Gate>,
+    pub(super) silence: Arc<Silence>,
     /// Others can stand in for it.
     spare: bool,
     /// It has sent a whole blob where a part was asked for.
@@ -112,6 +116,7 @@ impl Endpoint {
             repository: repository.to_owned(),
             clients: clients(registries, registry, &reach)?,
             gate: Gate::of(base.as_str()),
+            silence: Arc::default(),
             tokens: Tokens::new(repository, purpose),
             purpose,
             base,
@@ -197,33 +202,58 @@ impl Endpoint {
         url.scheme() == "https" || (self.base.scheme() == "http" && url.scheme() == "http")
     }
 
-    /// Does `work` until it gives something, as long as there is patience.
+    /// Is it waited for, and for how long?
+    pub(super) fn unanswered(&self) -> Option<Unanswered> {
+        let each = match self.purpose {
+            Purpose::Read => ANSWER_TIMEOUT,
+            Purpose::Write => TAKEN_TIMEOUT,
+        };
+        Some(Unanswered {
+            waited: self.silence.lasts()?,
+            registry: self.registry.clone(),
+            most: self.patience().longest(each),
+        })
+    }
+
+    /// Does `work` until it gives something, as long as there is patience. It asks for the path `asked_for`.
     pub(super) async fn persistently<T>(
         &self,
+        asked_for: &str,
         mut work: impl AsyncFnMut() -> Result<T, Failure>,
     ) -> Result<T, Error> {
+        let _waiting = self.silence.wait();
         let mut patience = self.patience();
         loop {
             match work().await {
-                Ok(done) => return Ok(done),
-                Err(failure) => self.wait(failure, &mut patience).await?,
+                Ok(done) => {
+                    self.silence.heard();
+                    return Ok(done);
+                }
+                Err(failure) => self.wait(failure, &mut patience, asked_for).await?,
             }
         }
     }
 
     /// Waits before the next try, or gives up.
-    pub(super) async fn wait(&self, failure: Failure, patience: &mut Patience) -> Result<(), Error> {
+    pub(super) async fn wait(
+        &self,
+        failure: Failure,
+        patience: &mut Patience,
+        asked_for: &str,
+    ) -> Result<(), Error> {
         let (reason, asked) = match failure {
             Failure::Final(error) => return Err(error),
             Failure::Weather { reason, pause } => (reason, pause),
         };
         let Some(pause) = patience.pause(asked) else {
-            return Err(match asked {
+            let wish = match asked {
                 Some(asked) if !asked.is_zero() => {
-                    self.unreachable(format!("{reason} and asks for a pause of {} s", asked.as_secs()))
+                    format!(" and asks for a pause of {} s", asked.as_secs())
                 }
-                _ => self.unreachable(reason),
-            });
+                _ => String::new(),
+            };
+            let in_vain = patience.in_vain(asked_for);
+            return Err(self.unreachable(format!("{reason}{wish} ({in_vain})")));
         };
         tracing::debug!(registry = self.registry, reason, "trying again");
         tokio::time::sleep(pause).await;
@@ -296,7 +326,7 @@ impl Endpoint {
             request = request.header(AUTHORIZATION, authorization);
         }
         let answer = match &ask.body {
-            Some(body) => sent(request, body).await,
+            Some(body) => sent(request, body, &self.silence).await,
             None => begun(request.send()).await,
         };
         answer.map_err(weather)
@@ -331,12 +361,14 @@ impl Endpoint {
 
     pub(super) fn denied(&self) -> Error {
         let (image, registry) = (self.image.clone(), self.registry.clone());
-        let user = self.login.as_ref().map(|login| login.user.clone());
+        let login = self.login.as_ref();
+        let user = login.map(|login| login.user.clone());
         match self.purpose {
             Purpose::Read => Error::Denied {
                 image,
                 registry,
                 user,
+                of_host: login.is_some_and(|login| login.origin == Origin::Host),
             },
             Purpose::Write => Error::ScopeMissing {
                 image,

@@ -14,6 +14,7 @@ use reqwest::{Method, StatusCode};
 use serde_json::{Map, Value, json};
 
 use super::super::error::Error;
+use super::super::progress::{Progress, told_of_silence};
 use super::credentials::{CONFIG_MAX, Login, Origin, key, names};
 use super::endpoint::{Ask, Endpoint, Purpose};
 use super::helper;
@@ -31,8 +32,25 @@ pub async fn verify_login(
     user: &str,
     password: &Secret,
     registries: &Registries,
+    progress: &dyn Progress,
 ) -> Result<(), Error> {
     let login = Login::new(user, password.clone(), Origin::Host);
+    if knows(registry, login, registries, progress).await? {
+        return Ok(());
+    }
+    Err(Error::LoginRefused {
+        registry: registry.to_owned(),
+        user: user.to_owned(),
+    })
+}
+
+/// Does a registry know this account, with this password?
+pub(in crate::image) async fn knows(
+    registry: &str,
+    login: Login,
+    registries: &Registries,
+    progress: &dyn Progress,
+) -> Result<bool, Error> {
     let endpoint = Endpoint::new(
         registry,
         registry,
@@ -43,23 +61,19 @@ pub async fn verify_login(
         false,
     )?;
     let ask = Ask::new(Method::GET, endpoint.root_url()?).with(ACCEPT, "*/*");
-    let answered = endpoint
-        .persistently(async || {
-            let answer = endpoint.ask(&ask).await?;
-            match answer.response.status() {
-                status if status.is_success() => Ok(()),
-                StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(endpoint.denied().into()),
-                status => Err(endpoint.refused(status, answer.response.headers(), "it")),
-            }
-        })
-        .await;
-    answered.map_err(|error| match error {
-        Error::Denied { .. } => Error::LoginRefused {
-            registry: registry.to_owned(),
-            user: user.to_owned(),
-        },
-        other => other,
-    })
+    let asked = endpoint.persistently(ask.url.path(), async || {
+        let answer = endpoint.ask(&ask).await?;
+        match answer.response.status() {
+            status if status.is_success() => Ok(()),
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Err(endpoint.denied().into()),
+            status => Err(endpoint.refused(status, answer.response.headers(), "it")),
+        }
+    });
+    match told_of_silence(progress, || endpoint.unanswered(), asked).await {
+        Ok(()) => Ok(true),
+        Err(Error::Denied { .. }) => Ok(false),
+        Err(error) => Err(error),
+    }
 }
 
 /// Who keeps a login.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! Session ── the registry's mirrors, then itself; which of them serves
-//!    └─ Endpoint ── one of them: redirects, retries, pauses          (endpoint, weather)
+//!    └─ Endpoint ── one of them: redirects, retries, pauses          (endpoint, weather, silence)
 //!         ├─ Tokens ── proves who we are                             (token, challenge, credentials, helper)
 //!         └─ clients ── TLS, time limits, which addresses are good   (transport, trust)
 //! ```
@@ -29,6 +29,7 @@ mod login;
 mod push;
 mod range;
 mod referrers;
+mod silence;
 mod token;
 mod transport;
 mod trust;
@@ -36,9 +37,11 @@ mod weather;
 mod web;
 
 pub(super) use endpoint::Purpose;
+pub(super) use login::knows;
 pub use login::{AuthFile, Keeper, verify_login};
 pub(super) use push::Upload;
 pub(super) use referrers::Referrer;
+pub(super) use silence::Unanswered;
 pub use trust::{Private, Registries, RegistryOptions};
 #[cfg(any(test, fuzzing))]
 pub(super) use weather::fuzz as fuzz_retry_after;
@@ -176,6 +179,11 @@ impl Session {
         Ok(Arc::clone(&self.endpoints[position + 1]))
     }
 
+    /// The registry that is waited for, where that takes long.
+    pub(super) fn unanswered(&self) -> Option<Unanswered> {
+        self.endpoint().unanswered()
+    }
+
     /// Has it given all that it was asked for without a login so far?
     pub(super) async fn is_anonymous(&self) -> bool {
         let endpoint = self.endpoint();
@@ -223,9 +231,9 @@ impl Session {
         let root = format!("manifests/{}", self.name);
         let mut endpoint = self.endpoint();
         loop {
+            let ask = Ask::new(Method::GET, endpoint.url(path)?).with(ACCEPT, accept);
             let result = endpoint
-                .persistently(async || {
-                    let ask = Ask::new(Method::GET, endpoint.url(path)?).with(ACCEPT, accept);
+                .persistently(ask.url.path(), async || {
                     let answer = endpoint.ask(&ask).await?;
                     if answer.response.status() != StatusCode::OK {
                         return Err(if path == root {

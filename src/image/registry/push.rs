@@ -41,7 +41,7 @@ impl Session {
         let endpoint = self.endpoint();
         let ask = Ask::new(Method::HEAD, endpoint.url(&format!("blobs/{digest}"))?).with(ACCEPT, "*/*");
         endpoint
-            .persistently(async || {
+            .persistently(ask.url.path(), async || {
                 let answer = endpoint.ask(&ask).await?;
                 match answer.response.status() {
                     StatusCode::OK => {
@@ -60,12 +60,14 @@ impl Session {
     pub(in crate::image) async fn mount(&self, digest: &Digest, from: &str) -> Result<bool, Error> {
         let endpoint = self.endpoint();
         endpoint.tokens().also_read(from).await;
-        let mut url = endpoint.url("blobs/uploads/")?;
+        let mut url = endpoint.uploads()?;
         url.query_pairs_mut()
             .append_pair("mount", &digest.to_string())
             .append_pair("from", from);
         let ask = Ask::new(Method::POST, url).with(CONTENT_LENGTH, "0");
-        let asked = endpoint.persistently(async || endpoint.ask(&ask).await).await;
+        let asked = endpoint
+            .persistently(ask.url.path(), async || endpoint.ask(&ask).await)
+            .await;
         let answer = match asked {
             // No token for both: from now on only for our own again, which the upload needs.
             Err(Error::ScopeMissing { .. }) => {
@@ -91,8 +93,9 @@ impl Session {
     /// Uploads a blob that is in memory. Whether the repository has it already is not asked.
     pub(in crate::image) async fn upload(&self, digest: &Digest, bytes: Bytes) -> Result<(), Error> {
         let endpoint = self.endpoint();
+        let uploads = endpoint.uploads()?;
         endpoint
-            .persistently(async || {
+            .persistently(uploads.path(), async || {
                 let (mut url, _) = endpoint.begin_upload().await?;
                 url.query_pairs_mut().append_pair("digest", &digest.to_string());
                 let mut ask = Ask::new(Method::PUT, url).with(CONTENT_TYPE, OCTETS);
@@ -132,7 +135,7 @@ impl Session {
         let mut ask = Ask::new(Method::PUT, url).with(CONTENT_TYPE, media_type);
         ask.body = Some(bytes);
         endpoint
-            .persistently(async || {
+            .persistently(ask.url.path(), async || {
                 let answer = endpoint.ask(&ask).await?;
                 match answer.response.status() {
                     status if status.is_success() => Ok(()),
@@ -175,9 +178,10 @@ impl Upload {
     pub(in crate::image) async fn finish(mut self, digest: &Digest) -> Result<(), Error> {
         self.flush().await?;
         let endpoint = std::sync::Arc::clone(&self.endpoint);
+        let uploads = endpoint.uploads()?;
         let mut ended = false;
         endpoint
-            .persistently(async || {
+            .persistently(uploads.path(), async || {
                 // The answer to the last try may have been lost, and not what it asked for.
                 if ended && self.arrived(digest).await? {
                     return Ok(());
@@ -226,9 +230,10 @@ impl Upload {
         let begin = self.sent;
         let end = begin + held.len() as u64;
         let endpoint = std::sync::Arc::clone(&self.endpoint);
+        let uploads = endpoint.uploads()?;
         let mut unsure = false;
         endpoint
-            .persistently(async || {
+            .persistently(uploads.path(), async || {
                 while self.sent < end {
                     if unsure {
                         self.ask_what_arrived(begin, end).await?;
@@ -323,9 +328,14 @@ fn has(headers: &HeaderMap) -> Option<u64> {
 }
 
 impl Endpoint {
+    /// Where uploads begin.
+    fn uploads(&self) -> Result<Url, Error> {
+        self.url("blobs/uploads/")
+    }
+
     /// Begins an upload: where its bytes go, and how many at least at a time.
     async fn begin_upload(&self) -> Result<(Url, usize), Failure> {
-        let ask = Ask::new(Method::POST, self.url("blobs/uploads/")?).with(CONTENT_LENGTH, "0");
+        let ask = Ask::new(Method::POST, self.uploads()?).with(CONTENT_LENGTH, "0");
         let answer = self.ask(&ask).await?;
         if answer.response.status() != StatusCode::ACCEPTED {
             return Err(self.refusal(answer, "an upload").await);
@@ -347,7 +357,7 @@ impl Endpoint {
     /// A page of a list, and the address of the next one. None when there is no such list.
     pub(super) async fn page(&self, url: Url, accept: &str) -> Result<Option<(Vec<u8>, Option<Url>)>, Error> {
         let ask = Ask::new(Method::GET, url).with(ACCEPT, accept);
-        self.persistently(async || {
+        self.persistently(ask.url.path(), async || {
             let answer = self.ask(&ask).await?;
             match answer.response.status() {
                 StatusCode::OK => {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use reqwest::header::{ACCEPT, CONTENT_LENGTH, CONTENT_RANGE, HeaderMap, RANGE};
-use reqwest::{Method, StatusCode};
+use reqwest::{Method, StatusCode, Url};
 
 use super::super::error::Error;
 use super::super::manifest::Descriptor;
@@ -52,27 +52,45 @@ impl<'a> Ranged<'a> {
     /// The next bytes; none after the last. Exactly the bytes of the range come, or an error.
     pub(in crate::image) async fn next(&mut self) -> Result<Option<Bytes>, Error> {
         while !self.left.is_empty() {
-            match self.step().await {
-                Ok(bytes) if bytes.is_empty() => {}
+            let endpoint = Arc::clone(&self.endpoint);
+            match self.next_of(&endpoint).await {
                 Ok(bytes) => {
                     self.left.start += bytes.len() as u64;
                     self.patience.progress(self.left.start - self.begin);
                     if self.left.is_empty() {
                         self.open = None;
-                        self.endpoint.gate.went_well();
+                        endpoint.gate.went_well();
                     }
                     return Ok(Some(bytes));
                 }
-                Err(failure) => {
-                    self.open = None;
-                    if let Err(error) = self.endpoint.wait(failure, &mut self.patience).await {
-                        self.endpoint = self.session.after(&self.endpoint, error)?;
-                        self.patience = self.endpoint.patience();
-                    }
+                Err(error) => {
+                    self.endpoint = self.session.after(&endpoint, error)?;
+                    self.patience = self.endpoint.patience();
                 }
             }
         }
         Ok(None)
+    }
+
+    /// The next bytes from one endpoint, or why it was given up.
+    async fn next_of(&mut self, endpoint: &Endpoint) -> Result<Bytes, Error> {
+        let _waiting = endpoint.silence.wait();
+        loop {
+            match self.step().await {
+                Ok(bytes) if bytes.is_empty() => {}
+                Ok(bytes) => {
+                    endpoint.silence.heard();
+                    return Ok(bytes);
+                }
+                Err(failure) => {
+                    self.open = None;
+                    let asked_for = blob_url(endpoint, &self.descriptor)?;
+                    endpoint
+                        .wait(failure, &mut self.patience, asked_for.path())
+                        .await?;
+                }
+            }
+        }
     }
 
     async fn step(&mut self) -> Result<Bytes, Failure> {
@@ -92,10 +110,14 @@ impl<'a> Ranged<'a> {
     }
 }
 
+fn blob_url(endpoint: &Endpoint, descriptor: &Descriptor) -> Result<Url, Error> {
+    endpoint.url(&format!("blobs/{}", descriptor.digest))
+}
+
 /// Asks for what is left.
 async fn connect(endpoint: &Endpoint, descriptor: &Descriptor, wanted: &Range<u64>) -> Result<Open, Failure> {
-    let path = format!("blobs/{}", descriptor.digest);
-    let mut ask = Ask::new(Method::GET, endpoint.url(&path)?).with(ACCEPT, "*/*");
+    let url = blob_url(endpoint, descriptor)?;
+    let mut ask = Ask::new(Method::GET, url).with(ACCEPT, "*/*");
     let whole = wanted.start == 0 && wanted.end >= descriptor.size;
     if !whole {
         let range = if wanted.end >= descriptor.size {
@@ -130,7 +152,7 @@ async fn connect(endpoint: &Endpoint, descriptor: &Descriptor, wanted: &Range<u6
             }
             wanted.start
         }
-        _ => return Err(endpoint.no(&answer, &path)),
+        _ => return Err(endpoint.no(&answer, &format!("blobs/{}", descriptor.digest))),
     };
     Ok(Open {
         body: Body::new(answer.response),

@@ -12,17 +12,18 @@ use reqwest::{Client, ClientBuilder, RequestBuilder, Response, redirect};
 use tokio::time::Instant;
 
 use super::super::error::Error;
+use super::silence::Silence;
 use super::trust::{Reach, Registries, guarded};
 
 /// Time to connect, TLS included. A registry that is up answers within one; the rest is for packet loss.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Longest wait for an answer to begin. Registries that fetch from their own storage first need some seconds.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+pub(super) const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// Longest time in which nothing of an upload leaves, or in which the registry says nothing when all has: some move what they
 /// got to a storage elsewhere before they answer.
-const TAKEN_TIMEOUT: Duration = Duration::from_secs(120);
+pub(super) const TAKEN_TIMEOUT: Duration = Duration::from_secs(120);
 
 /// An upload is handed to the connection in pieces of so many bytes, so that it shows when nothing moves.
 const PIECE: usize = 128 << 10;
@@ -126,13 +127,18 @@ pub(super) async fn begun(
 }
 
 /// Sends a request with a body and waits for its answer to begin. However slow the link is, it may take as long as it takes
-/// while bytes leave.
-pub(super) async fn sent(request: RequestBuilder, body: &Bytes) -> Result<Response, String> {
+/// while bytes leave, which ends a silence.
+pub(super) async fn sent(
+    request: RequestBuilder,
+    body: &Bytes,
+    silence: &Arc<Silence>,
+) -> Result<Response, String> {
     let moved = Arc::new(Mutex::new(Instant::now()));
-    let touch = Arc::clone(&moved);
+    let (touch, silence) = (Arc::clone(&moved), Arc::clone(silence));
     let mut rest = body.clone();
     let pieces = std::iter::from_fn(move || {
         *touch.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+        silence.heard();
         (!rest.is_empty()).then(|| Ok::<_, Infallible>(rest.split_to(rest.len().min(PIECE))))
     });
     let request = request

@@ -64,6 +64,8 @@ pub(super) struct Patience {
     failed: usize,
     tries: usize,
     counted: u64,
+    /// When the first try began, or the first after enough progress.
+    since: Instant,
 }
 
 impl Patience {
@@ -73,6 +75,7 @@ impl Patience {
             failed: 0,
             tries: PAUSES.len(),
             counted: 0,
+            since: Instant::now(),
         }
     }
 
@@ -87,7 +90,27 @@ impl Patience {
     /// So much has arrived in all; enough of it makes up for failures.
     pub(super) fn progress(&mut self, bytes: u64) {
         if bytes.saturating_sub(self.counted) >= PROGRESS_THAT_COUNTS {
-            (self.failed, self.counted) = (0, bytes);
+            (self.failed, self.counted, self.since) = (0, bytes, Instant::now());
+        }
+    }
+
+    /// How long all tries take together if each takes so long, and none is followed by a pause that the registry asks for.
+    pub(super) fn longest(&self, each: Duration) -> Duration {
+        let again = PAUSES[..self.tries].iter();
+        each + again
+            .map(|pause| with_jitter(*pause, JITTER) + each)
+            .sum::<Duration>()
+    }
+
+    /// What was tried in vain: how often, for how long, and what was asked for.
+    pub(super) fn in_vain(&self, asked_for: &str) -> String {
+        match self.failed {
+            0 => format!("asked for {asked_for}"),
+            failed => format!(
+                "asked {} times in {} s for {asked_for}",
+                failed + 1,
+                self.since.elapsed().as_secs()
+            ),
         }
     }
 
@@ -280,6 +303,11 @@ mod tests {
         );
         let asked = Duration::from_secs(20);
         assert!(Patience::short().pause(Some(asked)).unwrap() >= asked);
+        let (new, short, each) = (Patience::new(), Patience::short(), Duration::from_secs(30));
+        assert_eq!(new.longest(each), Duration::from_millis(126_750));
+        assert_eq!(short.longest(each), Duration::from_millis(60_750));
+        assert_eq!(new.in_vain("/v2/"), "asked for /v2/");
+        assert_eq!(patience.in_vain("/v2/"), "asked 4 times in 0 s for /v2/");
         assert_eq!(Patience::new().pause(Some(PAUSE_MAX + asked)), None);
         assert_eq!(with_jitter(Duration::from_secs(10), 50), Duration::from_secs(15));
         assert_eq!(with_jitter(Duration::from_secs(10), 0), Duration::from_secs(10));

@@ -120,7 +120,7 @@ impl WebFile {
         let endpoint = self.session.endpoint();
         let ask = Ask::new(Method::HEAD, endpoint.url("")?);
         let length = endpoint
-            .persistently(async || {
+            .persistently(ask.url.path(), async || {
                 let answer = endpoint.ask(&ask).await?;
                 if answer.response.status() != StatusCode::OK {
                     return Err(endpoint.no_image(&answer));
@@ -159,7 +159,7 @@ impl WebFile {
         let endpoint = self.session.endpoint();
         let ask = Ask::new(Method::GET, endpoint.at(path)?);
         endpoint
-            .persistently(async || {
+            .persistently(ask.url.path(), async || {
                 let answer = endpoint.ask(&ask).await?;
                 match answer.response.status() {
                     StatusCode::OK => {}

@@ -73,17 +73,17 @@ impl Store {
         Ok(())
     }
 
-    /// Takes one pin away, or all; how many there were.
+    /// Takes one pin away, or all; which there were.
     ///
     /// # Errors
     /// [`Error::Storage`].
-    pub fn unpin(&self, digest: &Digest, name: Option<&PinName>) -> Result<usize, Error> {
-        let mut gone = 0;
+    pub fn unpin(&self, digest: &Digest, name: Option<&PinName>) -> Result<Vec<PinName>, Error> {
+        let mut gone = Vec::new();
         for found in self.pins(digest)? {
             if name.is_none_or(|name| *name == found) {
                 remove(&self.pin_path(digest, &found))?;
                 kill::point(Point::PinRemoved);
-                gone += 1;
+                gone.push(found);
             }
         }
         Ok(gone)
@@ -142,9 +142,9 @@ mod tests {
         assert_eq!(store.pins(&digest).unwrap(), [release.clone(), team.clone()]);
         assert!(store.pinned_since(&digest, &team).unwrap().is_some());
         assert_eq!(store.pins(&Digest::of(b"other")).unwrap(), []);
-        assert_eq!(store.unpin(&digest, Some(&team)).unwrap(), 1);
-        assert_eq!(store.unpin(&digest, None).unwrap(), 1);
-        assert_eq!(store.unpin(&digest, None).unwrap(), 0);
+        assert_eq!(store.unpin(&digest, Some(&team)).unwrap(), [team]);
+        assert_eq!(store.unpin(&digest, None).unwrap(), [release]);
+        assert_eq!(store.unpin(&digest, None).unwrap(), []);
         for bad in ["", "a b", "../x", "a/b", &"x".repeat(65)] {
             assert!(bad.parse::<PinName>().is_err(), "{bad}");
         }

@@ -34,7 +34,7 @@ use super::digest::{Digest, Hasher};
 use super::error::Error;
 use super::inspect::DiskFormat;
 use super::manifest::Descriptor;
-use super::progress::Progress;
+use super::progress::{Progress, told_of_silence};
 use super::reference::Reference;
 use super::registry::Registries;
 use super::registry::credentials::Credentials;
@@ -119,17 +119,7 @@ pub async fn write(
         destination: &destination,
         progress,
     };
-    let (manifest, size) = match format {
-        Format::Native(how) => work.native(how).await?,
-        Format::ContainerDisk(packing) => work.container_disk(packing).await?,
-        Format::Sardinecake => work.sardinecake().await?,
-        Format::Qcow2 => work.plain().await?,
-    };
-    let media_type = &manifest.descriptor.media_type;
-    let digest = destination
-        .put_manifest(name, media_type, manifest.bytes.into())
-        .await?;
-    Ok(Written { digest, size })
+    told_of_silence(progress, || destination.unanswered(), work.all(format, name)).await
 }
 
 /// One image on its way out.
@@ -141,6 +131,21 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
+    async fn all(&self, format: Format<'_>, name: &str) -> Result<Written, Error> {
+        let (manifest, size) = match format {
+            Format::Native(how) => self.native(how).await?,
+            Format::ContainerDisk(packing) => self.container_disk(packing).await?,
+            Format::Sardinecake => self.sardinecake().await?,
+            Format::Qcow2 => self.plain().await?,
+        };
+        let media_type = &manifest.descriptor.media_type;
+        let digest = self
+            .destination
+            .put_manifest(name, media_type, manifest.bytes.into())
+            .await?;
+        Ok(Written { digest, size })
+    }
+
     async fn container_disk(&self, packing: Packing) -> Result<(Document, u64), Error> {
         let draft = self.draft;
         let body = Body::of(draft)?;
@@ -275,7 +280,8 @@ impl Work<'_> {
     }
 }
 
-/// Writes the disk into a new file, which appears under its name when it is whole; one that is there is left alone.
+/// Writes the disk into a new file, which appears under its name when it is whole; one that is there is left alone. The file's
+/// length in bytes comes back.
 ///
 /// # Errors
 /// [`Error::Storage`].
@@ -284,12 +290,13 @@ pub async fn save(
     format: DiskFormat,
     path: &Path,
     progress: &dyn Progress,
-) -> Result<(), Error> {
+) -> Result<u64, Error> {
     if path.symlink_metadata().is_ok() {
         return Err(Error::storage(path)(io::ErrorKind::AlreadyExists.into()));
     }
     let made = make(draft, format, record::folder_of(path), progress).await?;
-    made.name(path).map_err(Error::storage(path))
+    made.name(path).map_err(Error::storage(path))?;
+    Ok(path.metadata().map_err(Error::storage(path))?.len())
 }
 
 /// Writes the disk into a file that is to get its name in `dir`, by whoever calls.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use super::documents::{self, Document};
 use super::{Work, feed, size};
 use crate::image::error::Error;
-use crate::image::fetch::progress::Meter;
+use crate::image::fetch::progress::{Meter, told_of_silence};
 use crate::image::fetch::source::{Kind, Source};
 use crate::image::layout::Layout;
 use crate::image::manifest::{self, Document as Found, Manifest};
@@ -132,7 +132,8 @@ impl Work<'_> {
             });
         }
         let source = self.source(reference, image).await?;
-        let (_, bytes) = source.root().await?;
+        let root = told_of_silence(self.progress, || source.unanswered(), source.root());
+        let (_, bytes) = root.await?;
         let entries = match manifest::parse(&bytes).map_err(malformed)? {
             Found::Image(manifest) => return Ok((source, manifest)),
             Found::Index(entries) => entries,
