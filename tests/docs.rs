@@ -95,3 +95,25 @@ fn every_settings_example_in_the_docs_is_accepted() {
     }
     assert!(examples >= 2, "the examples moved");
 }
+
+#[test]
+#[ignore = "needs systemd-analyze"]
+fn systemd_has_no_word_to_say_about_our_units() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("contrib/systemd");
+    let dir = tempfile::tempdir().unwrap();
+    let mut units = Vec::new();
+    for entry in std::fs::read_dir(folder).unwrap() {
+        let (name, path) = entry.map(|entry| (entry.file_name(), entry.path())).unwrap();
+        let text = std::fs::read_to_string(path).unwrap();
+        // It looks whether the program is there.
+        let text = text.replace("/usr/local/bin/cannery", env!("CARGO_BIN_EXE_cannery"));
+        let unit = dir.path().join(name);
+        std::fs::write(&unit, text).unwrap();
+        units.push(unit);
+    }
+    let mut verify = std::process::Command::new("systemd-analyze");
+    let output = verify.args(["verify", "--man=no"]).args(&units).output().unwrap();
+    // What it does not know, it only warns of.
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(output.status.success() && said.is_empty(), "{said}");
+}

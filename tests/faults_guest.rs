@@ -96,7 +96,7 @@ fn a_guest_that_dies_at_boot_fails_at_once_with_its_last_words() {
 #[test]
 #[ignore = "needs libvirt and a guest"]
 fn a_guest_that_lets_us_in_neither_by_key_nor_by_password_says_what_was_offered() {
-    let host = Host::new(&[], &format!("{EMULATION}[guest]\nboot_timeout = \"90 s\"")).with_network();
+    let host = Host::new(&[], &format!("{EMULATION}[guest]\nboot_timeout = \"45 s\"")).with_network();
     let locked = "tiny.credentials=off tiny.password=sesame";
     let [keyless, wrong, right] =
         ["keyless", "wrong", "right"].map(|tag| host.images().add_tiny(tag, locked));

@@ -13,7 +13,7 @@ use support::scene::{SOON, Scene, port};
 use support::until;
 
 /// `timeout:` of the job whose time is over as a whole; a guest is there sooner, also on a busy host.
-const TIMEOUT: Duration = Duration::from_secs(110);
+const TIMEOUT: Duration = Duration::from_secs(75);
 /// A cleanup that holds a machine has nothing to wait for.
 const CLEANUP: Duration = Duration::from_secs(30);
 
