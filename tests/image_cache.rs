@@ -554,6 +554,7 @@ fn an_image_that_came_just_before_the_host_crashed_is_compared_with_what_came() 
     assert!(host.store().find(&digest.parse().unwrap()).unwrap().is_none());
     assert_eq!(host.list()[0]["unverified"], true);
     assert!(host.says(&["image", "list"]).contains(" unverified "));
+    assert_eq!(host.says(&["image", "list", "-q"]), format!("{digest}\n"));
     assert!(provide(&host.store(), &reference).unwrap().from_cache);
     assert_eq!(host.list()[0]["unverified"], false);
     assert!(!note.exists(), "it was synced");

@@ -84,7 +84,10 @@ fn what_cannot_be_written_is_refused_in_a_sentence() {
             push(&disk, &target, "containerdisk", &["--label", "a"]),
             "NAME=VALUE",
         ),
-        (push(&disk, &target, "raw", &[]), "not written as raw"),
+        (
+            vec!["image", "convert", &disk, &target, "--format", "raw"],
+            "not written as raw",
+        ),
         (push(&disk, &pinned, "qcow2", &[]), "written to tags"),
         (
             push(&disk, &target, "qcow2", &["--base", "a:1"]),

@@ -1,5 +1,7 @@
 use std::path::Path;
 
+use clap::ValueEnum;
+
 use super::progress::Lines;
 use super::source::{Kind, More, Place, Wishes, draft, or_file, place};
 use super::{interruptible, push};
@@ -7,6 +9,39 @@ use crate::cli::Context;
 use crate::image::{DiskFormat, Progress, Silent};
 use crate::outcome::Failure;
 use crate::stage::images;
+
+/// What a destination may be written as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Target {
+    /// An image in cannery's own format: only what changed is sent, and fetched.
+    Native,
+    /// An image in KubeVirt's format, which many tools read.
+    Containerdisk,
+    /// An image in sardinecake's format.
+    Sardinecake,
+    /// A file; or an image of one blob, as ORAS pushes it.
+    Qcow2,
+    /// A file, sector by sector.
+    Raw,
+}
+
+impl Target {
+    /// As what an image is written.
+    fn of_image(self) -> Result<Kind, Failure> {
+        Ok(match self {
+            Self::Native => Kind::Native,
+            Self::Containerdisk => Kind::Containerdisk,
+            Self::Sardinecake => Kind::Sardinecake,
+            Self::Qcow2 => Kind::Qcow2,
+            Self::Raw => {
+                return Err(
+                    Failure::system("an image is not written as raw: its holes would be sent")
+                        .hint("Choose qcow2, or a file as the destination"),
+                );
+            }
+        })
+    }
+}
 
 /// Write an image or a disk in another format
 ///
@@ -19,7 +54,7 @@ pub(in crate::cli) struct Arguments {
     destination: String,
     /// The format to write [default: native; for a file, what its name ends with]
     #[arg(long, value_enum)]
-    format: Option<Kind>,
+    format: Option<Target>,
     #[command(flatten)]
     more: More,
     #[command(flatten)]
@@ -37,7 +72,9 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     interruptible("conversion", async {
         match target {
             Place::Image(target) => {
-                let manner = arguments.more.check(arguments.format.unwrap_or(Kind::Native))?;
+                let manner = arguments
+                    .more
+                    .check(arguments.format.unwrap_or(Target::Native).of_image()?)?;
                 let draft = draft(context, &settings, &store, &source, &arguments.wishes, quiet)
                     .await
                     .map_err(|failure| or_file(&arguments.source, failure))?;
@@ -65,10 +102,10 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
 }
 
 /// The format of a file: what was asked for, or what its name says.
-fn of_file(kind: Option<Kind>, path: &Path) -> Result<DiskFormat, Failure> {
+fn of_file(kind: Option<Target>, path: &Path) -> Result<DiskFormat, Failure> {
     match (kind, path.extension().and_then(|ending| ending.to_str())) {
-        (Some(Kind::Qcow2), _) | (None, Some("qcow2")) => Ok(DiskFormat::Qcow2),
-        (Some(Kind::Raw), _) | (None, Some("raw" | "img")) => Ok(DiskFormat::Raw),
+        (Some(Target::Qcow2), _) | (None, Some("qcow2")) => Ok(DiskFormat::Qcow2),
+        (Some(Target::Raw), _) | (None, Some("raw" | "img")) => Ok(DiskFormat::Raw),
         (Some(_), _) => Err(Failure::system("a file can be qcow2 or raw only")
             .hint("For an image in a folder, write oci:/FOLDER:TAG")),
         (None, _) => Err(
@@ -87,8 +124,8 @@ mod tests {
         let of = |kind, name: &str| of_file(kind, Path::new(name)).ok();
         assert_eq!(of(None, "a.qcow2"), Some(DiskFormat::Qcow2));
         assert_eq!(of(None, "a.img"), Some(DiskFormat::Raw));
-        assert_eq!(of(Some(Kind::Raw), "a.qcow2"), Some(DiskFormat::Raw));
-        assert_eq!(of(Some(Kind::Sardinecake), "a.qcow2"), None);
+        assert_eq!(of(Some(Target::Raw), "a.qcow2"), Some(DiskFormat::Raw));
+        assert_eq!(of(Some(Target::Sardinecake), "a.qcow2"), None);
         assert_eq!(of(None, "a"), None);
     }
 }

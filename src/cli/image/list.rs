@@ -19,6 +19,9 @@ pub(in crate::cli) struct Arguments {
     /// Print digests whole
     #[arg(long)]
     digests: bool,
+    /// Print nothing but digests
+    #[arg(long, short, conflicts_with = "format")]
+    quiet: bool,
 }
 
 /// One line of the list; the JSON's keys are these names.
@@ -113,6 +116,15 @@ const SHORT_DIGEST: usize = 19;
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
     let settings = context.settings()?;
     let images = Images::open(&settings)?;
+    if arguments.quiet {
+        let digests = images.store().inventory()?.into_iter();
+        print(
+            &digests
+                .map(|held| format!("{}\n", held.digest))
+                .collect::<String>(),
+        );
+        return Ok(());
+    }
     let users = match images.users().await {
         Ok(users) => users,
         // A list is good for something without it.

@@ -54,10 +54,8 @@ pub(super) enum Kind {
     Containerdisk,
     /// sardinecake's.
     Sardinecake,
-    /// One blob that is a qcow2, as ORAS pushes it; or a file.
+    /// One blob that is a qcow2, as ORAS pushes it.
     Qcow2,
-    /// A file, sector by sector.
-    Raw,
 }
 
 /// How an image is to be written.
@@ -98,12 +96,6 @@ impl Manner {
 
 impl More {
     pub(super) fn check(&self, kind: Kind) -> Result<Written, Failure> {
-        if kind == Kind::Raw {
-            return Err(
-                Failure::system("an image is not written as raw: its holes would be sent")
-                    .hint("Choose qcow2, or a file as the destination"),
-            );
-        }
         if self.base.is_some() && kind != Kind::Native {
             return Err(Failure::system("only a native image builds upon another")
                 .hint("Leave out --base, or choose --format native"));
@@ -129,7 +121,7 @@ impl Written {
             Kind::Containerdisk => WriteFormat::ContainerDisk(self.compression.into()),
             Kind::Sardinecake => WriteFormat::Sardinecake,
             Kind::Qcow2 => WriteFormat::Qcow2,
-            Kind::Native | Kind::Raw => WriteFormat::Native(Native {
+            Kind::Native => WriteFormat::Native(Native {
                 base: self.base.as_ref(),
                 scratch,
             }),
