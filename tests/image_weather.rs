@@ -333,6 +333,44 @@ fn a_registry_that_never_answers_is_named_while_it_is_waited_for_and_when_it_is_
     }));
 }
 
+/// Hears how much was left of a pause.
+#[derive(Default)]
+struct Pauses(Mutex<Vec<(String, Duration)>>);
+
+impl Progress for Pauses {
+    fn event(&self, event: Event<'_>) {
+        if let Event::Paused { registry, left } = event {
+            self.0.lock().unwrap().push((registry.to_owned(), left));
+        }
+    }
+}
+
+#[test]
+fn who_waits_for_a_long_pause_is_told_how_much_is_left() {
+    let bench = Bench::new();
+    bench.change(|weather| {
+        weather.failures = vec![StatusCode::TOO_MANY_REQUESTS];
+        weather.retry_after = Some(7);
+    });
+    let heard = Pauses::default();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .unwrap();
+    runtime
+        .block_on(bench.store.provide(&bench.request(), &heard))
+        .unwrap();
+    let heard = heard.0.into_inner().unwrap();
+    // Nobody hears of the first five seconds.
+    assert!(
+        !heard.is_empty()
+            && heard.iter().all(|(registry, left)| {
+                *registry == bench.host && *left > Duration::ZERO && *left < Duration::from_secs(6)
+            }),
+        "{heard:?}"
+    );
+}
+
 #[test]
 fn an_overloaded_registry_is_asked_again_and_not_too_soon() {
     let bench = Bench::new();

@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use crate::image::{Event, Progress};
-use crate::report::{JobLog, Throttle, unanswered};
+use crate::report::{JobLog, Throttle, paused, unanswered};
 
 /// How often a long wait says a word.
 const WORD_EVERY: Duration = Duration::from_secs(5);
@@ -25,15 +25,15 @@ impl<'a> Patient<'a> {
 
 impl Progress for Patient<'_> {
     fn event(&self, event: Event<'_>) {
-        if let Event::Unanswered {
-            registry,
-            waited,
-            most,
-        } = event
-            && self.throttle.due()
-        {
-            let text = unanswered(registry, waited, most);
-            self.log.line(format!("cannery: {text}."));
-        }
+        let text = match event {
+            Event::Unanswered {
+                registry,
+                waited,
+                most,
+            } if self.throttle.due() => unanswered(registry, waited, most),
+            Event::Paused { registry, left } if self.throttle.due() => paused(registry, left),
+            _ => return,
+        };
+        self.log.line(format!("cannery: {text}."));
     }
 }

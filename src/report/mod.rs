@@ -51,6 +51,15 @@ pub fn unanswered(registry: &str, waited: Duration, most: Duration) -> String {
     )
 }
 
+/// What whoever waits is told of a registry that has too much to do.
+pub fn paused(registry: &str, left: Duration) -> String {
+    format!(
+        "{} has too much to do and asks for a pause, of which {} are left",
+        plain(registry, 200),
+        span(left)
+    )
+}
+
 /// A text that came from a stranger, safe to show on a terminal, in a log and in XML: control characters, and those that stand for
 /// no character, are left out, and it is not longer than `most` characters.
 pub fn plain(text: &str, most: usize) -> String {

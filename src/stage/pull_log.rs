@@ -4,7 +4,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use crate::image::{Event, Progress};
-use crate::report::{JobLog, Pace, Throttle, age, awaited, bytes, span, unanswered};
+use crate::report::{JobLog, Pace, Throttle, age, awaited, bytes, paused, span, unanswered};
 
 /// How often a long wait says a word in the job log.
 const PROGRESS_EVERY: Duration = Duration::from_secs(5);
@@ -54,6 +54,9 @@ impl Progress for PullLog<'_> {
                 most,
             } if self.silence.due() => {
                 format!("Fetching {}: {}.", self.image, unanswered(registry, waited, most))
+            }
+            Event::Paused { registry, left } if self.silence.due() => {
+                format!("Fetching {}: {}.", self.image, paused(registry, left))
             }
             Event::Fetching { done, total } => {
                 // Also where no line is due: the rate counts from the first byte.
@@ -117,11 +120,16 @@ mod tests {
             waited: Duration::from_secs(10),
             most: Duration::from_secs(126),
         });
+        pull.event(Event::Paused {
+            registry: "r.example.com",
+            left: Duration::from_secs(25),
+        });
         let said = String::from_utf8(said.0.lock().unwrap().clone()).unwrap();
         assert_eq!(
             said,
             "Fetching r.example.com/vm:1: 0 B of 1.0 KiB.\n\
-             Fetching r.example.com/vm:1: waiting for r.example.com, which has not answered for 10.0 s; it is given up after about 2 min 6 s.\n"
+             Fetching r.example.com/vm:1: waiting for r.example.com, which has not answered for 10.0 s; it is given up after about 2 min 6 s.\n\
+             Fetching r.example.com/vm:1: r.example.com has too much to do and asks for a pause, of which 25.0 s are left.\n"
         );
     }
 }

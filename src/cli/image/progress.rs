@@ -9,7 +9,7 @@ use std::time::Duration;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use crate::image::{Digest, Event, Progress};
-use crate::report::{JobLog, Pace, Throttle, age, awaited, bytes, span, unanswered};
+use crate::report::{JobLog, Pace, Throttle, age, awaited, bytes, paused, span, unanswered};
 
 /// How often a line is written where there is no terminal.
 const LINE_EVERY: Duration = Duration::from_secs(5);
@@ -126,6 +126,7 @@ impl Progress for Lines<'_> {
                 waited,
                 most,
             } if self.silence.due() => self.line(&unanswered(registry, waited, most)),
+            Event::Paused { registry, left } if self.silence.due() => self.line(&paused(registry, left)),
             Event::Doubted { .. } => {
                 self.line("this host was started again before it was known to be on the disk: comparing it with what came");
             }

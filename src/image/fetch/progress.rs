@@ -68,6 +68,13 @@ pub enum Event<'a> {
         /// After how long it is given up, more or less.
         most: Duration,
     },
+    /// A registry that has too much to do asks for a pause; we keep it.
+    Paused {
+        /// `host[:port]`.
+        registry: &'a str,
+        /// How much is left of it.
+        left: Duration,
+    },
     /// Bytes have arrived.
     Fetching {
         /// Compressed bytes so far.
@@ -142,8 +149,12 @@ pub(in crate::image) async fn told_of_silence<T>(
         tokio::select! {
             result = &mut work => return result,
             _ = tick.tick() => {
-                if let Some(Unanswered { registry, waited, most }) = unanswered() {
-                    progress.event(Event::Unanswered { registry: &registry, waited, most });
+                if let Some(Unanswered { registry, waited, most, pause }) = unanswered() {
+                    let registry = &registry;
+                    progress.event(match pause {
+                        Some(left) => Event::Paused { registry, left },
+                        None => Event::Unanswered { registry, waited, most },
+                    });
                 }
             }
         }

@@ -212,6 +212,7 @@ impl Endpoint {
             waited: self.silence.lasts()?,
             registry: self.registry.clone(),
             most: self.patience().longest(each),
+            pause: self.gate.closed_for(),
         })
     }
 

@@ -17,6 +17,8 @@ pub(in crate::image) struct Unanswered {
     pub(in crate::image) waited: Duration,
     /// After how long it is given up, more or less.
     pub(in crate::image) most: Duration,
+    /// How much is left of a pause that it has asked for.
+    pub(in crate::image) pause: Option<Duration>,
 }
 
 /// What all requests to one registry know of its silence.

@@ -216,6 +216,15 @@ impl Gate {
         }
     }
 
+    /// How much is left of a pause that the registry asked for.
+    pub(super) fn closed_for(&self) -> Option<Duration> {
+        let left = self
+            .state()
+            .closed_until?
+            .saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(left)
+    }
+
     /// The registry has too much: nobody asks it before the pause is over, and then fewer at once.
     pub(super) fn close(&self, pause: Duration) {
         let now = Instant::now();
