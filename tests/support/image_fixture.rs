@@ -105,6 +105,11 @@ pub fn zstd(bytes: &[u8]) -> Vec<u8> {
     zstd::encode_all(bytes, 1).unwrap()
 }
 
+/// A frame of each MiB, as `pzstd` and cannery itself make them.
+pub fn zstd_frames(bytes: &[u8]) -> Vec<u8> {
+    bytes.chunks(1 << 20).flat_map(zstd).collect()
+}
+
 /// One image of a layout.
 #[derive(Default)]
 pub struct Image {
@@ -125,7 +130,7 @@ impl Image {
     pub fn container_disk(archive: &[u8], media_type: &str) -> Self {
         let packed = match media_type {
             OCI_TAR_GZIP => gzip(archive),
-            OCI_TAR_ZSTD => zstd(archive),
+            OCI_TAR_ZSTD => zstd_frames(archive),
             _ => archive.to_vec(),
         };
         Self {

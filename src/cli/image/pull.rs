@@ -114,7 +114,7 @@ async fn fetch(context: &Context, arguments: &Arguments, mut done: impl FnMut(&D
             interrupted = tokio::signal::ctrl_c() => {
                 return Err(match interrupted {
                     Ok(()) => Failure::system(format!("the pull of {name} was interrupted"))
-                        .hint("The next pull goes on from the last checkpoint, if there was one by then; a layer in zstd or xz starts again"),
+                        .hint("The next pull goes on from the last checkpoint, if there was one by then; a layer in xz, or in zstd of one frame, starts again"),
                     Err(e) => Failure::system(format!("cannot listen for Ctrl-C: {e}")),
                 });
             }

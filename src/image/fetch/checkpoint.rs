@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::gunzip::Stopped;
+use super::decoder::Stand;
 use super::ledger::Segment;
 use super::verified::Position;
 use crate::image::digest::Hasher;
@@ -15,7 +15,7 @@ use crate::image::error::Error;
 use crate::kill::{self, Point};
 
 /// Name of the checkpoint in an image's folder, with the version of its content.
-pub(super) const CHECKPOINT: &str = "checkpoint-1.json";
+pub(super) const CHECKPOINT: &str = "checkpoint-2.json";
 
 /// Largest checkpoint that is read, in bytes: its parts are bounded when it is written.
 const CHECKPOINT_MAX: u64 = 8 << 20;
@@ -39,8 +39,7 @@ pub(super) struct Mark {
     /// Packed bytes in front of the position that are still to be unpacked.
     #[serde(with = "hex")]
     pub(super) rest: Vec<u8>,
-    /// None for a layer that is not packed.
-    pub(super) gunzip: Option<Stopped>,
+    pub(super) stand: Stand,
 }
 
 impl Checkpoint {

@@ -7,6 +7,7 @@ use std::io;
 
 use serde::{Deserialize, Serialize};
 
+use super::decoder::Step;
 use super::inflate::{self, Boundary, Inflate, Place};
 
 /// Longest header of a member, in bytes: its extra field alone may have 64 KiB.
@@ -26,15 +27,6 @@ enum Stage {
     Body,
     /// What has been seen of its trailer.
     Trailer(Vec<u8>),
-}
-
-/// What one step did.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Step {
-    /// Bytes taken from the input.
-    pub(super) taken: usize,
-    /// Bytes given to the output.
-    pub(super) given: usize,
 }
 
 /// A decoder between two blocks.
@@ -92,12 +84,12 @@ impl Gunzip {
                     if seen.len() >= HEADER_MAX {
                         return Err(broken("a gzip header has no end"));
                     }
-                    return Ok(Step::took(input.len()));
+                    return Ok(took(input.len()));
                 };
                 self.stage = Stage::Body;
                 self.inflate.again()?;
                 self.given = 0;
-                Ok(Step::took(length - before))
+                Ok(took(length - before))
             }
             Stage::Body => {
                 let inflate::Step { taken, given, place } = self.inflate.step(input, output, stop)?;
@@ -119,7 +111,7 @@ impl Gunzip {
                     }
                     self.stage = Stage::Header(Vec::new());
                 }
-                Ok(Step::took(taken))
+                Ok(took(taken))
             }
         }
     }
@@ -130,15 +122,8 @@ impl Gunzip {
     }
 }
 
-impl Step {
-    /// Without more input nothing comes any more.
-    pub(super) fn is_idle(&self) -> bool {
-        (self.taken, self.given) == (0, 0)
-    }
-
-    fn took(taken: usize) -> Self {
-        Self { taken, given: 0 }
-    }
+fn took(taken: usize) -> Step {
+    Step { taken, given: 0 }
 }
 
 /// The length of a member's header; none while it is not all there.

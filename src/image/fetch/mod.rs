@@ -11,7 +11,7 @@
 //! | in which order | [`provide`], [`make`] |
 //! | who may have what is here | [`access`] |
 //! | where bytes come from | [`source`] |
-//! | how a stream is unpacked | `stream` starts the threads, `verified` counts and hashes, `unpacker` unpacks ([`decompress`], `gunzip`, `inflate`), `unpacked` is what formats read, [`sparse`] writes |
+//! | how a stream is unpacked | `stream` starts the threads, `verified` counts and hashes, `unpacker` unpacks ([`decompress`], `decoder`, `gunzip`, `inflate`, `unzstd`), `unpacked` is what formats read, [`sparse`] writes |
 //! | how a stream goes on in another process | [`ledger`], `checkpoint` |
 //! | how several files become one disk | `flatten`; `beginning` hears their names |
 //! | how pieces are fetched | [`pieces`] brings them, `batch` divides them, `site` and `codec` unpack, `placed` writes, `done` remembers |
@@ -25,6 +25,7 @@ mod batch;
 mod beginning;
 mod checkpoint;
 mod codec;
+mod decoder;
 pub(super) mod decompress;
 mod done;
 mod flatten;
@@ -47,6 +48,7 @@ pub(super) mod sparse;
 mod stream;
 mod unpacked;
 mod unpacker;
+mod unzstd;
 mod verified;
 
 #[cfg(any(test, fuzzing))]

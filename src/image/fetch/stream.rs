@@ -6,8 +6,9 @@
 //!                       └─────────────────────────┴───────────────────────────┴─▶ checkpoint (one small file)
 //! ```
 //!
-//! A mark travels with the bytes: whoever meets it knows that all bytes in front of it are used and none behind. Gzip and
-//! plain layers have marks. Other packings have no place at which they could be stopped: such a layer starts again.
+//! A mark travels with the bytes: whoever meets it knows that all bytes in front of it are used and none behind. Plain
+//! layers have marks anywhere, gzip between its blocks, zstd between its frames. xz has no place at which it could be stopped: such a
+//! layer starts again.
 
 use std::any::Any;
 use std::collections::BTreeMap;
@@ -75,7 +76,7 @@ impl Stream<'_> {
         };
         self.place.ledger.begin(segments.clone(), files);
         let (position, rest, from) = match mark {
-            Some(mark) => (mark.position, mark.rest, Some(mark.gunzip)),
+            Some(mark) => (mark.position, mark.rest, Some(mark.stand)),
             None => (Position::default(), Vec::new(), None),
         };
         let (sender, reader) = relay(PIECES_IN_FLIGHT);

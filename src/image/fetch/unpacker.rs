@@ -9,8 +9,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use super::checkpoint::Mark;
+use super::decoder::{Decoder, Stand};
 use super::decompress::{Compression, MAGIC, decompress, sniff, unreadable};
-use super::gunzip::{Gunzip, Stopped};
 use super::part::cut;
 use super::verified::Position;
 use crate::image::error::Error;
@@ -150,7 +150,7 @@ impl Unpacker {
     pub(super) fn run(
         &self,
         mut packed: Packed,
-        from: Option<Option<Stopped>>,
+        from: Option<Stand>,
         taker: &Receiver<bool>,
         checker: &Sender<bool>,
     ) -> Result<(), Error> {
@@ -168,31 +168,30 @@ impl Unpacker {
         }
     }
 
-    fn unpack(&self, packed: &mut Packed, from: Option<Option<Stopped>>) -> Result<(), Halt> {
+    fn unpack(&self, packed: &mut Packed, from: Option<Stand>) -> Result<(), Halt> {
         match from {
-            Some(None) => return self.pass_on(packed),
-            Some(Some(stopped)) => {
-                let gunzip = Gunzip::resume(&stopped).ok_or_else(|| self.broken_checkpoint())?;
-                return self.gunzip(packed, gunzip);
+            Some(Stand::Plain) => return self.pass_on(packed),
+            Some(stand) => {
+                let decoder = Decoder::resume(&stand).map_err(|error| self.unreadable(error))?;
+                let decoder = decoder.ok_or_else(|| self.broken_checkpoint())?;
+                return self.decode(packed, decoder);
             }
             None => {}
         }
         let head = packed.peek(MAGIC).map_err(|error| self.unreadable(error))?;
-        match sniff(head) {
-            Compression::None => self.pass_on(packed),
-            Compression::Gzip => {
-                let gunzip = Gunzip::new().map_err(|error| self.unreadable(error))?;
-                self.gunzip(packed, gunzip)
-            }
-            _ => {
-                let (compression, mut unpacked) = decompress(packed, &self.place.image)?;
-                self.send(Block::Begin(compression))?;
-                while let Some(block) = self.read(&mut unpacked)? {
-                    self.send(Block::Bytes(block))?;
-                }
-                self.send(Block::End)
-            }
+        let compression = sniff(head);
+        if compression == Compression::None {
+            return self.pass_on(packed);
         }
+        if let Some(decoder) = Decoder::new(compression).map_err(|error| self.unreadable(error))? {
+            return self.decode(packed, decoder);
+        }
+        let (compression, mut unpacked) = decompress(packed, &self.place.image)?;
+        self.send(Block::Begin(compression))?;
+        while let Some(block) = self.read(&mut unpacked)? {
+            self.send(Block::Bytes(block))?;
+        }
+        self.send(Block::End)
     }
 
     /// A layer that is not packed.
@@ -204,14 +203,15 @@ impl Unpacker {
             self.send(Block::Bytes(block))?;
             if since.is_enough(self.every) {
                 since = Since::now();
-                self.mark(packed, packed.piece.to_vec(), None)?;
+                self.mark(packed, packed.piece.to_vec(), Stand::Plain)?;
             }
         }
         self.send(Block::End)
     }
 
-    fn gunzip(&self, packed: &mut Packed, mut gunzip: Gunzip) -> Result<(), Halt> {
-        self.send(Block::Begin(Compression::Gzip))?;
+    /// A layer whose decoder can be stopped.
+    fn decode(&self, packed: &mut Packed, mut decoder: Decoder) -> Result<(), Halt> {
+        self.send(Block::Begin(decoder.compression()))?;
         let (mut input, mut since, mut ended) = (Bytes::new(), Since::now(), false);
         let (mut block, mut filled) = (self.empty(), 0);
         loop {
@@ -224,26 +224,26 @@ impl Unpacker {
                     None => ended = true,
                 }
             }
-            let step = gunzip
+            let step = decoder
                 .step(&input, &mut block[filled..], since.is_enough(self.every))
                 .map_err(|error| self.unreadable(error))?;
             drop(input.split_to(step.taken));
             filled += step.given;
-            let stopped = gunzip.stop();
+            let stopped = decoder.stop();
             if filled == BLOCK || stopped.is_some() {
                 block.truncate(filled);
                 self.send(Block::Bytes(std::mem::replace(&mut block, self.empty())))?;
                 filled = 0;
             }
-            if stopped.is_some() {
+            if let Some(stand) = stopped {
                 since = Since::now();
-                self.mark(packed, input.to_vec(), stopped)?;
+                self.mark(packed, input.to_vec(), stand)?;
             }
             if ended && step.is_idle() {
                 break;
             }
         }
-        if !gunzip.is_complete() {
+        if !decoder.is_complete() {
             return Err(self.unreadable(io::ErrorKind::UnexpectedEof.into()));
         }
         block.truncate(filled);
@@ -252,11 +252,11 @@ impl Unpacker {
     }
 
     /// Sends a mark. `rest` is what is not used of the pieces that have come.
-    fn mark(&self, packed: &Packed, rest: Vec<u8>, gunzip: Option<Stopped>) -> Result<(), Halt> {
+    fn mark(&self, packed: &Packed, rest: Vec<u8>, stand: Stand) -> Result<(), Halt> {
         self.send(Block::Mark(Box::new(Mark {
             position: packed.end.clone(),
             rest,
-            gunzip,
+            stand,
         })))
     }
 
