@@ -25,7 +25,7 @@ use cannery::image::{
     Asker, Credentials, Disk, Error, Limits, PullPolicy, Registries, Request, Silent, Store,
 };
 use cannery::record::{Caller, JobKey, Jobs, Record};
-use faulty_registry::Registry;
+use faulty_registry::{Fault, Registry};
 use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, Tar, noise};
 use jiff::Timestamp;
 use serde_json::{Value, json};
@@ -757,6 +757,52 @@ fn who_waits_for_a_registry_that_does_not_answer_is_told_so() {
     for (_, call) in calls {
         let output = call.wait_with_output().unwrap();
         assert!(output.status.success(), "{output:?}");
+    }
+}
+
+#[test]
+fn a_pull_that_is_interrupted_on_a_slow_link_keeps_most_of_what_came() {
+    const SIZE: usize = 96 << 20;
+    const INTERRUPTED: u64 = 60 << 20;
+    for media_type in [OCI_TAR, OCI_TAR_GZIP] {
+        let host = Host::new("");
+        let registry = &host.registry;
+        host.write_settings(
+            "test:///default",
+            &format!("plain_http = [\"{}\"]", registry.host),
+        );
+        let archive = Tar::new().file("disk/disk.img", &noise(11, SIZE)).bytes();
+        let digest = host
+            .layout
+            .add("slow", &Image::container_disk(&archive, media_type));
+        registry.add(&host.layout.dir, &digest, "slow");
+        registry.misbehave(1, 100, &[Fault::Slow]);
+        let reference = format!("{}/vm:slow", registry.host);
+        let mut pull = host.command(&["image", "pull", &reference]);
+        let pull = pull.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+        let begin = std::time::Instant::now();
+        while registry.sent() < INTERRUPTED {
+            assert!(begin.elapsed().as_secs() < 60, "nothing comes");
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        rustix::process::kill_process(
+            rustix::process::Pid::from_child(&pull),
+            rustix::process::Signal::INT,
+        )
+        .unwrap();
+        let output = pull.wait_with_output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        assert!(
+            output.status.code() == Some(1) && said.contains("was interrupted"),
+            "{said}"
+        );
+
+        registry.misbehave(0, 0, &[]);
+        let before = registry.sent();
+        host.pull(&reference);
+        let again = registry.sent() - before;
+        eprintln!("{media_type}: of {before} bytes that had come, {again} were sent again, in all {SIZE}");
+        assert!(again + INTERRUPTED / 3 <= SIZE as u64, "{again}");
     }
 }
 

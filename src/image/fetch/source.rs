@@ -11,6 +11,8 @@
 use std::io::Read;
 use std::ops::Range;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
@@ -34,9 +36,14 @@ pub(in crate::image) const DOCUMENT_MAX: u64 = 4 << 20;
 /// hundred KiB.
 pub(super) const PIECES_IN_FLIGHT: usize = 16;
 
-/// Bytes of a stream that are asked for together, and how many such parts are held in memory at once.
-const PART: u64 = 8 << 20;
+/// Fewest and most bytes of a stream that are asked for together, and how many such parts are held in memory at once.
+const PART_MIN: u64 = 2 << 20;
+const PART_MAX: u64 = 8 << 20;
 const PARTS_IN_FLIGHT: usize = 4;
+
+/// About how long a part takes. Whoever interrupts a pull loses the parts that are under way; each costs the way to the registry
+/// and back.
+const PART_TIME: Duration = Duration::from_secs(1);
 
 /// Most connections to a registry at once; it may want fewer.
 const CONNECTIONS: usize = 6;
@@ -222,8 +229,9 @@ impl Source {
         sink: mpsc::Sender<Piece>,
     ) -> Result<(), Error> {
         let width = self.width().min(PARTS_IN_FLIGHT);
-        let parts = stream::iter(divided(blobs, offset, PART))
-            .map(|(blob, range)| self.collect(&blobs[blob], range, meter));
+        let share = Share::default();
+        let parts = stream::iter(divided(blobs, offset, || share.next()))
+            .map(|(blob, range)| self.collect(&blobs[blob], range, meter, &share));
         let mut parts = parts.buffered(width);
         let mut at = offset;
         self.beginning.begin(offset);
@@ -238,7 +246,7 @@ impl Source {
         }
         // With them their connections go.
         drop(parts);
-        for (blob, range) in divided(blobs, at, u64::MAX) {
+        for (blob, range) in divided(blobs, at, || u64::MAX) {
             let mut part = self.range(&blobs[blob], range)?;
             while let Some(bytes) = part.next().await? {
                 meter.add_fetched(&blobs[blob], bytes.len());
@@ -263,7 +271,9 @@ impl Source {
         blob: &Descriptor,
         range: Range<u64>,
         meter: &Meter,
+        share: &Share,
     ) -> Result<Option<Vec<Bytes>>, Error> {
+        let (begin, length) = (Instant::now(), range.end - range.start);
         let mut part = self.range(blob, range)?;
         let mut pieces = Vec::new();
         while !self.ignores_ranges() {
@@ -273,7 +283,10 @@ impl Source {
                     meter.add_fetched(blob, bytes.len());
                     pieces.push(bytes);
                 }
-                None => return Ok(Some(pieces)),
+                None => {
+                    share.came(length, begin.elapsed());
+                    return Ok(Some(pieces));
+                }
             }
         }
         Ok(None)
@@ -352,14 +365,41 @@ impl Source {
     }
 }
 
-/// Divides blobs that follow each other, from an offset on, into parts of at most so many bytes: which blob, and which bytes of it.
-fn divided(blobs: &[Descriptor], offset: u64, most: u64) -> impl Iterator<Item = (usize, Range<u64>)> {
+/// How large the next part of a stream is: what one connection brings in [`PART_TIME`].
+struct Share(AtomicU64);
+
+impl Default for Share {
+    fn default() -> Self {
+        Self(AtomicU64::new(PART_MIN))
+    }
+}
+
+impl Share {
+    fn next(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+
+    /// A part has come.
+    fn came(&self, bytes: u64, took: Duration) {
+        let per_second = u128::from(bytes) * PART_TIME.as_micros() / took.as_micros().max(1);
+        let next = u64::try_from(per_second).unwrap_or(u64::MAX);
+        self.0.store(next.clamp(PART_MIN, PART_MAX), Ordering::Relaxed);
+    }
+}
+
+/// Divides blobs that follow each other, from an offset on, into parts: which blob, and which bytes of it. `most` is asked for the
+/// largest size of each as they go.
+fn divided(
+    blobs: &[Descriptor],
+    offset: u64,
+    most: impl Fn() -> u64 + Copy,
+) -> impl Iterator<Item = (usize, Range<u64>)> {
     let mut skipped = offset;
     blobs.iter().enumerate().flat_map(move |(number, blob)| {
         let (begin, size) = (skipped.min(blob.size), blob.size);
         skipped -= begin;
         // One after the other: a stranger's size may make for more of them than there is memory.
-        let from = move |begin: u64| (begin < size).then(|| begin..begin.saturating_add(most).min(size));
+        let from = move |begin: u64| (begin < size).then(|| begin..begin.saturating_add(most()).min(size));
         let ranges = std::iter::successors(from(begin), move |last| from(last.end));
         ranges.map(move |range| (number, range))
     })
@@ -405,11 +445,30 @@ mod tests {
             size,
             annotations: std::collections::BTreeMap::new(),
         };
-        let blobs = [blob(PART + 5), blob(0), blob(7)];
-        let parts = |offset| divided(&blobs, offset, PART).collect::<Vec<_>>();
-        assert_eq!(parts(0), [(0, 0..PART), (0, PART..PART + 5), (2, 0..7)]);
-        assert_eq!(parts(PART + 1), [(0, PART + 1..PART + 5), (2, 0..7)]);
-        assert_eq!(parts(PART + 6), [(2, 1..7)]);
-        assert_eq!(parts(PART + 12), []);
+        let blobs = [blob(PART_MAX + 5), blob(0), blob(7)];
+        let parts = |offset| divided(&blobs, offset, || PART_MAX).collect::<Vec<_>>();
+        assert_eq!(
+            parts(0),
+            [(0, 0..PART_MAX), (0, PART_MAX..PART_MAX + 5), (2, 0..7)]
+        );
+        assert_eq!(parts(PART_MAX + 1), [(0, PART_MAX + 1..PART_MAX + 5), (2, 0..7)]);
+        assert_eq!(parts(PART_MAX + 6), [(2, 1..7)]);
+        assert_eq!(parts(PART_MAX + 12), []);
+    }
+
+    #[test]
+    fn a_part_takes_about_a_second() {
+        let share = Share::default();
+        assert_eq!(share.next(), PART_MIN);
+        for (bytes, milliseconds, next) in [
+            (PART_MIN, 10, PART_MAX),
+            (PART_MAX, 2000, PART_MAX / 2),
+            (PART_MAX / 2, 1000, PART_MAX / 2),
+            (PART_MIN, 60_000, PART_MIN),
+            (PART_MIN, 0, PART_MAX),
+        ] {
+            share.came(bytes, Duration::from_millis(milliseconds));
+            assert_eq!(share.next(), next, "{bytes} in {milliseconds} ms");
+        }
     }
 }
