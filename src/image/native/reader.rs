@@ -106,10 +106,14 @@ impl Reader {
                 self.promised
             ));
         }
-        if self.lengths[0].is_none() {
+        let [disk, kernel, initrd] = self.lengths.map(|length| length.is_some());
+        if !disk {
             return Err("its index has no disk".to_owned());
         }
-        Ok(self.lengths.map(|length| length.is_some()))
+        if initrd && !kernel {
+            return Err("its index has an initial RAM disk and no kernel".to_owned());
+        }
+        Ok([disk, kernel, initrd])
     }
 
     /// Segments come in the order of the files and, in each, of the chunks.

@@ -168,6 +168,27 @@ fn a_new_version_is_whole_without_the_old_one() {
 }
 
 #[test]
+fn an_initial_ram_disk_without_a_kernel_is_refused() {
+    let bench = Bench::new();
+    let disk = disk();
+    bench.push("vm", [Some(&disk), None, Some(&[7; 5000])], Known::default());
+    let error = bench.pull(Path::new("store"), "vm").unwrap_err();
+    assert!(
+        error
+            .to_string()
+            .ends_with("has an initial RAM disk and no kernel"),
+        "{error}"
+    );
+    let kernel = [7; 5000];
+    bench.push(
+        "vm",
+        [Some(&disk), Some(&kernel), Some(&kernel)],
+        Known::default(),
+    );
+    bench.pull(Path::new("store"), "vm").unwrap();
+}
+
+#[test]
 fn an_index_that_lies_is_refused_before_its_last_part_is_fetched() {
     let bench = Bench::new();
     let disk = disk();
