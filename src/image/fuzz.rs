@@ -10,7 +10,7 @@ use super::platform::Platform;
 use super::reference::Reference;
 use super::registry::challenge;
 use super::registry::credentials::{Credentials, Origin};
-use super::{decompress, fetch, format, hints, inspect, lz4, native, policy, registry};
+use super::{decompress, fetch, format, hints, inspect, lz4, native, policy, registry, view};
 
 /// Largest virtual disk that the targets allow, in bytes.
 const DISK_MAX: u64 = 1 << 40;
@@ -34,6 +34,7 @@ pub const TARGETS: &[(&str, Target)] = &[
     ("manifest", manifest),
     ("native_index", native::fuzz_index),
     ("qcow2", disk),
+    ("qcow2_view", view::fuzz_qcow2),
     ("raw", disk),
     ("recipe", format::fuzz::recipe),
     ("reference", reference),

@@ -16,6 +16,8 @@ use rustix::fs::SeekFrom;
 use super::error::Error;
 use super::inspect::DiskFormat;
 use qcow2::Qcow2;
+#[cfg(any(test, fuzzing))]
+pub(super) use qcow2::fuzz as fuzz_qcow2;
 
 /// Most files that lie upon each other. libvirt's snapshots of years stay below.
 pub(super) const DEPTH_MAX: usize = 64;

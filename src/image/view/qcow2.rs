@@ -66,7 +66,10 @@ fn damaged(what: &str) -> io::Error {
 impl Qcow2 {
     /// Opens a file whose header was checked.
     pub(super) fn open(path: &Path, below: Option<Box<dyn Guest + Send>>) -> io::Result<Self> {
-        let file = File::open(path)?;
+        Self::of(File::open(path)?, below)
+    }
+
+    fn of(file: File, below: Option<Box<dyn Guest + Send>>) -> io::Result<Self> {
         let mut header = [0; 112];
         // A file of version 2 may be shorter than the newest header.
         let mut present = 0;
@@ -146,6 +149,9 @@ impl Qcow2 {
         if table_at == 0 {
             return Ok((State::Absent, (at / self.span() + 1) * self.span()));
         }
+        if table_at % self.cluster() != 0 {
+            return Err(damaged("a table begins inside a cluster"));
+        }
         let table = {
             let mut last = self.last.lock().unwrap_or_else(PoisonError::into_inner);
             match &last.table {
@@ -172,6 +178,9 @@ impl Qcow2 {
         }
         let inside = at % self.cluster();
         let place = entry & OFFSET;
+        if place % self.cluster() != 0 {
+            return Err(damaged("a cluster begins inside another"));
+        }
         if self.extended {
             let part = inside / self.unit();
             let bits = word(index + 8);
@@ -315,5 +324,44 @@ impl Guest for Qcow2 {
             }
         }
         Ok(found)
+    }
+}
+
+/// Reads a hostile file as push, convert and flattening do: whatever its tables say, what is no data is zeros.
+#[cfg(any(test, fuzzing))]
+pub(in crate::image) fn fuzz(bytes: &[u8]) {
+    use std::io::Write as _;
+
+    use rustix::fs::MemfdFlags;
+
+    use crate::image::inspect::{self, DiskFormat};
+
+    /// Largest disk, which has many clusters of the smallest kind, and how much of it is read.
+    const SIZE_MAX: u64 = 16 << 20;
+    const READ_MAX: usize = 64 << 10;
+    match inspect::bytes(bytes, SIZE_MAX) {
+        Ok(inspected) if inspected.format == DiskFormat::Qcow2 => {}
+        _ => return,
+    }
+    let Ok(memory) = rustix::fs::memfd_create("qcow2", MemfdFlags::CLOEXEC) else {
+        return;
+    };
+    let mut file = File::from(memory);
+    let Ok(guest) = file.write_all(bytes).and_then(|()| Qcow2::of(file, None)) else {
+        return;
+    };
+    let read = |range: Range<u64>| {
+        let length = usize::try_from(range.end - range.start).unwrap_or(READ_MAX);
+        let mut buffer = vec![1; length.min(READ_MAX)];
+        guest.read(&mut buffer, range.start).map(|()| buffer)
+    };
+    let mut at = 0;
+    while let Ok(Some(data)) = guest.next_data(at..guest.size()) {
+        assert!(at <= data.start && data.start < data.end && data.end <= guest.size());
+        if let Ok(between) = read(at..data.start) {
+            assert!(between.iter().all(|byte| *byte == 0), "data is taken for zeros");
+        }
+        let _ = read(data.clone());
+        at = data.end;
     }
 }
