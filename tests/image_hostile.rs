@@ -22,6 +22,7 @@ use cannery::image::{
 };
 use image_fixture::{Image, Layout, OCI_TAR, OCI_TAR_GZIP, Tar, gzip, qcow2_disk, raw_disk, sha256, zstd};
 use serde_json::{Value, json};
+use sha2::{Digest as _, Sha256};
 use support::table;
 use tar::EntryType;
 
@@ -168,6 +169,73 @@ fn raw(beginning: &[u8]) -> Image {
     let mut disk = beginning.to_vec();
     disk.resize(4096, 0);
     Image::plain(disk, "application/octet-stream")
+}
+
+/// A chunk of the disk as an index names it: where it lies in the disk, its length, where its frame lies in the pack, that one's
+/// length, and its digest.
+type Chunk = (u64, u64, u64, u64, [u8; 32]);
+
+/// The manifest of an image in cannery's own format with one pack, as `docs/image-format.md` has it.
+fn native(layout: &Layout, disk: u64, pack: &[u8], chunks: &[Chunk]) -> Value {
+    fn number(out: &mut Vec<u8>, mut number: u64) {
+        while number >= 0x80 {
+            out.push((number & 0x7f) as u8 | 0x80);
+            number >>= 7;
+        }
+        out.push((number & 0x7f) as u8);
+    }
+    let pack_layer = layout.blob(pack, "application/vnd.cannery.image.pack.v1+zstd");
+    let mut segment = b"CANINDX1".to_vec();
+    for field in [0, disk, 1, chunks.len() as u64] {
+        number(&mut segment, field);
+    }
+    segment.extend(Sha256::digest(pack));
+    let mut end = 0;
+    for (at, length, ..) in chunks {
+        number(&mut segment, at - end);
+        end = at + length;
+    }
+    chunks.iter().for_each(|chunk| number(&mut segment, chunk.1));
+    chunks.iter().for_each(|_| number(&mut segment, 0));
+    let mut end = 0;
+    for (_, _, begin, length, _) in chunks {
+        let distance = if *begin >= end {
+            2 * (begin - end)
+        } else {
+            2 * (end - begin) - 1
+        };
+        number(&mut segment, distance);
+        end = begin + length;
+    }
+    chunks.iter().for_each(|chunk| number(&mut segment, chunk.3));
+    chunks.iter().for_each(|chunk| segment.extend(chunk.4));
+    let mut content = Sha256::new();
+    content.update(b"file");
+    content.update(0_u64.to_le_bytes());
+    content.update(disk.to_le_bytes());
+    for (at, length, _, _, digest) in chunks {
+        content.update(b"data");
+        content.update(at.to_le_bytes());
+        content.update(length.to_le_bytes());
+        content.update(digest);
+    }
+    let index = layout.blob(&zstd(&segment), "application/vnd.cannery.image.index.v1+zstd");
+    json!({
+        "schemaVersion": 2,
+        "mediaType": MANIFEST,
+        "config": layout.blob(br#"{"os":"linux","architecture":"amd64"}"#, CONFIG),
+        "layers": [pack_layer, index],
+        "annotations": {"io.cannery.content": format!("sha256:{}", hex::encode(content.finalize()))},
+    })
+}
+
+/// As many chunks of one frame as fit into a disk of so many bytes.
+fn repeated(chunk: &[u8], frame: &[u8], disk: u64) -> Vec<Chunk> {
+    let (length, digest) = (chunk.len() as u64, Sha256::digest(chunk).into());
+    let places = (0..disk / length).map(|number| number * length);
+    places
+        .map(|at| (at, length, 0, frame.len() as u64, digest))
+        .collect()
 }
 
 /// Attacks that are images, and a part of what is said of each.
@@ -514,7 +582,15 @@ fn documents(layout: &Layout) -> Vec<(&'static str, &'static str)> {
     );
     let packed = layout.blob(&gzip(&qcow2_disk()), "application/x-qemu-disk+gzip");
     put("domain", &text(&image(vec![domain, packed])), MANIFEST);
+    let frame = zstd(b"x");
+    let chunks = repeated(b"x", &frame, 100_000);
+    put(
+        "chunks",
+        &text(&native(layout, 100_000, &frame, &chunks)),
+        MANIFEST,
+    );
     vec![
+        ("chunks", "fewer than 4096 bytes on average"),
         ("both", "an image and an index at once"),
         ("layers", "more than"),
         ("layers2", "more than"),

@@ -60,7 +60,8 @@ pub(in crate::image) async fn fetch(
     total: u64,
     progress: &dyn Progress,
 ) -> Result<(), Error> {
-    let site = Arc::new(Site::open(plan, place, held)?);
+    let at = place.clone();
+    let site = Arc::new(blocking(move || Site::open(plan, &at, held)).await?);
     let kept = site.packed_bytes(|blob, piece| site.done.has(blob, piece));
     if kept > 0 {
         place.meter.add_here(kept);

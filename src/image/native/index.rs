@@ -19,6 +19,10 @@ pub(super) const SIZE_MAX: u64 = 4 << 20;
 /// Longest chunk that a reader must take, in bytes. Ours end far earlier.
 pub(super) const CHUNK_MAX: u64 = 1 << 20;
 
+/// Least bytes of a segment's chunks on average, all but one: so the length of a disk bounds what its index can make a reader do.
+/// Writers cut at the borders of blocks, and only the last chunk of a file may be shorter than one.
+const MEAN_LEAST: u64 = super::chunk::BLOCK as u64;
+
 /// Bytes that zstd adds at most to a chunk that cannot be packed, beyond a 128th of it.
 const FRAME_SLACK: u64 = 1024;
 
@@ -156,7 +160,7 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Segment, &'static str> {
     for chunk in &mut all {
         chunk.at = take(rest)?;
     }
-    let mut end = 0_u64;
+    let (mut end, mut covered) = (0_u64, 0_u64);
     for chunk in &mut all {
         let length = take(rest)?;
         if length == 0 || length > CHUNK_MAX {
@@ -169,6 +173,10 @@ pub(super) fn parse(bytes: &[u8]) -> Result<Segment, &'static str> {
         if end > file_length {
             return Err(outside);
         }
+        covered += length;
+    }
+    if covered / MEAN_LEAST < all.len().saturating_sub(1) as u64 {
+        return Err("has chunks of fewer than 4096 bytes on average");
     }
     let mut used = vec![false; packs.len()];
     for chunk in &mut all {
@@ -355,6 +363,7 @@ mod tests {
         assert!(change(|s| s.file_length = 1 << 39).contains("outside of its file"));
         assert!(change(|s| s.chunks[0].length = 0).contains("impossible length"));
         assert!(change(|s| s.chunks[3].length = u32::MAX).contains("impossible length"));
+        assert!(change(|s| s.chunks.iter_mut().for_each(|c| c.length = 3000)).contains("on average"));
         assert!(change(|s| s.chunks[1].packed_length = 0).contains("frame of an impossible length"));
         assert!(
             change(|s| s.chunks[1].packed_length = 4096 + 32 + 1025)
