@@ -286,6 +286,45 @@ fn a_redirect_is_followed_only_where_it_may_lead_and_without_credentials() {
 }
 
 #[test]
+fn a_registry_without_tls_leads_to_its_network_and_not_to_the_clouds_metadata() {
+    let content = Content::new(7);
+    let served = content.clone();
+    let near = Server::start(Speech::Plain, move |seen| served.answer(seen));
+    let tokens = token_service(Speech::Plain, 300);
+    // By a redirect, and by a realm.
+    let redirecting = |host: &str| {
+        let (served, host) = (content.clone(), host.to_owned());
+        Server::start(Speech::Plain, move |seen| match served.is_layer(seen) {
+            true => Answer::redirect(format!("http://{host}{}", seen.path)),
+            false => served.answer(seen),
+        })
+    };
+    let with_realm =
+        |host: &str| registry_with_realm(Speech::Plain, &content, format!("http://{host}/token"));
+    let pull = |registry: &Server| {
+        let mut puller = Puller::new(&Authority::new());
+        puller.registries = Registries::without_tls([registry.host()]);
+        puller.credentials = login(&registry.host(), "ci");
+        let pulled = puller.pull(&registry.host());
+        pulled.map(|disk| std::fs::read(disk.path).unwrap())
+    };
+    for registry in [redirecting(&near.host()), with_realm(&tokens.host())] {
+        assert!(pull(&registry).unwrap() == *content.disk);
+    }
+    for host in [
+        "169.254.169.254",
+        "[fe80::1]",
+        "[::ffff:169.254.169.254]",
+        "100.100.100.200",
+    ] {
+        for registry in [redirecting(host), with_realm(host)] {
+            let error = pull(&registry).unwrap_err().to_string();
+            assert!(error.contains("images.private_registries"), "{host}: {error}");
+        }
+    }
+}
+
+#[test]
 fn credentials_do_not_come_back_with_a_redirect() {
     let authority = Authority::new();
     let content = Content::new(4);

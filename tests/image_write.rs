@@ -62,6 +62,7 @@ fn what_cannot_be_written_is_refused_in_a_sentence() {
     fs::write(desk.at("disk.vmdk"), [b"KDMV".as_slice(), &[0; 508]].concat()).unwrap();
     let (target, vmdk) = (desk.layout("x"), desk.path("disk.vmdk"));
     let pinned = format!("r.example.com/a@sha256:{}", "0".repeat(64));
+    let pinned_there = format!("{target}@sha256:{}", "0".repeat(64));
     let there = desk.path("vmlinuz");
     for (arguments, part) in [
         (
@@ -89,6 +90,7 @@ fn what_cannot_be_written_is_refused_in_a_sentence() {
             "not written as raw",
         ),
         (push(&disk, &pinned, "qcow2", &[]), "written to tags"),
+        (push(&disk, &pinned_there, "qcow2", &[]), "by its tag alone"),
         (
             push(&disk, &target, "qcow2", &["--base", "a:1"]),
             "a native image builds upon another",

@@ -204,6 +204,10 @@ fn parse_layout(text: &str) -> Result<Reference, &'static str> {
         .rsplit_once(':')
         .filter(|(_, tag)| !tag.contains('/'))
         .ok_or("a layout is written oci:/FOLDER:TAG, and the tag is missing")?;
+    // Else the digits would be a tag in a folder whose name ends so.
+    if dir.ends_with("@sha256") {
+        return Err("an image of a layout is named by its tag alone, oci:/FOLDER:TAG, without a digest");
+    }
     if tag.is_empty()
         || tag.len() > 128
         || !tag

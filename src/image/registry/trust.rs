@@ -76,8 +76,9 @@ impl Registries {
             Private::Hosts { .. } => None,
         });
         Reach {
+            listed,
             // Who is spoken to without TLS is on a network that the operator knows.
-            private: listed || self.is_plain_http(registry),
+            near: self.is_plain_http(registry),
             host: host.to_ascii_lowercase(),
             networks: networks.collect(),
         }
@@ -137,9 +138,11 @@ pub(super) enum Class {
     Public,
     /// Of a private network (RFC 1918, RFC 4193, carrier-grade NAT and other networks that are not routed).
     Private,
-    /// This host, or what is only asked by it: loopback, link-local with the clouds' metadata services, unspecified,
-    /// multicast.
-    Local,
+    /// This host itself.
+    Loopback,
+    /// What only this host's own link has: link-local addresses, the clouds' metadata services, multicast, and what is no
+    /// address of anybody.
+    Link,
 }
 
 /// Metadata services of clouds that are at addresses of other classes.
@@ -153,7 +156,7 @@ const METADATA: [IpAddr; 4] = [
 /// Sorts an address (IANA's special-purpose address registries).
 pub(super) fn class(address: IpAddr) -> Class {
     if METADATA.contains(&address) {
-        return Class::Local;
+        return Class::Link;
     }
     match address {
         IpAddr::V4(v4) => class4(v4),
@@ -164,7 +167,9 @@ pub(super) fn class(address: IpAddr) -> Class {
 fn class4(address: Ipv4Addr) -> Class {
     let [a, b, c, _] = address.octets();
     match (a, b, c) {
-        (0 | 127 | 224..=255, ..) | (169, 254, _) => Class::Local,
+        // What is sent to the unspecified address arrives here, too.
+        (0 | 127, ..) => Class::Loopback,
+        (224..=255, ..) | (169, 254, _) => Class::Link,
         (10, ..)
         | (172, 16..=31, _)
         | (192, 168, _)
@@ -188,13 +193,13 @@ fn class6(address: Ipv6Addr) -> Class {
     };
     match segments {
         // ::, ::1 and the other remains of IPv4-compatible addresses.
-        [0, 0, 0, 0, 0, 0, 0, _] => Class::Local,
+        [0, 0, 0, 0, 0, 0, 0, _] => Class::Loopback,
         [0, 0, 0, 0, 0, 0xffff | 0, high, low] => embedded(high, low),
         // NAT64, also with a prefix of the network's own, and 6to4: what counts is the address inside.
         [0x64, 0xff9b, 0, 0, 0, 0, high, low] => embedded(high, low),
         [0x64, 0xff9b, 1, ..] => Class::Private,
         [0x2002, high, low, ..] => embedded(high, low),
-        [first, ..] if first & 0xffc0 == 0xfe80 || first & 0xff00 == 0xff00 => Class::Local,
+        [first, ..] if first & 0xffc0 == 0xfe80 || first & 0xff00 == 0xff00 => Class::Link,
         // Unique local, and site-local of old.
         [first, ..] if first & 0xfe00 == 0xfc00 || first & 0xffc0 == 0xfec0 => Class::Private,
         [0x2001, 0xdb8, ..] | [0x2001, 0, ..] | [0x100, 0, 0, 0, ..] => Class::Private,
@@ -208,7 +213,9 @@ fn class6(address: Ipv6Addr) -> Class {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Reach {
     /// The registry is listed: it may name all.
-    private: bool,
+    listed: bool,
+    /// It is spoken to without TLS: it may name all but what only means a link or a cloud's metadata service.
+    near: bool,
     /// The registry's own host, without a port.
     host: String,
     networks: Vec<(IpAddr, u8)>,
@@ -227,7 +234,7 @@ pub(super) struct OutOfReach {
 
 fn what(address: IpAddr) -> &'static str {
     match class(address) {
-        Class::Local => "an address that means this host or its own link",
+        Class::Loopback | Class::Link => "an address that means this host or its own link",
         Class::Private | Class::Public => "a private address",
     }
 }
@@ -238,11 +245,12 @@ impl Reach {
     /// A registry's own name, on another port, may also have a private address: an on-premises registry and its token service
     /// are often one host, and whoever names the registry can reach that host already. It may not be this host.
     fn admits(&self, host: &str, address: IpAddr) -> bool {
-        self.private
+        self.listed
             || match class(address) {
                 Class::Public => true,
+                Class::Private | Class::Loopback if self.near => true,
                 Class::Private if host.eq_ignore_ascii_case(&self.host) => true,
-                Class::Private | Class::Local => self
+                Class::Private | Class::Loopback | Class::Link => self
                     .networks
                     .iter()
                     .any(|(network, prefix)| contains(*network, *prefix, address)),
@@ -385,25 +393,25 @@ mod tests {
             ("fec0::1", Class::Private),
             ("2001:db8::1", Class::Private),
             ("4000::1", Class::Private),
-            ("127.0.0.1", Class::Local),
-            ("127.255.0.1", Class::Local),
-            ("0.0.0.0", Class::Local),
-            ("0.1.2.3", Class::Local),
-            ("169.254.169.254", Class::Local),
-            ("100.100.100.200", Class::Local),
-            ("192.0.0.192", Class::Local),
-            ("168.63.129.16", Class::Local),
-            ("224.0.0.1", Class::Local),
-            ("255.255.255.255", Class::Local),
-            ("::", Class::Local),
-            ("::1", Class::Local),
-            ("::ffff:127.0.0.1", Class::Local),
-            ("::ffff:169.254.169.254", Class::Local),
-            ("64:ff9b::127.0.0.1", Class::Local),
-            ("2002:7f00:1::1", Class::Local),
-            ("fe80::1", Class::Local),
-            ("fd00:ec2::254", Class::Local),
-            ("ff02::1", Class::Local),
+            ("127.0.0.1", Class::Loopback),
+            ("127.255.0.1", Class::Loopback),
+            ("0.0.0.0", Class::Loopback),
+            ("0.1.2.3", Class::Loopback),
+            ("169.254.169.254", Class::Link),
+            ("100.100.100.200", Class::Link),
+            ("192.0.0.192", Class::Link),
+            ("168.63.129.16", Class::Link),
+            ("224.0.0.1", Class::Link),
+            ("255.255.255.255", Class::Link),
+            ("::", Class::Loopback),
+            ("::1", Class::Loopback),
+            ("::ffff:127.0.0.1", Class::Loopback),
+            ("::ffff:169.254.169.254", Class::Link),
+            ("64:ff9b::127.0.0.1", Class::Loopback),
+            ("2002:7f00:1::1", Class::Loopback),
+            ("fe80::1", Class::Link),
+            ("fd00:ec2::254", Class::Link),
+            ("ff02::1", Class::Link),
         ] {
             assert_eq!(class(text.parse().unwrap()), expected, "{text}");
         }
@@ -436,6 +444,11 @@ mod tests {
             ("r.example:5000", "auth.example", "192.168.0.9", true),
             ("r.example", "auth.example", "192.168.0.9", false),
             ("plain.corp:5000", "auth.example", "192.168.0.9", true),
+            ("plain.corp:5000", "plain.corp", "127.0.0.1", true),
+            ("plain.corp:5000", "auth.example", "::ffff:169.254.169.254", false),
+            ("plain.corp:5000", "plain.corp", "fe80::1", false),
+            ("plain.corp:5000", "auth.example", "100.100.100.200", false),
+            ("r.corp.example", "auth.example", "169.254.169.254", true),
         ] {
             let own = registry.split(':').next().unwrap();
             let reach = registries(&listed).reach(registry, own);
