@@ -238,6 +238,95 @@ fn repeated(chunk: &[u8], frame: &[u8], disk: u64) -> Vec<Chunk> {
         .collect()
 }
 
+/// Images of pieces whose layers have the digests that they should have, and whose pieces are not what is said of them: puts each under a
+/// tag.
+fn pieces(layout: &Layout) -> Vec<&'static str> {
+    let image = |layers: Vec<Value>| json!({"schemaVersion": 2, "mediaType": MANIFEST, "config": layout.blob(br#"{"os":"linux","architecture":"amd64"}"#, CONFIG), "layers": layers});
+    let put = |tag: &str, image: &Value| {
+        let descriptor = layout.blob(&serde_json::to_vec(image).unwrap(), MANIFEST);
+        layout.tag(tag, descriptor)
+    };
+    let block = vec![7; 4096];
+    let tart = |tag: &str, stream: &[u8], digest: &str| {
+        let config = layout.blob(
+            br#"{"version":1,"os":"linux","arch":"amd64"}"#,
+            "application/vnd.cirruslabs.tart.config.v1",
+        );
+        let mut disk = layout.blob(stream, "application/vnd.cirruslabs.tart.disk.v2");
+        disk["annotations"] = json!({
+            "org.cirruslabs.tart.uncompressed-size": "4096",
+            "org.cirruslabs.tart.uncompressed-content-digest": digest,
+        });
+        put(tag, &image(vec![config, disk]));
+    };
+    let plain = |length: u32, bytes: &[u8]| [b"bv4-", &length.to_le_bytes()[..], bytes].concat();
+    let honest = [&plain(4096, &block)[..], b"bv4$"].concat();
+    let zeros = vec![0; 4 << 20];
+    let packed = lz4_flex::block::compress(&zeros);
+    let lengths = [zeros.len(), packed.len()].map(|length| u32::try_from(length).unwrap().to_le_bytes());
+    let bomb = [b"bv41", &lengths[0][..], &lengths[1], &packed].concat();
+    tart(
+        "tart-bomb",
+        &[bomb.repeat(150), b"bv4$".to_vec()].concat(),
+        &sha256(&block),
+    );
+    tart("tart-block-of-4-GiB", &plain(u32::MAX, &block), &sha256(&block));
+    tart("tart-without-an-end", &plain(4096, &block), &sha256(&block));
+    tart("tart-digest", &honest, &sha256(b"other"));
+
+    let vetu = |tag: &str, stream: &[u8], digest: &str| {
+        let config = layout.blob(
+            br#"{"version":1,"arch":"amd64","disks":[{"name":"disk"}]}"#,
+            "application/vnd.cirruslabs.vetu.config.v1",
+        );
+        let kernel = layout.blob(b"kernel", "application/vnd.cirruslabs.vetu.kernel.v1");
+        let mut disk = layout.blob(stream, "application/vnd.cirruslabs.vetu.disk.v1");
+        disk["annotations"] = json!({
+            "org.cirruslabs.vetu.name": "disk",
+            "org.cirruslabs.vetu.uncompressed-size": "4096",
+            "org.cirruslabs.vetu.uncompressed-digest": digest,
+        });
+        put(tag, &image(vec![config, kernel, disk]));
+    };
+    let frame = |bytes: &[u8]| {
+        let mut encoder = lz4_flex::frame::FrameEncoder::new(Vec::new());
+        std::io::Write::write_all(&mut encoder, bytes).unwrap();
+        encoder.finish().unwrap()
+    };
+    vetu("vetu-bomb", &frame(&vec![0; 600 << 20]), &sha256(&block));
+    let mut large = frame(&block);
+    large[7..11].copy_from_slice(&0x7fff_ffff_u32.to_le_bytes());
+    vetu("vetu-block-of-2-GiB", &large, &sha256(&block));
+    vetu(
+        "vetu-frame-to-be-skipped",
+        &[0x50, 0x2a, 0x4d, 0x18, 4, 0, 0, 0, 1, 2, 3, 4],
+        &sha256(&block),
+    );
+    vetu("vetu-digest", &frame(&block), &sha256(b"other"));
+
+    let packed = zstd(&block);
+    let mut chunks = repeated(&block, &packed, 64 << 20);
+    chunks.iter_mut().for_each(|chunk| chunk.4 = [9; 32]);
+    put("native-digest", &native(layout, 64 << 20, &packed, &chunks));
+    for (tag, length) in [("native-chunk-too-short", 5000), ("native-chunk-too-long", 4000)] {
+        let chunk = (0, length, 0, packed.len() as u64, Sha256::digest(&block).into());
+        put(tag, &native(layout, 1 << 20, &packed, &[chunk]));
+    }
+    vec![
+        "tart-bomb",
+        "tart-block-of-4-GiB",
+        "tart-without-an-end",
+        "tart-digest",
+        "vetu-bomb",
+        "vetu-block-of-2-GiB",
+        "vetu-frame-to-be-skipped",
+        "vetu-digest",
+        "native-digest",
+        "native-chunk-too-short",
+        "native-chunk-too-long",
+    ]
+}
+
 /// Attacks that are images, and a part of what is said of each.
 fn images() -> Vec<(&'static str, Image, &'static str)> {
     let zeros = vec![0; 600 << 20];
@@ -617,6 +706,13 @@ fn documents(layout: &Layout) -> Vec<(&'static str, &'static str)> {
     ]
 }
 
+/// Words of a programming language are none for people: `BlockTooBig`.
+fn names_a_type(said: &str) -> bool {
+    let inner = |pair: &[u8]| pair[0].is_ascii_lowercase() && pair[1].is_ascii_uppercase();
+    let mut words = said.split(|c: char| !c.is_ascii_alphanumeric());
+    words.any(|word| word.as_bytes().windows(2).filter(|pair| inner(pair)).count() > 1)
+}
+
 #[test]
 fn no_attack_gets_further_than_one_sentence() {
     let dir = tempfile::tempdir().unwrap();
@@ -630,6 +726,9 @@ fn no_attack_gets_further_than_one_sentence() {
     for (tag, part) in documents(&layout) {
         attacks.push((format!("document: {tag}"), tag.to_owned(), part));
     }
+    for tag in pieces(&layout) {
+        attacks.push((tag.to_owned(), tag.to_owned(), "as it was pushed"));
+    }
     let store = dir.path().join("store");
     drop(Store::open(&store).unwrap());
     // What an image costs that does not exist.
@@ -640,7 +739,8 @@ fn no_attack_gets_further_than_one_sentence() {
         let seen = attack(&layout.reference(&tag), &store);
         let memory = seen.peak.saturating_sub(floor.peak);
         let one_sentence = !seen.said.contains('\n') && seen.said.len() < 400;
-        let fits = seen.said != "ACCEPTED" && seen.said.contains(part) && one_sentence;
+        let fits =
+            seen.said != "ACCEPTED" && seen.said.contains(part) && one_sentence && !names_a_type(&seen.said);
         if !fits || memory > MEMORY_MAX || seen.processor > PROCESSOR_MAX {
             wrong.push(name.clone());
         }

@@ -136,6 +136,21 @@ impl<R: Read> Read for Inner<R> {
     }
 }
 
+/// What the decoder says of a frame is for programmers. What could not be read stays what it is.
+fn in_words(error: io::Error) -> io::Error {
+    use lz4_flex::frame::Error as E;
+    let Some(found) = error.get_ref().and_then(|inner| inner.downcast_ref::<E>()) else {
+        return error;
+    };
+    broken(match found {
+        E::WrongMagicNumber => "it is no LZ4 frame",
+        E::SkippableFrame(_) => "a frame of it is no LZ4 frame",
+        E::BlockTooBig => "an LZ4 block is larger than its frame says",
+        E::ContentLengthError { .. } => "an LZ4 frame has another length than it says",
+        _ => "an LZ4 frame is damaged",
+    })
+}
+
 impl<R: Read> Frames<R> {
     pub(super) fn new(inner: R) -> Self {
         Self {
@@ -160,7 +175,7 @@ impl<R: Read> Read for Frames<R> {
                 let inner = Inner(inner.0.take());
                 self.decoder = lz4_flex::frame::FrameDecoder::new(inner);
             }
-            let count = self.decoder.read(buffer)?;
+            let count = self.decoder.read(buffer).map_err(in_words)?;
             self.between = count == 0;
             // The decoder pauses at the end of each frame; whether another one follows, the input says.
             if count > 0 || self.decoder.get_mut().peek()?.is_none() {

@@ -17,12 +17,12 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
-use tokio::sync::Semaphore;
+use tokio::sync::{Mutex, Semaphore};
 
 use super::batch::{self, Batch, Unit};
 use super::part::{CancelledOnDrop, blocking, relay};
 use super::progress::{Event, Meter, Progress};
-use super::site::{Site, unpackers};
+use super::site::{Site, examine, unpackers};
 use super::source::{PIECES_IN_FLIGHT, Source, told};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
@@ -38,7 +38,7 @@ const NOTE_BYTES: u64 = 64 << 20;
 const NOTE_EVERY: Duration = Duration::from_secs(1);
 
 /// How often a piece is fetched that arrives damaged. A second time, for what a proxy or a cable did; not a third, for what
-/// lies damaged at the registry.
+/// lies damaged at the registry. Whether the image was made so is found out then, from the whole blob.
 const TRIES: u32 = 2;
 
 /// Finds bytes that the host has already.
@@ -94,6 +94,7 @@ pub(in crate::image) async fn fetch(
         cancelled: Arc::clone(&cancelled.0),
         memory: Arc::new(Semaphore::new(IN_FLIGHT_KIB)),
         unpackers: Arc::new(Semaphore::new(unpackers())),
+        judging: Mutex::default(),
     };
     let fetched = told(progress, &place.meter, total, crew.all_noted()).await;
     // What came before an error is kept as well.
@@ -108,6 +109,8 @@ struct Crew<'a> {
     cancelled: Arc<AtomicBool>,
     memory: Arc<Semaphore>,
     unpackers: Arc<Semaphore>,
+    /// Held by who finds out why a piece is no good.
+    judging: Mutex<()>,
 }
 
 impl Crew<'_> {
@@ -166,7 +169,51 @@ impl Crew<'_> {
                 batches.retain(|batch| !batch.pieces.iter().all(done));
             }
         }
-        self.once(&unit).await
+        match self.once(&unit).await {
+            Err(error @ Error::Corrupt { .. }) => Err(self.judged(&unit, error).await),
+            result => result,
+        }
+    }
+
+    /// Why pieces are no good again and again. Bytes of a blob that has its digest are what somebody pushed, and pieces that are no good
+    /// in these are that person's fault. Where the blob has not, or its pieces are good, it is damage.
+    async fn judged(&self, unit: &Unit, damage: Error) -> Error {
+        let (blob, pieces): (usize, Vec<usize>) = match unit {
+            Unit::Batches { blob, batches } => {
+                let pieces = batches.iter().flat_map(|batch| batch.pieces.iter().copied());
+                (*blob, pieces.collect())
+            }
+            Unit::Streamed { blob, piece } => (*blob, vec![*piece]),
+            // It was verified as a whole already.
+            Unit::Whole { .. } => return damage,
+        };
+        // Whatever is found out ends the pull, so that no second blob is fetched for it.
+        let _alone = self.judging.lock().await;
+        let site = Arc::clone(&self.site);
+        let work = move |packed: &mut dyn Read| {
+            let planned = &site.plan.blobs[blob];
+            let missing = pieces.iter().filter(|&&piece| !site.done.has(blob, piece));
+            let mut at = 0;
+            for piece in missing.map(|&piece| &planned.pieces[piece]) {
+                // The same packed bytes once more, which are the same piece in another place.
+                if piece.packed.start < at {
+                    continue;
+                }
+                let malformed = |failed| site.malformed(&planned.descriptor.digest, piece, failed);
+                let gap = piece.packed.start - at;
+                io::copy(&mut packed.take(gap), &mut io::sink()).map_err(|error| malformed(error.into()))?;
+                let mut own = packed.take(piece.packed.end - piece.packed.start);
+                examine(piece, &mut own).map_err(malformed)?;
+                io::copy(&mut own, &mut io::sink()).map_err(|error| malformed(error.into()))?;
+                at = piece.packed.end;
+            }
+            Ok(())
+        };
+        let descriptor = std::slice::from_ref(&self.site.plan.blobs[blob].descriptor);
+        match self.source.verified(descriptor, &self.site.meter, work).await {
+            Err(made_so @ Error::Malformed { .. }) => made_so,
+            _ => damage,
+        }
     }
 
     async fn once(&self, unit: &Unit) -> Result<(), Error> {
@@ -265,8 +312,9 @@ impl Crew<'_> {
                 let gap = piece.packed.start - at;
                 io::copy(&mut packed.take(gap), &mut io::sink()).map_err(unreadable)?;
                 let mut own = packed.take(piece.packed.end - piece.packed.start);
-                site.unpack_piece(piece, &mut own)
-                    .map_err(|failed| site.malformed(piece, failed))?;
+                site.unpack_piece(piece, &mut own).map_err(|failed| {
+                    site.malformed(&site.plan.blobs[blob].descriptor.digest, piece, failed)
+                })?;
                 io::copy(&mut own, &mut io::sink()).map_err(unreadable)?;
                 at = piece.packed.end;
             }

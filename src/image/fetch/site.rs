@@ -65,7 +65,10 @@ impl From<Error> for Failed {
 
 impl From<io::Error> for Failed {
     fn from(error: io::Error) -> Self {
-        Self::Bytes(format!("cannot be unpacked ({error})"))
+        Self::Bytes(match error.kind() {
+            io::ErrorKind::UnexpectedEof => "ends too early".to_owned(),
+            _ => format!("cannot be unpacked ({error})"),
+        })
     }
 }
 
@@ -199,10 +202,7 @@ impl Site {
             let bench = match bench {
                 Some(bench) => bench,
                 none => none.insert(Bench {
-                    unpacker: Unpacker::new().map_err(|error| Error::Storage {
-                        path: PathBuf::from("the zstd decoder"),
-                        source: error,
-                    })?,
+                    unpacker: unpacker()?,
                     run: Vec::new(),
                 }),
             };
@@ -244,7 +244,7 @@ impl Site {
                 .and_then(|own| Ok(bench.unpacker.unpack(piece.codec, own, to)?))
                 .and_then(|()| match piece.digest {
                     Some(digest) if digest == Digest::of(to) => Ok(()),
-                    _ => Err(Failed::Bytes("has another digest".to_owned())),
+                    _ => Err(other_digest()),
                 });
             match unpacked {
                 Ok(()) => {
@@ -280,31 +280,7 @@ impl Site {
         let file = &self.files[piece.file];
         // An earlier try may have left bytes here that were never verified.
         file.clear(piece.at, piece.length)?;
-        let mut unpacked = codec::reader(piece.codec, packed)?;
-        let mut hasher = piece.digest.map(|_| Hasher::default());
-        let mut buffer = vec![0; 1 << 20];
-        let mut at = 0;
-        loop {
-            let filled = fill(&mut unpacked, &mut buffer)?;
-            if filled == 0 {
-                break;
-            }
-            if at + filled as u64 > piece.length {
-                return Err(Failed::Bytes("is longer than it should be".to_owned()));
-            }
-            if let Some(hasher) = &mut hasher {
-                hasher.update(&buffer[..filled]);
-            }
-            file.write(&buffer[..filled], piece.at + at)?;
-            at += filled as u64;
-        }
-        if at != piece.length {
-            return Err(Failed::Bytes("is shorter than it should be".to_owned()));
-        }
-        if hasher.map(Hasher::finish) != piece.digest {
-            return Err(Failed::Bytes("has another digest".to_owned()));
-        }
-        Ok(())
+        unpack_while_it_arrives(piece, packed, |bytes, at| Ok(file.write(bytes, piece.at + at)?))
     }
 
     pub(super) fn corrupt(&self, layer: &Digest, piece: &Piece, failed: Failed) -> Error {
@@ -320,12 +296,16 @@ impl Site {
         }
     }
 
-    pub(super) fn malformed(&self, piece: &Piece, failed: Failed) -> Error {
+    /// The piece is as it was made: its layer has the digest that it should have.
+    pub(super) fn malformed(&self, layer: &Digest, piece: &Piece, failed: Failed) -> Error {
         match failed {
             Failed::Ours(error) => error,
             Failed::Bytes(reason) => Error::Malformed {
                 image: self.image.clone(),
-                reason: format!("the piece at {} of a layer {reason}", piece.packed.start),
+                reason: format!(
+                    "the piece at {} of the layer {layer} {reason}, and the layer is as it was pushed",
+                    piece.packed.start
+                ),
             },
         }
     }
@@ -337,6 +317,62 @@ impl fmt::Debug for Site {
             .field("image", &self.image)
             .finish_non_exhaustive()
     }
+}
+
+fn unpacker() -> Result<Unpacker, Error> {
+    Unpacker::new().map_err(Error::storage("the zstd decoder"))
+}
+
+/// Unpacks a piece and verifies it, without writing anything: in memory or while it arrives, as it is fetched.
+pub(super) fn examine(piece: &Piece, packed: &mut dyn Read) -> Result<(), Failed> {
+    if batch::is_large(piece) {
+        return unpack_while_it_arrives(piece, packed, |_, _| Ok(()));
+    }
+    let mut own = Vec::new();
+    packed.read_to_end(&mut own)?;
+    let mut unpacked = vec![0; usize::try_from(piece.length).unwrap_or_default()];
+    unpacker()?.unpack(piece.codec, &own, &mut unpacked)?;
+    match piece.digest {
+        Some(digest) if digest != Digest::of(&unpacked) => Err(other_digest()),
+        _ => Ok(()),
+    }
+}
+
+/// Unpacks a piece and hands its bytes on, with where in the piece they begin. They are verified when this returns well.
+fn unpack_while_it_arrives(
+    piece: &Piece,
+    packed: &mut dyn Read,
+    mut take: impl FnMut(&[u8], u64) -> Result<(), Failed>,
+) -> Result<(), Failed> {
+    let mut unpacked = codec::reader(piece.codec, packed)?;
+    let mut hasher = piece.digest.map(|_| Hasher::default());
+    let mut buffer = vec![0; 1 << 20];
+    let mut at = 0;
+    loop {
+        let filled = fill(&mut unpacked, &mut buffer)?;
+        if filled == 0 {
+            break;
+        }
+        if at + filled as u64 > piece.length {
+            return Err(Failed::Bytes("is longer than it should be".to_owned()));
+        }
+        if let Some(hasher) = &mut hasher {
+            hasher.update(&buffer[..filled]);
+        }
+        take(&buffer[..filled], at)?;
+        at += filled as u64;
+    }
+    if at != piece.length {
+        return Err(Failed::Bytes("is shorter than it should be".to_owned()));
+    }
+    if hasher.map(Hasher::finish) != piece.digest {
+        return Err(other_digest());
+    }
+    Ok(())
+}
+
+fn other_digest() -> Failed {
+    Failed::Bytes("has another digest than it should have".to_owned())
 }
 
 /// Reads until the buffer is full or nothing comes any more.

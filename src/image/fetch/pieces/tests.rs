@@ -246,12 +246,29 @@ fn a_plan_that_lies_is_refused_before_anything_is_fetched() {
     scene.blobs[0].pieces[1].length += 1;
     scene.blobs[0].pieces.truncate(2);
     assert!(
-        matches!(scene.fetch().1, Err(Error::Corrupt { .. })),
+        matches!(scene.fetch().1, Err(Error::Malformed { .. })),
         "it unpacks to less"
     );
     scene.blobs[0].pieces[1].length -= 2;
     assert!(
-        matches!(scene.fetch().1, Err(Error::Corrupt { .. })),
+        matches!(scene.fetch().1, Err(Error::Malformed { .. })),
         "it unpacks to more"
     );
+}
+
+#[test]
+fn who_is_to_blame_for_a_piece_says_its_whole_blob() {
+    let small = chunks(1, 4, 0);
+    let large = vec![(4 << 20, noise(9, 9 << 20))];
+    for pieces in [small, large] {
+        let mut scene = Scene::new(16 << 20).blob(Codec::Zstd, true, &pieces);
+        scene.blobs[0].pieces[0].digest = Some(Digest::of(b"another"));
+        let error = scene.fetch().1.unwrap_err();
+        assert!(matches!(&error, Error::Malformed { .. }), "{error}");
+        assert!(error.to_string().contains("as it was pushed"), "{error}");
+        // Of a blob that is no more what it was nobody can say who made it so.
+        scene.damage(0, 1);
+        let error = scene.fetch().1.unwrap_err();
+        assert!(matches!(error, Error::Corrupt { .. }), "{error}");
+    }
 }
