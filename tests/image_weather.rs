@@ -333,6 +333,43 @@ fn a_registry_that_never_answers_is_named_while_it_is_waited_for_and_when_it_is_
     }));
 }
 
+#[test]
+fn a_registry_that_says_no_is_not_silent_and_without_tls_in_common_it_is_asked_once() {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let nobody = listener.local_addr().unwrap().to_string();
+    drop(listener);
+    let pull = |change: &dyn Fn(&mut Bench), tls: bool| {
+        let mut bench = Bench::new();
+        change(&mut bench);
+        let mut request = bench.request();
+        if tls {
+            request.registries = Registries::default();
+        }
+        let heard = Unanswered::default();
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .unwrap();
+        let error = runtime
+            .block_on(bench.store.provide(&request, &heard))
+            .unwrap_err();
+        assert!(heard.0.into_inner().unwrap().is_empty(), "{error}");
+        error.to_string()
+    };
+    let refused = pull(&|bench| bench.host.clone_from(&nobody), false);
+    assert!(refused.contains("(asked 4 times in "), "{refused}");
+    let overloaded = pull(
+        &|bench| bench.change(|weather| weather.failures = vec![StatusCode::SERVICE_UNAVAILABLE; 4]),
+        false,
+    );
+    assert!(
+        overloaded.contains("it answered 503 (asked 4 times in "),
+        "{overloaded}"
+    );
+    let unlike = pull(&|_| {}, true);
+    assert!(unlike.ends_with("TLS failed: wrong version number"), "{unlike}");
+}
+
 /// Hears how much was left of a pause.
 #[derive(Default)]
 struct Pauses(Mutex<Vec<(String, Duration)>>);

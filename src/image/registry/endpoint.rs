@@ -16,7 +16,7 @@ use super::credentials::{Login, Origin};
 use super::silence::{Silence, Unanswered};
 use super::token::Tokens;
 use super::transport::{
-    ANSWER_TIMEOUT, Body, Clients, REDIRECTS_MAX, TAKEN_TIMEOUT, TooMuch, begun, clients, sent,
+    ANSWER_TIMEOUT, Body, Clients, REDIRECTS_MAX, TAKEN_TIMEOUT, TooMuch, Trouble, begun, clients, sent,
 };
 use super::trust::{Reach, Registries, api_host};
 use super::weather::{Failure, Gate, Patience, asked_pause, weather};
@@ -330,7 +330,19 @@ impl Endpoint {
             Some(body) => sent(request, body, &self.silence).await,
             None => begun(request.send()).await,
         };
-        answer.map_err(weather)
+        self.came(answer)
+    }
+
+    /// What came of a request, or of a part of its answer. Whatever is said, and be it a refusal to listen, ends a silence.
+    pub(super) fn came<T>(&self, result: Result<T, Trouble>) -> Result<T, Failure> {
+        if !matches!(result, Err(Trouble::Silence(_))) {
+            self.silence.heard();
+        }
+        result.map_err(|trouble| match trouble {
+            Trouble::Silence(reason) => weather(reason),
+            Trouble::Broken(reason) => weather(reason),
+            Trouble::Lasting(reason) => self.unreachable(reason).into(),
+        })
     }
 
     /// Refuses an address that the registry may not name. Names are checked by the client, when it connects.
@@ -387,18 +399,16 @@ impl Endpoint {
         what: &'static str,
         limit: u64,
     ) -> Result<Vec<u8>, Failure> {
-        Body::new(response)
-            .whole(limit)
-            .await
-            .map_err(|failure| match failure {
-                TooMuch::Size(size) => Failure::Final(Error::TooLarge {
-                    image: self.image.clone(),
-                    what,
-                    size,
-                    limit,
-                }),
-                TooMuch::Cut(reason) => weather(reason),
-            })
+        match Body::new(response).whole(limit).await {
+            Ok(bytes) => Ok(bytes),
+            Err(TooMuch::Size(size)) => Err(Failure::Final(Error::TooLarge {
+                image: self.image.clone(),
+                what,
+                size,
+                limit,
+            })),
+            Err(TooMuch::Cut(trouble)) => self.came(Err(trouble)),
+        }
     }
 
     /// Sends a request to the token service, which is trusted with a login and with nothing else.
@@ -406,7 +416,7 @@ impl Endpoint {
         &self,
         request: reqwest::RequestBuilder,
     ) -> Result<Response, Failure> {
-        begun(request.send()).await.map_err(weather)
+        self.came(begun(request.send()).await)
     }
 }
 

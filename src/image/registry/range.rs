@@ -78,10 +78,7 @@ impl<'a> Ranged<'a> {
         loop {
             match self.step().await {
                 Ok(bytes) if bytes.is_empty() => {}
-                Ok(bytes) => {
-                    endpoint.silence.heard();
-                    return Ok(bytes);
-                }
+                Ok(bytes) => return Ok(bytes),
                 Err(failure) => {
                     self.open = None;
                     let asked_for = blob_url(endpoint, &self.descriptor)?;
@@ -98,7 +95,8 @@ impl<'a> Ranged<'a> {
             Some(open) => open,
             none => none.insert(connect(&self.endpoint, &self.descriptor, &self.left).await?),
         };
-        let Some(mut bytes) = open.body.next().await.map_err(weather)? else {
+        let came = open.body.next().await;
+        let Some(mut bytes) = self.endpoint.came(came)? else {
             return Err(weather("it ended a layer early"));
         };
         let skipped = usize::try_from(open.known).unwrap_or(usize::MAX).min(bytes.len());

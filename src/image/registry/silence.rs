@@ -1,4 +1,4 @@
-//! How long a registry has given nothing to us who wait for it, over all tries.
+//! How long a registry has said nothing to us who wait for it, over all tries: neither given or taken anything, nor refused it.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
@@ -13,7 +13,7 @@ const WORTH_A_WORD: Duration = Duration::from_secs(5);
 pub(in crate::image) struct Unanswered {
     /// `host[:port]`.
     pub(in crate::image) registry: String,
-    /// For how long it has given nothing.
+    /// For how long it has said nothing.
     pub(in crate::image) waited: Duration,
     /// After how long it is given up, more or less.
     pub(in crate::image) most: Duration,
@@ -52,7 +52,7 @@ impl Silence {
         Waiting(self)
     }
 
-    /// Something came, or was taken.
+    /// Something came, was taken, or failed.
     pub(super) fn heard(&self) {
         let mut state = self.state();
         state.since = (state.waiting > 0).then(Instant::now);

@@ -38,12 +38,23 @@ const FLOOR: u64 = 64 << 10;
 /// Most redirects that are followed; registries use one, to their storage.
 pub(super) const REDIRECTS_MAX: usize = 5;
 
+/// Why nothing came of a request, or no more of its answer.
+#[derive(Debug)]
+pub(super) enum Trouble {
+    /// For too long nothing was heard, or next to nothing.
+    Silence(&'static str),
+    /// It was refused or broken off, which another try may mend.
+    Broken(String),
+    /// The two sides do not fit each other, which no other try mends.
+    Lasting(String),
+}
+
 /// Why an answer was not read to its end.
 #[derive(Debug)]
 pub(super) enum TooMuch {
     /// At least so many bytes.
     Size(u64),
-    Cut(String),
+    Cut(Trouble),
 }
 
 /// An answer's body, read no slower than the floor allows.
@@ -62,7 +73,7 @@ impl Body {
     }
 
     /// What has arrived; none at the end. The error says how it was cut.
-    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, String> {
+    pub(super) async fn next(&mut self) -> Result<Option<Bytes>, Trouble> {
         loop {
             let start = Instant::now();
             let left = WINDOW.saturating_sub(self.floor.waited);
@@ -73,10 +84,10 @@ impl Body {
             };
             // Only waiting counts: who reads slowly himself must not blame the sender.
             if !self.floor.stands(start.elapsed(), bytes) {
-                return Err("it sends next to nothing".to_owned());
+                return Err(Trouble::Silence("it sends next to nothing"));
             }
             if let Ok(result) = chunk {
-                return result.map_err(|error| cause(&error));
+                return result.map_err(|error| trouble(&error));
             }
         }
     }
@@ -118,11 +129,11 @@ impl Floor {
 /// Waits for an answer to begin.
 pub(super) async fn begun(
     answer: impl Future<Output = reqwest::Result<Response>>,
-) -> Result<Response, String> {
+) -> Result<Response, Trouble> {
     match tokio::time::timeout(ANSWER_TIMEOUT, answer).await {
         Ok(Ok(response)) => Ok(response),
-        Ok(Err(error)) => Err(cause(&error)),
-        Err(_) => Err("it does not answer in time".to_owned()),
+        Ok(Err(error)) => Err(trouble(&error)),
+        Err(_) => Err(Trouble::Silence(LATE)),
     }
 }
 
@@ -132,7 +143,7 @@ pub(super) async fn sent(
     request: RequestBuilder,
     body: &Bytes,
     silence: &Arc<Silence>,
-) -> Result<Response, String> {
+) -> Result<Response, Trouble> {
     let moved = Arc::new(Mutex::new(Instant::now()));
     let (touch, silence) = (Arc::clone(&moved), Arc::clone(silence));
     let mut rest = body.clone();
@@ -150,18 +161,45 @@ pub(super) async fn sent(
         let last = *moved.lock().unwrap_or_else(PoisonError::into_inner);
         match tokio::time::timeout_at(last + TAKEN_TIMEOUT, &mut answer).await {
             Ok(Ok(response)) => return Ok(response),
-            Ok(Err(error)) => return Err(cause(&error)),
+            Ok(Err(error)) => return Err(trouble(&error)),
             Err(_) if last < *moved.lock().unwrap_or_else(PoisonError::into_inner) => {}
-            Err(_) => return Err("it does not take what is sent to it".to_owned()),
+            Err(_) => return Err(Trouble::Silence("it does not take what is sent to it")),
         }
     }
 }
 
+/// What is said of a registry of which nothing is heard.
+const LATE: &str = "it does not answer in time";
+
+/// What OpenSSL says where the other side speaks no TLS, or none that we speak, or shows a certificate that we do not trust, or
+/// does not trust ours.
+const LASTING: [&str; 9] = [
+    "wrong version number",
+    "http request",
+    "packet length too long",
+    "unsupported protocol",
+    "tlsv1 alert protocol version",
+    "certificate verify failed",
+    "tlsv1 alert unknown ca",
+    "sslv3 alert bad certificate",
+    "tlsv13 alert certificate required",
+];
+
+/// Why a request failed.
+fn trouble(error: &reqwest::Error) -> Trouble {
+    let lasting = |reason: &str| LASTING.contains(&reason);
+    match cause(error) {
+        _ if error.is_timeout() => Trouble::Silence(LATE),
+        reason if reason.strip_prefix(TLS_FAILED).is_some_and(lasting) => Trouble::Lasting(reason),
+        reason => Trouble::Broken(reason),
+    }
+}
+
+/// How a reason begins that is OpenSSL's.
+const TLS_FAILED: &str = "TLS failed: ";
+
 /// The innermost reason of a failed request, without its address: that may carry a signature.
 pub(super) fn cause(error: &reqwest::Error) -> String {
-    if error.is_timeout() {
-        return "it does not answer in time".to_owned();
-    }
     let mut deepest: Option<&dyn std::error::Error> = error.source();
     while let Some(next) = deepest.and_then(std::error::Error::source) {
         deepest = Some(next);
@@ -172,7 +210,7 @@ pub(super) fn cause(error: &reqwest::Error) -> String {
         .strip_prefix("error:")
         .and_then(|parts| parts.split(':').nth(3))
     {
-        Some(reason) => format!("TLS failed: {reason}"),
+        Some(reason) => format!("{TLS_FAILED}{reason}"),
         None => text,
     }
 }

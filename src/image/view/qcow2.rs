@@ -149,7 +149,7 @@ impl Qcow2 {
         if table_at == 0 {
             return Ok((State::Absent, (at / self.span() + 1) * self.span()));
         }
-        if table_at % self.cluster() != 0 {
+        if !table_at.is_multiple_of(self.cluster()) {
             return Err(damaged("a table begins inside a cluster"));
         }
         let table = {
@@ -178,7 +178,7 @@ impl Qcow2 {
         }
         let inside = at % self.cluster();
         let place = entry & OFFSET;
-        if place % self.cluster() != 0 {
+        if !place.is_multiple_of(self.cluster()) {
             return Err(damaged("a cluster begins inside another"));
         }
         if self.extended {
