@@ -361,7 +361,7 @@ fn pieces_that_are_not_what_they_say_are_refused() {
     let mut other = sardinecake(&raw_disk(), 100_000);
     other.diff_ids[2] = sha256(b"other");
     for (image, part) in [
-        (with(tart(&pieces()), 1, size, "2097153"), "cannot be unpacked"),
+        (with(tart(&pieces()), 1, size, "2097153"), "ends too early"),
         (with(tart(&pieces()), 1, size, "2097151"), "another length"),
         (with(tart(&pieces()), 2, size, "99999999999"), "too large"),
         (

@@ -141,7 +141,15 @@ fn a_full_disk_is_told_in_numbers_and_leaves_nothing() {
     let native = add_native(&registry, "native", &bytes);
     add(&registry, "tar", &bytes, OCI_TAR);
     // A disk that is not packed may have holes: how much it takes shows only when it is written.
-    for (tag, known) in [("gzip", Some(packed)), ("native", Some(native)), ("tar", None)] {
+    // Packed it would fit several times.
+    let text: Vec<u8> = noise(4, 4 << 20).iter().flat_map(|byte| [*byte; 10]).collect();
+    assert!(add_native(&registry, "native-text", &text) < SMALL / 3);
+    for (tag, bytes, known) in [
+        ("gzip", &bytes, Some(packed)),
+        ("native", &bytes, Some(native)),
+        ("native-text", &text, Some(text.len() as u64)),
+        ("tar", &bytes, None),
+    ] {
         let small = Small::new();
         let store = small.store();
         for _ in 0..2 {
@@ -176,7 +184,7 @@ fn a_full_disk_is_told_in_numbers_and_leaves_nothing() {
         }
         small.grow();
         let disk = pull(&store, &registry, tag).unwrap();
-        assert!(fs::read(&disk.path).unwrap() == bytes, "{tag}");
+        assert!(fs::read(&disk.path).unwrap() == *bytes, "{tag}");
         assert_eq!(partial(&store), 0, "{tag}");
     }
 }

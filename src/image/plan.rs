@@ -16,6 +16,8 @@ pub(super) struct Pieces {
     pub(super) files: Vec<PlannedFile>,
     /// Where the pieces' packed bytes are.
     pub(super) blobs: Vec<PackedBlob>,
+    /// Pieces may be zeros, which take no room.
+    pub(super) holes: bool,
 }
 
 /// A file in the making.
@@ -154,6 +156,7 @@ mod tests {
 
     fn plan(pieces: Vec<Piece>) -> Pieces {
         Pieces {
+            holes: true,
             files: vec![PlannedFile {
                 name: "disk.raw",
                 length: 100,

@@ -62,14 +62,16 @@ pub(in crate::image) async fn fetch(
 ) -> Result<(), Error> {
     let at = place.clone();
     let site = Arc::new(blocking(move || Site::open(plan, &at, held)).await?);
-    let kept = site.packed_bytes(|blob, piece| site.done.has(blob, piece));
+    let kept = site.packed_here();
     if kept > 0 {
         place.meter.add_here(kept);
         progress.event(Event::Resumed { kept });
     }
+    // Before anything is copied, too: that takes room as what is fetched does.
+    place.room().require(site.missing())?;
     if let Some(known) = known {
         site.reuse(known).await?;
-        let reused = site.packed_bytes(|blob, piece| site.done.has(blob, piece)) - kept;
+        let reused = site.packed_here() - kept;
         if reused > 0 {
             place.meter.add_here(reused);
             progress.event(Event::Reused { bytes: reused });
@@ -83,10 +85,6 @@ pub(in crate::image) async fn fetch(
             place.meter.add_layer(&blob.descriptor, here);
         }
     }
-    // Packed bytes are never more than a little more than unpacked ones, holes being none.
-    place
-        .room()
-        .require(site.packed_bytes(|blob, piece| !site.done.has(blob, piece)))?;
     let cancelled = CancelledOnDrop::default();
     let crew = Crew {
         source,

@@ -127,6 +127,7 @@ fn disk(facts: &Facts<'_>) -> Result<Pieces, Error> {
             length: at,
         }],
         blobs,
+        holes: true,
     })
 }
 

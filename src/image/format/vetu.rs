@@ -140,7 +140,11 @@ fn files(facts: &Facts<'_>, disk: &str) -> Result<Pieces, Error> {
             length: layer.size,
         });
     }
-    Ok(Pieces { files, blobs })
+    Ok(Pieces {
+        files,
+        blobs,
+        holes: true,
+    })
 }
 
 fn packed(layer: &Descriptor, piece: Piece) -> PackedBlob {

@@ -320,6 +320,7 @@ mod tests {
             })
             .collect();
         Pieces {
+            holes: false,
             files: vec![PlannedFile {
                 name: FILES[0],
                 length: 1 << 40,

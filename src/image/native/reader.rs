@@ -231,6 +231,8 @@ impl Reader {
                 length: segment.file_length,
             }],
             blobs,
+            // Writers pass zeros over.
+            holes: false,
         })
     }
 }

@@ -112,6 +112,7 @@ impl Scene {
         let plan = Arc::new(Pieces {
             files: self.files.clone(),
             blobs: self.blobs.clone(),
+            holes: true,
         });
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
