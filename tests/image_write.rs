@@ -95,6 +95,15 @@ fn what_cannot_be_written_is_refused_in_a_sentence() {
             push(&disk, &target, "qcow2", &["--base", "a:1"]),
             "a native image builds upon another",
         ),
+        (
+            push(&disk, &target, "native", &["--compression", "zstd"]),
+            "only the layer of a containerDisk",
+        ),
+        (
+            vec!["image", "pull", "docker://r.example.com/a:1"],
+            "Leave out docker://",
+        ),
+        (vec!["image", "pull", &disk], "file:///"),
         (push(&vmdk, &target, "qcow2", &[]), "vmdk"),
         (push("/nowhere/disk", &target, "qcow2", &[]), "/nowhere/disk"),
         (
@@ -259,7 +268,7 @@ fn what_an_image_is_can_be_asked_without_fetching_it() {
     let text = String::from_utf8(output.stdout).unwrap();
     for part in [
         digest.as_str(),
-        "container-disk",
+        "containerdisk",
         "linux/amd64",
         "Signature: none",
         "512.0 MiB",

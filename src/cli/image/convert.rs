@@ -52,7 +52,7 @@ pub(in crate::cli) struct Arguments {
     source: String,
     /// An image, or a new file (a path that begins with / or ./)
     destination: String,
-    /// The format to write [default: native; for a file, what its name ends with]
+    /// The format to write [default: native; for a file, what its name ends with]; the result is printed as JSON with --json
     #[arg(long, value_enum)]
     format: Option<Target>,
     #[command(flatten)]

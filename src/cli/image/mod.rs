@@ -78,7 +78,14 @@ async fn interruptible(what: &str, work: impl Future<Output = Result<(), Failure
 /// A reference as it was written on the command line.
 fn reference(text: &str) -> Result<Reference, Failure> {
     text.parse().map_err(|e| {
-        Failure::system(format!("{e}")).hint("Write registry.example.com/group/image:tag or oci:/FOLDER:TAG")
+        let hint = if text.starts_with("docker://") {
+            "Leave out docker://"
+        } else if text.starts_with(['/', '.']) {
+            "For a disk that is a file of this host, write file:///FOLDER/FILE"
+        } else {
+            "Write registry.example.com/group/image:tag or oci:/FOLDER:TAG"
+        };
+        Failure::system(format!("{e}")).hint(hint)
     })
 }
 

@@ -54,9 +54,14 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     step_back();
     let wanted = wanted(context, arguments, &settings)?;
     if wanted.is_empty() && arguments.format == Answer::Text {
-        context.log.line(
-            "Nothing to fetch: images.prewarm in the settings names no images, and no others were asked for.",
-        );
+        let asked = arguments.file.iter().chain(&arguments.gitlab_ci);
+        let asked: Vec<_> = asked.map(|file| file.display().to_string()).collect();
+        context.log.line(if asked.is_empty() {
+            "Nothing to fetch: images.prewarm in the settings names no images, and no others were asked for."
+                .to_owned()
+        } else {
+            format!("Nothing to fetch: {} names no images.", asked.join(", "))
+        });
     }
     // One of these at a time; what a second would fetch, the first may have brought by then.
     let lock = record::open_lock(&settings.state_dir.join("prewarm.lock"))

@@ -61,7 +61,7 @@ pub(super) enum Kind {
 /// How an image is to be written.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Manner {
-    /// The format to write
+    /// The image's format; the result is printed as JSON with --json
     #[arg(long, value_enum, default_value = "native")]
     format: Kind,
     #[command(flatten)]
@@ -74,9 +74,9 @@ pub(super) struct More {
     /// The image that a native one builds upon [default: what its name means now]
     #[arg(long, value_name = "REF")]
     base: Option<String>,
-    /// How a containerDisk's layer is packed
-    #[arg(long, value_enum, default_value = "gzip")]
-    compression: Pack,
+    /// How a containerDisk's layer is packed [default: gzip]
+    #[arg(long, value_enum)]
+    compression: Option<Pack>,
 }
 
 /// The same, in values.
@@ -100,10 +100,16 @@ impl More {
             return Err(Failure::system("only a native image builds upon another")
                 .hint("Leave out --base, or choose --format native"));
         }
+        if self.compression.is_some() && kind != Kind::Containerdisk {
+            return Err(
+                Failure::system("only the layer of a containerDisk is packed in one way or another")
+                    .hint("Leave out --compression, or choose --format containerdisk"),
+            );
+        }
         Ok(Written {
             kind,
             base: self.base.as_deref().map(reference).transpose()?,
-            compression: self.compression,
+            compression: self.compression.unwrap_or(Pack::Gzip),
         })
     }
 }

@@ -20,7 +20,8 @@ const DISK_TYPE: &str = "disktype";
 pub enum Format {
     /// Our own: chunks in packs, and an index.
     Native,
-    /// KubeVirt's: a container image with a disk under `disk/`.
+    /// KubeVirt's: a container image with a disk under `disk/`. Earlier records of the store spell it with a hyphen.
+    #[serde(rename = "containerdisk", alias = "container-disk")]
     ContainerDisk,
     /// One disk, packed or not, perhaps split into `chunk-*`.
     Plain,
@@ -38,7 +39,7 @@ impl fmt::Display for Format {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
             Self::Native => "native",
-            Self::ContainerDisk => "container-disk",
+            Self::ContainerDisk => "containerdisk",
             Self::Plain => "plain",
             Self::Tart => "tart",
             Self::Vetu => "vetu",

@@ -153,7 +153,11 @@ pub(super) fn make(draft: &Draft, format: DiskFormat, dir: &Path, read: &Read) -
             written(&|file| fill_raw(&*guest, file, &mut added(read)))
         }
     };
-    made.map_err(Error::storage(dir))
+    // A qcow2 that makes no sense is the source's fault, everything else the folder's.
+    made.map_err(|error: io::Error| match error.kind() {
+        io::ErrorKind::InvalidData => Error::storage(&draft.disk)(error),
+        _ => Error::storage(dir)(error),
+    })
 }
 
 /// Writes what a guest sees of a disk into an empty file; zeros take no room in it.
