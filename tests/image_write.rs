@@ -97,7 +97,7 @@ fn what_cannot_be_written_is_refused_in_a_sentence() {
         ),
         (
             push(&disk, &target, "native", &["--compression", "zstd"]),
-            "only the layer of a containerDisk",
+            "the layer of a containerDisk is packed",
         ),
         (
             vec!["image", "pull", "docker://r.example.com/a:1"],
