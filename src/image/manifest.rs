@@ -60,6 +60,7 @@ pub(super) enum Document {
 /// The error is a reason for [`super::Error::Malformed`].
 pub(super) fn parse(bytes: &[u8]) -> Result<Document, String> {
     #[derive(Deserialize)]
+    #[serde(expecting = "a JSON object")]
     struct Shape {
         layers: Option<serde::de::IgnoredAny>,
         manifests: Option<serde::de::IgnoredAny>,

@@ -25,6 +25,7 @@ pub(in crate::image) fn has_image_config(manifest: &Manifest) -> bool {
 /// Reads an image's config. `layers` is how many things it can speak of. The error is a reason.
 pub(in crate::image) fn parse_config(bytes: &[u8], layers: usize) -> Result<Config, String> {
     #[derive(Deserialize)]
+    #[serde(expecting = "a JSON object")]
     struct Raw {
         os: Option<String>,
         architecture: Option<String>,
