@@ -116,6 +116,36 @@ enum Answer {
     Json,
 }
 
+/// Things that a command comes to one after the other. As text each is printed at once; as JSON all of them at the end, also those that came
+/// before one that did not.
+struct Results<T> {
+    answer: Answer,
+    rows: Vec<T>,
+}
+
+impl<T: serde::Serialize> Results<T> {
+    fn new(answer: Answer) -> Self {
+        let rows = Vec::new();
+        Self { answer, rows }
+    }
+
+    /// One more, with its line.
+    fn add(&mut self, row: T, line: impl FnOnce(&T) -> String) {
+        match self.answer {
+            Answer::Text => print(&format!("{}\n", line(&row))),
+            Answer::Json => self.rows.push(row),
+        }
+    }
+
+    /// All that there were. What failed is handed on.
+    fn end(self, result: Result<(), Failure>) -> Result<(), Failure> {
+        if self.answer == Answer::Json {
+            print_json(&self.rows)?;
+        }
+        result
+    }
+}
+
 /// What every command is given.
 struct Context {
     environment: Environment,

@@ -1,7 +1,7 @@
 use serde::Serialize;
 
 use super::choose::choose;
-use crate::cli::{Answer, Context, print, print_json};
+use crate::cli::{Answer, Context, Results};
 use crate::image::PinName;
 use crate::outcome::Failure;
 use crate::stage::images;
@@ -28,19 +28,12 @@ struct Row {
 }
 
 pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
-    let mut rows = Vec::new();
-    let pinned = pin(context, arguments, |row| match arguments.format {
-        Answer::Text => print(&format!("{}\n", row.digest)),
-        Answer::Json => rows.push(row),
-    });
-    // Also those that were pinned before one that was not.
-    if arguments.format == Answer::Json {
-        print_json(&rows)?;
-    }
-    pinned
+    let mut pinned = Results::new(arguments.format);
+    let result = pin(context, arguments, &mut pinned);
+    pinned.end(result)
 }
 
-fn pin(context: &Context, arguments: &Arguments, mut done: impl FnMut(Row)) -> Result<(), Failure> {
+fn pin(context: &Context, arguments: &Arguments, pinned: &mut Results<Row>) -> Result<(), Failure> {
     let store = images::store(&context.settings()?)?;
     let all = store.inventory()?;
     // All words are checked before anything is pinned.
@@ -51,10 +44,11 @@ fn pin(context: &Context, arguments: &Arguments, mut done: impl FnMut(Row)) -> R
         .collect::<Result<Vec<_>, _>>()?;
     for chosen in chosen {
         store.pin(&chosen.held.digest, &arguments.name)?;
-        done(Row {
+        let row = Row {
             digest: chosen.held.digest.to_string(),
             pin: arguments.name.to_string(),
-        });
+        };
+        pinned.add(row, |row| row.digest.clone());
     }
     Ok(())
 }

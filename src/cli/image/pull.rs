@@ -5,7 +5,7 @@ use serde::Serialize;
 
 use super::progress::Lines;
 use super::{reference, shown};
-use crate::cli::{Answer, Context, print, print_json};
+use crate::cli::{Answer, Context, Results};
 use crate::image::{Asker, Disk, DiskFormat, Progress, PullPolicy, Reference, Silent};
 use crate::outcome::Failure;
 use crate::stage::images;
@@ -75,20 +75,12 @@ impl From<Policy> for PullPolicy {
 }
 
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
-    let mut rows = Vec::new();
-    let fetched = fetch(context, arguments, |disk| match arguments.format {
-        Answer::Text => print(&format!("{}\n", disk.digest)),
-        Answer::Json => rows.push(Row::of(disk)),
-    })
-    .await;
-    // Also those that came before one that did not.
-    if arguments.format == Answer::Json {
-        print_json(&rows)?;
-    }
-    fetched
+    let mut fetched = Results::new(arguments.format);
+    let result = fetch(context, arguments, &mut fetched).await;
+    fetched.end(result)
 }
 
-async fn fetch(context: &Context, arguments: &Arguments, mut done: impl FnMut(&Disk)) -> Result<(), Failure> {
+async fn fetch(context: &Context, arguments: &Arguments, fetched: &mut Results<Row>) -> Result<(), Failure> {
     let settings = context.settings()?;
     // All names are checked before anything is fetched.
     let references: Vec<Reference> = arguments
@@ -119,7 +111,7 @@ async fn fetch(context: &Context, arguments: &Arguments, mut done: impl FnMut(&D
                 });
             }
         };
-        done(&disk);
+        fetched.add(Row::of(&disk), |row| row.digest.clone());
     }
     Ok(())
 }

@@ -2,7 +2,7 @@ use serde::Serialize;
 
 use super::choose::choose;
 use super::shown;
-use crate::cli::{Answer, Context, print, print_json};
+use crate::cli::{Answer, Context, Results};
 use crate::outcome::Failure;
 use crate::reap::Images;
 
@@ -25,22 +25,22 @@ enum Gone {
     Deleted(String),
 }
 
-pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
-    let mut all = Vec::new();
-    let removed = remove(context, arguments, |gone| match (arguments.format, &gone) {
-        (Answer::Json, _) => all.push(gone),
-        (Answer::Text, Gone::Untagged(name)) => print(&format!("Untagged: {}\n", shown(name))),
-        (Answer::Text, Gone::Deleted(digest)) => print(&format!("Deleted: {digest}\n")),
-    })
-    .await;
-    // Also what went before one that did not.
-    if arguments.format == Answer::Json {
-        print_json(&all)?;
+impl Gone {
+    fn line(&self) -> String {
+        match self {
+            Self::Untagged(name) => format!("Untagged: {}", shown(name)),
+            Self::Deleted(digest) => format!("Deleted: {digest}"),
+        }
     }
-    removed
 }
 
-async fn remove(context: &Context, arguments: &Arguments, mut gone: impl FnMut(Gone)) -> Result<(), Failure> {
+pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
+    let mut gone = Results::new(arguments.format);
+    let result = remove(context, arguments, &mut gone).await;
+    gone.end(result)
+}
+
+async fn remove(context: &Context, arguments: &Arguments, gone: &mut Results<Gone>) -> Result<(), Failure> {
     let settings = context.settings()?;
     let images = Images::open(&settings)?;
     let all = images.store().inventory()?;
@@ -66,7 +66,7 @@ async fn remove(context: &Context, arguments: &Arguments, mut gone: impl FnMut(G
             {
                 images.store().forget(reference, &name.architecture)?;
             }
-            gone(Gone::Untagged(reference.to_string()));
+            gone.add(Gone::Untagged(reference.to_string()), Gone::line);
             continue;
         }
         let keepers: Vec<String> = users
@@ -86,9 +86,9 @@ async fn remove(context: &Context, arguments: &Arguments, mut gone: impl FnMut(G
             );
         }
         for name in &chosen.held.names {
-            gone(Gone::Untagged(name.reference.clone()));
+            gone.add(Gone::Untagged(name.reference.clone()), Gone::line);
         }
-        gone(Gone::Deleted(digest.to_string()));
+        gone.add(Gone::Deleted(digest.to_string()), Gone::line);
     }
     Ok(())
 }

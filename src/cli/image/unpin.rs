@@ -1,7 +1,7 @@
 use serde::Serialize;
 
 use super::choose::choose;
-use crate::cli::{Answer, Context, print, print_json};
+use crate::cli::{Answer, Context, Results};
 use crate::image::PinName;
 use crate::outcome::Failure;
 use crate::stage::images;
@@ -28,19 +28,12 @@ struct Row {
 }
 
 pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
-    let mut rows = Vec::new();
-    let unpinned = unpin(context, arguments, |row| match arguments.format {
-        Answer::Text => print(&format!("{}\n", row.digest)),
-        Answer::Json => rows.push(row),
-    });
-    // Also those that were let go before one that was not.
-    if arguments.format == Answer::Json {
-        print_json(&rows)?;
-    }
-    unpinned
+    let mut unpinned = Results::new(arguments.format);
+    let result = unpin(context, arguments, &mut unpinned);
+    unpinned.end(result)
 }
 
-fn unpin(context: &Context, arguments: &Arguments, mut done: impl FnMut(Row)) -> Result<(), Failure> {
+fn unpin(context: &Context, arguments: &Arguments, unpinned: &mut Results<Row>) -> Result<(), Failure> {
     let store = images::store(&context.settings()?)?;
     let all = store.inventory()?;
     let chosen = arguments
@@ -59,10 +52,11 @@ fn unpin(context: &Context, arguments: &Arguments, mut done: impl FnMut(Row)) ->
             return Err(Failure::system(format!("the image {digest} is not pinned{name}"))
                 .hint("`cannery image why` shows what keeps it"));
         }
-        done(Row {
+        let row = Row {
             digest: digest.to_string(),
             pins: pins.iter().map(ToString::to_string).collect(),
-        });
+        };
+        unpinned.add(row, |row| row.digest.clone());
     }
     Ok(())
 }
