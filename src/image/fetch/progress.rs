@@ -11,7 +11,7 @@ use crate::image::manifest::Descriptor;
 use crate::image::registry::Unanswered;
 
 /// How often progress is told while something goes on.
-pub(super) const TELL_EVERY: Duration = Duration::from_millis(250);
+const TELL_EVERY: Duration = Duration::from_millis(250);
 
 /// Hears what happens. Called from the task that asked, several times a second; the receiver throttles.
 pub trait Progress: Sync {
@@ -137,28 +137,44 @@ pub enum Event<'a> {
     },
 }
 
+/// Calls `tell` again and again while `work` goes on.
+pub(super) async fn telling<T>(tell: impl Fn(), work: impl Future<Output = T>) -> T {
+    tokio::pin!(work);
+    let mut tick = tokio::time::interval(TELL_EVERY);
+    loop {
+        tokio::select! {
+            result = &mut work => return result,
+            _ = tick.tick() => tell(),
+        }
+    }
+}
+
 /// Tells for which registry we wait while `work` goes on, as long as it does not answer.
 pub(in crate::image) async fn told_of_silence<T>(
     progress: &dyn Progress,
     unanswered: impl Fn() -> Option<Unanswered>,
     work: impl Future<Output = T>,
 ) -> T {
-    tokio::pin!(work);
-    let mut tick = tokio::time::interval(TELL_EVERY);
-    loop {
-        tokio::select! {
-            result = &mut work => return result,
-            _ = tick.tick() => {
-                if let Some(Unanswered { registry, waited, most, pause }) = unanswered() {
-                    let registry = &registry;
-                    progress.event(match pause {
-                        Some(left) => Event::Paused { registry, left },
-                        None => Event::Unanswered { registry, waited, most },
-                    });
-                }
-            }
+    let tell = || {
+        if let Some(Unanswered {
+            registry,
+            waited,
+            most,
+            pause,
+        }) = unanswered()
+        {
+            let registry = &registry;
+            progress.event(match pause {
+                Some(left) => Event::Paused { registry, left },
+                None => Event::Unanswered {
+                    registry,
+                    waited,
+                    most,
+                },
+            });
         }
-    }
+    };
+    telling(tell, work).await
 }
 
 /// Counts what threads do, for the task that reports it.

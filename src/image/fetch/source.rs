@@ -20,7 +20,7 @@ use tokio::sync::mpsc;
 
 use super::beginning::Beginning;
 use super::part::{CancelledOnDrop, Part, Piece, blocking, relay};
-use super::progress::{Event, Meter, Progress, TELL_EVERY};
+use super::progress::{Event, Meter, Progress, telling};
 use super::verified::{Check, Position, Verified};
 use crate::image::digest::Digest;
 use crate::image::error::Error;
@@ -420,17 +420,9 @@ pub(super) async fn told<T>(
         let written = meter.unpacked();
         progress.event(Event::Unpacking { written });
     };
-    tokio::pin!(transfer);
-    let mut tick = tokio::time::interval(TELL_EVERY);
-    loop {
-        tokio::select! {
-            result = &mut transfer => {
-                tell();
-                return result;
-            }
-            _ = tick.tick() => tell(),
-        }
-    }
+    let result = telling(&tell, transfer).await;
+    tell();
+    result
 }
 
 #[cfg(test)]

@@ -212,7 +212,8 @@ impl Endpoint {
             waited: self.silence.lasts()?,
             registry: self.registry.clone(),
             most: self.patience().longest(each),
-            pause: self.gate.closed_for(),
+            // Ours is the longer one; who has not asked yet keeps the registry's.
+            pause: self.silence.rests().or_else(|| self.gate.closed_for()),
         })
     }
 
@@ -257,6 +258,9 @@ impl Endpoint {
             return Err(self.unreachable(format!("{reason}{wish} ({in_vain})")));
         };
         tracing::debug!(registry = self.registry, reason, "trying again");
+        if asked.is_some() {
+            self.silence.rest(pause);
+        }
         tokio::time::sleep(pause).await;
         Ok(())
     }

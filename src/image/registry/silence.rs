@@ -33,6 +33,8 @@ struct State {
     waiting: usize,
     /// When something was heard last, or the first of them began.
     since: Option<Instant>,
+    /// When we ask again, of our own choice.
+    rests_until: Option<Instant>,
 }
 
 /// Somebody waits for as long as this value lives.
@@ -58,10 +60,28 @@ impl Silence {
         state.since = (state.waiting > 0).then(Instant::now);
     }
 
+    /// A pause was asked for, and we keep one of this length.
+    pub(super) fn rest(&self, pause: Duration) {
+        self.state().rests_until = Some(Instant::now() + pause);
+    }
+
+    /// How much is left of it.
+    pub(super) fn rests(&self) -> Option<Duration> {
+        let left = self
+            .state()
+            .rests_until?
+            .saturating_duration_since(Instant::now());
+        (!left.is_zero()).then_some(left)
+    }
+
     /// How long those who wait have heard nothing; none while that is not worth a word.
     pub(super) fn lasts(&self) -> Option<Duration> {
-        let since = self.state().since?;
-        Some(since.elapsed()).filter(|waited| *waited >= WORTH_A_WORD)
+        let State {
+            since, rests_until, ..
+        } = *self.state();
+        // What we have rested is no silence of the registry's.
+        let rested = rests_until.filter(|until| *until <= Instant::now());
+        Some(since?.max(rested.unwrap_or(since?)).elapsed()).filter(|waited| *waited >= WORTH_A_WORD)
     }
 }
 
@@ -102,5 +122,13 @@ mod tests {
         assert_eq!(lasts(), None);
         let _third = silence.wait();
         assert_eq!(lasts(), None, "what was before does not count");
+        silence.rest(Duration::from_secs(30));
+        pass(20).await;
+        let rests = || silence.rests().map(|left| left.as_secs());
+        assert_eq!((rests(), lasts()), (Some(10), Some(20)));
+        pass(11).await;
+        assert_eq!((rests(), lasts()), (None, None), "it was we who waited");
+        pass(6).await;
+        assert_eq!(lasts(), Some(7));
     }
 }
