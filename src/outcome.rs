@@ -259,7 +259,7 @@ impl From<image::Error> for Failure {
                 author.hint("docs/images.md lists the formats that are read")
             }
             E::WrongPlatform { .. } => author.hint("Build the image for this platform, or choose another runner by its tags"),
-            E::TooLarge { what: "kernel or initrd" | "boot file", .. } => author.hint("Build the image with a smaller one"),
+            E::TooLarge { what: "kernel or initrd", .. } => author.hint("Build the image with a smaller one"),
             E::TooLarge { .. } => author.hint("Build a smaller image, or ask the runner's operator to raise images.max_disk"),
             E::Hostile { .. } => author.hint("Build the image anew, from a disk that you trust"),
             E::Label { .. } => author.hint("Correct the label where the image is built"),

@@ -72,7 +72,7 @@ impl Figures {
                 Goal::None,
             ),
             native_floor: Figure::new(
-                "  pull in the native format, against the three together",
+                "pull in the native format, against the three together",
                 Peer::None,
                 Goal::None,
             ),

@@ -80,10 +80,8 @@ fn reference(text: &str) -> Result<Reference, Failure> {
     text.parse().map_err(|e| {
         let hint = if text.starts_with("docker://") {
             "Leave out docker://"
-        } else if text.starts_with(['/', '.']) {
-            "For a disk that is a file of this host, write file:///FOLDER/FILE"
         } else {
-            "Write registry.example.com/group/image:tag or oci:/FOLDER:TAG"
+            "Write registry.example.com/group/image:tag or oci:/FOLDER:TAG; a disk that is a file of this host can be read as file:///FOLDER/FILE"
         };
         Failure::system(format!("{e}")).hint(hint)
     })

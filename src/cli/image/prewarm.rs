@@ -60,7 +60,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             "Nothing to fetch: images.prewarm in the settings names no images, and no others were asked for."
                 .to_owned()
         } else {
-            format!("Nothing to fetch: {} names no images.", asked.join(", "))
+            format!("Nothing to fetch: no image is named in {}.", asked.join(", "))
         });
     }
     // One of these at a time; what a second would fetch, the first may have brought by then.

@@ -81,7 +81,7 @@ fn within(plan: &Pieces, pull: &Pull<'_>) -> Result<(), Error> {
         let (what, limit) = if file.name == FILES[0] {
             ("virtual disk", pull.place.limits.max_disk)
         } else {
-            ("boot file", BOOT_FILE_MAX)
+            ("kernel or initrd", BOOT_FILE_MAX)
         };
         if file.length > limit {
             return Err(Error::TooLarge {
