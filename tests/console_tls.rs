@@ -9,8 +9,11 @@ mod support;
 use std::io;
 use std::net::TcpStream;
 use std::path::Path;
+use std::pin::Pin;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use cannery::console::backend::Tcp;
 use cannery::console::tls::MachineTls;
@@ -22,6 +25,7 @@ use openssl::ssl::{SslConnector, SslMethod};
 use spice::{Running, Screen, hello, limits};
 use support::desktop::Desktop;
 use support::https::Authority;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 fn certificate(authority: &Authority) -> Arc<Certificate> {
     Arc::new(Certificate::load(&authority.file("server.pem"), &authority.file("server.key")).unwrap())
@@ -100,6 +104,92 @@ impl Backend for PlainFirst {
     fn ticket(&self) -> Option<&Secret> {
         self.plain.ticket()
     }
+}
+
+/// A machine of which much comes at once.
+#[derive(Debug)]
+struct InBursts(Arc<dyn Backend>);
+
+impl Backend for InBursts {
+    fn likeness(&self) -> &str {
+        self.0.likeness()
+    }
+
+    fn connect(&self) -> BoxFuture<'_, io::Result<Wire>> {
+        Box::pin(async {
+            let wire = self.0.connect().await?;
+            Ok(Box::new(Bursts { wire, next: None }) as Wire)
+        })
+    }
+
+    fn ticket(&self) -> Option<&Secret> {
+        self.0.ticket()
+    }
+}
+
+/// What comes within a moment is read together.
+struct Bursts {
+    wire: Wire,
+    next: Option<Pin<Box<tokio::time::Sleep>>>,
+}
+
+impl AsyncRead for Bursts {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let moment = || Box::pin(tokio::time::sleep(Duration::from_millis(100)));
+        ready!(self.next.get_or_insert_with(moment).as_mut().poll(cx));
+        ready!(Pin::new(&mut self.wire).poll_read(cx, buffer))?;
+        self.next = None;
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Bursts {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.wire).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.wire).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.wire).poll_shutdown(cx)
+    }
+}
+
+#[test]
+#[ignore = "needs qemu-system-x86_64 with SPICE and spice-client-gtk"]
+fn a_viewer_over_tls_sees_the_screen_however_much_the_machine_says_at_once() {
+    let screen = Screen::start();
+    let authority = Authority::new();
+    let running = Running::start(None, limits(), Security::Tls(certificate(&authority)));
+    running.admit(
+        "a-ticket",
+        "machine",
+        Mode::Full,
+        Arc::new(InBursts(screen.backend())),
+    );
+    let picture = screen.folder().join("picture.ppm");
+    let address = format!("spice://localhost?tls-port={}", running.address.port());
+    let output = Command::new("timeout")
+        .args([
+            "20",
+            "spicy-screenshot",
+            "--uri",
+            &address,
+            "-w",
+            "a-ticket",
+            "-o",
+        ])
+        .arg(&picture)
+        .env("SSL_CERT_FILE", authority.file("ca.pem"))
+        .output()
+        .unwrap();
+    assert!(picture.exists(), "{output:?} {:#?}", running.notes.all());
 }
 
 /// A port that nobody listens at.

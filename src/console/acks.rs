@@ -90,6 +90,11 @@ impl Acks {
         }
     }
 
+    /// Which headers the channel has.
+    pub fn framing(&self) -> Framing {
+        self.frames.framing()
+    }
+
     /// Whether the machine is to hear something.
     pub fn are_due(&self) -> bool {
         self.sync.is_some() || self.due > 0

@@ -14,6 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf, ReadHalf, WriteHa
 use tokio::time::{Instant, sleep_until};
 
 use super::channel::Kind;
+use super::frame::Framing;
 use super::hall::Hall;
 use super::limits::Limits;
 use super::queue::{CHUNK_MAX, Queue};
@@ -82,6 +83,7 @@ pub(super) struct Down<'a> {
 impl<'a> Down<'a> {
     pub(super) fn new(
         kind: Kind,
+        framing: Framing,
         hall: Option<Hall>,
         receipts: &'a Receipts,
         session: &'a Session,
@@ -89,7 +91,7 @@ impl<'a> Down<'a> {
         limits: &'a Limits,
     ) -> Self {
         Down {
-            queue: Queue::new(session),
+            queue: Queue::new(session, framing),
             pace: Pace {
                 draws: matches!(kind, Kind::Display | Kind::Cursor),
                 ..Pace::default()

@@ -231,12 +231,14 @@ impl Relay<'_> {
                 bytes: self.carried.to_viewer,
             },
         );
+        let framing = self.acks.framing();
         let receipts = Receipts {
             acks: Mutex::new(self.acks),
             due: Notify::new(),
         };
         let mut state = Down::new(
             self.kind,
+            framing,
             self.hall.take(),
             &receipts,
             self.session,
