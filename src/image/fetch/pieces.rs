@@ -60,8 +60,9 @@ pub(in crate::image) async fn fetch(
     total: u64,
     progress: &dyn Progress,
 ) -> Result<(), Error> {
-    let at = place.clone();
-    let site = Arc::new(blocking(move || Site::open(plan, &at, held)).await?);
+    let cancelled = CancelledOnDrop::default();
+    let (at, flag) = (place.clone(), Arc::clone(&cancelled.0));
+    let site = Arc::new(blocking(move || Site::open(plan, &at, flag, held)).await?);
     let kept = site.packed_here();
     if kept > 0 {
         place.meter.add_here(kept);
@@ -85,11 +86,9 @@ pub(in crate::image) async fn fetch(
             place.meter.add_layer(&blob.descriptor, here);
         }
     }
-    let cancelled = CancelledOnDrop::default();
     let crew = Crew {
         source,
         site: Arc::clone(&site),
-        cancelled: Arc::clone(&cancelled.0),
         memory: Arc::new(Semaphore::new(IN_FLIGHT_KIB)),
         unpackers: Arc::new(Semaphore::new(unpackers())),
         judging: Mutex::default(),
@@ -104,7 +103,6 @@ pub(in crate::image) async fn fetch(
 struct Crew<'a> {
     source: &'a Source,
     site: Arc<Site>,
-    cancelled: Arc<AtomicBool>,
     memory: Arc<Semaphore>,
     unpackers: Arc<Semaphore>,
     /// Held by who finds out why a piece is no good.
@@ -276,14 +274,14 @@ impl Crew<'_> {
         let planned = &self.site.plan.blobs[blob];
         let piece = planned.pieces[index].clone();
         let (sender, reader) = relay(PIECES_IN_FLIGHT);
-        let (site, cancelled) = (Arc::clone(&self.site), Arc::clone(&self.cancelled));
+        let site = Arc::clone(&self.site);
         let range = piece.packed.clone();
         let unpacking = blocking(move || {
             let mut packed = Metered {
                 inner: reader,
                 layer: &site.plan.blobs[blob].descriptor,
                 meter: &site.meter,
-                cancelled: &cancelled,
+                cancelled: &site.cancelled,
             };
             let unpacked = site.unpack_piece(&piece, &mut packed);
             if unpacked.is_ok() {
