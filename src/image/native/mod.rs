@@ -13,6 +13,7 @@ mod catalogue;
 mod chunk;
 mod cutter;
 mod index;
+mod joined;
 mod ledger;
 mod pull;
 mod push;

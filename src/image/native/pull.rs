@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use super::FILES;
 use super::catalogue::{Catalogue, Maker};
+use super::joined::Joined;
 use super::reader::Reader;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
@@ -15,10 +16,6 @@ use crate::image::fetch::progress::Progress;
 use crate::image::fetch::source::Source;
 use crate::image::format::{BOOT_FILE_MAX, Workplace};
 use crate::image::plan::Pieces;
-
-/// Pieces of a plan from which on it is carried out. Fewer would keep connections waiting for each other at each end, more
-/// would need more memory than 10 MiB.
-const PIECES_ENOUGH: usize = 1 << 16;
 
 /// What a pull needs.
 pub(in crate::image) struct Pull<'a> {
@@ -47,33 +44,26 @@ pub(in crate::image) async fn pull(pull: Pull<'_>, mut reader: Reader) -> Result
     let catalogue = Arc::new(Catalogue::open(pull.others.iter().cloned()));
     let dir = &pull.place.dir;
     let mut maker = Maker::create(dir).map_err(Error::storage(dir))?;
-    let mut waiting: Option<Pieces> = None;
+    let mut waiting: Option<Joined> = None;
     for segment in reader.segments().to_vec() {
         let bytes = pull.source.config(&segment).await?;
         let plan = reader.next(&bytes).map_err(malformed)?;
         within(&plan, &pull)?;
-        maker.add(&plan).map_err(Error::storage(dir))?;
         match &mut waiting {
-            None => waiting = Some(plan),
-            Some(before) => Reader::join(before, plan),
+            None => waiting = Some(Joined::new(plan)),
+            Some(before) => before.add(plan),
         }
-        if waiting.as_ref().is_some_and(|plan| count(plan) >= PIECES_ENOUGH)
-            && let Some(plan) = waiting.take()
-        {
-            fetch(&pull, &catalogue, plan).await?;
+        if let Some(joined) = waiting.take_if(|joined| joined.is_enough()) {
+            fetch(&pull, &catalogue, &mut maker, joined.finish()).await?;
         }
     }
     // The last of it only when all of the index is known to be good.
     let files = reader.finish().map_err(malformed)?;
-    if let Some(plan) = waiting {
-        fetch(&pull, &catalogue, plan).await?;
+    if let Some(joined) = waiting {
+        fetch(&pull, &catalogue, &mut maker, joined.finish()).await?;
     }
     maker.finish().map_err(Error::storage(dir))?;
     Ok(files)
-}
-
-fn count(plan: &Pieces) -> usize {
-    plan.blobs.iter().map(|blob| blob.pieces.len()).sum()
 }
 
 fn within(plan: &Pieces, pull: &Pull<'_>) -> Result<(), Error> {
@@ -95,7 +85,15 @@ fn within(plan: &Pieces, pull: &Pull<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-async fn fetch(pull: &Pull<'_>, catalogue: &Arc<Catalogue>, plan: Pieces) -> Result<(), Error> {
+/// Fetches what a plan names, and lists it.
+async fn fetch(
+    pull: &Pull<'_>,
+    catalogue: &Arc<Catalogue>,
+    maker: &mut Maker,
+    plan: Pieces,
+) -> Result<(), Error> {
+    let dir = &pull.place.dir;
+    maker.add(&plan).map_err(Error::storage(dir))?;
     let plan = Arc::new(plan);
     let (wanted, lists) = (Arc::clone(&plan), Arc::clone(catalogue));
     // A list that could not be looked through has nothing.

@@ -149,37 +149,6 @@ impl Reader {
         Ok(())
     }
 
-    /// One plan of two: pulls are quicker with few large ones.
-    pub(in crate::image) fn join(plan: &mut Pieces, next: Pieces) {
-        let mut files = Vec::with_capacity(next.files.len());
-        for file in next.files {
-            let known = plan.files.iter().position(|known| known.name == file.name);
-            files.push(known.unwrap_or_else(|| {
-                plan.files.push(file);
-                plan.files.len() - 1
-            }));
-        }
-        let known: HashMap<Digest, usize> = plan
-            .blobs
-            .iter()
-            .enumerate()
-            .map(|(number, blob)| (blob.descriptor.digest, number))
-            .collect();
-        for mut blob in next.blobs {
-            for piece in &mut blob.pieces {
-                piece.file = files[piece.file];
-            }
-            match known.get(&blob.descriptor.digest) {
-                Some(&number) => {
-                    let pieces = &mut plan.blobs[number].pieces;
-                    pieces.append(&mut blob.pieces);
-                    pieces.sort_by_key(|piece| (piece.packed.start, piece.packed.end, piece.file, piece.at));
-                }
-                None => plan.blobs.push(blob),
-            }
-        }
-    }
-
     fn pieces(&self, segment: &Segment) -> Result<Pieces, String> {
         let mut blobs = Vec::with_capacity(segment.packs.len());
         for pack in &segment.packs {
