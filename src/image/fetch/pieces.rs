@@ -48,7 +48,7 @@ pub(in crate::image) trait Known: Send + Sync {
 }
 
 /// Fetches what a plan names into the files of a work place, and goes on where an earlier call for the same plan in the same
-/// folder was cut off. When it returns well, all bytes are verified and written.
+/// folder was cut off. When it returns well, all bytes are verified and written. Room for them was asked for by the caller.
 ///
 /// `held` lives until no thread works here any more. `total` is the image's packed size in bytes, for progress.
 pub(in crate::image) async fn fetch(
@@ -68,8 +68,6 @@ pub(in crate::image) async fn fetch(
         place.meter.add_here(kept);
         progress.event(Event::Resumed { kept });
     }
-    // Before anything is copied, too: that takes room as what is fetched does.
-    place.room().require(site.missing())?;
     if let Some(known) = known {
         site.reuse(known).await?;
         let reused = site.packed_here() - kept;

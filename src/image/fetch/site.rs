@@ -129,31 +129,14 @@ impl Site {
 
     /// Packed bytes of the pieces that are here.
     pub(super) fn packed_here(&self) -> u64 {
-        self.sum(true, |piece| piece.packed.end - piece.packed.start)
-    }
-
-    /// Bytes that the pieces which are not here will certainly take. Where pieces may be holes, packed bytes are never more than a little
-    /// more than those.
-    pub(super) fn missing(&self) -> u64 {
-        self.sum(false, |piece| {
-            if self.plan.holes {
-                piece.packed.end - piece.packed.start
-            } else {
-                piece.length
-            }
-        })
-    }
-
-    /// Sums up over the pieces that are here, or over the others.
-    fn sum(&self, here: bool, bytes: impl Fn(&Piece) -> u64) -> u64 {
         let blobs = self.plan.blobs.iter().enumerate();
         let pieces = blobs.flat_map(|(number, blob)| {
             let pieces = blob.pieces.iter().enumerate();
             pieces.map(move |(index, piece)| (number, index, piece))
         });
         pieces
-            .filter(|&(blob, index, _)| self.done.has(blob, index) == here)
-            .map(|(_, _, piece)| bytes(piece))
+            .filter(|&(blob, index, _)| self.done.has(blob, index))
+            .map(|(_, _, piece)| piece.packed.end - piece.packed.start)
             .sum()
     }
 

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use super::FILES;
 use crate::image::digest::Digest;
 use crate::image::plan::Pieces;
-use crate::image::store::listed::Sums;
+use crate::image::store::listed::{self, Sums};
 
 /// The list's name beside its disk.
 pub(in crate::image) const NAME: &str = "chunks";
@@ -34,6 +34,9 @@ const PAGE: usize = 128;
 
 /// Lists that are looked through for a pull. Those of the newest images come first, and the rest has little that they lack.
 const LISTS_MAX: usize = 32;
+
+/// Bytes that the lists of a disk take for each of its chunks, with the parts of which one of them is made.
+pub(super) const BYTES_A_CHUNK: u64 = (2 * LINE + listed::LINE) as u64;
 
 type Line = [u8; LINE];
 
@@ -327,7 +330,6 @@ mod tests {
             })
             .collect();
         Pieces {
-            holes: false,
             files: vec![PlannedFile {
                 name: FILES[0],
                 length: 1 << 40,

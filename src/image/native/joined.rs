@@ -24,7 +24,6 @@ impl Joined {
         let empty = Pieces {
             files: Vec::new(),
             blobs: Vec::new(),
-            holes: first.holes,
         };
         let mut joined = Self {
             plan: empty,

@@ -15,7 +15,7 @@ pub(in crate::image) fn is_native(manifest: &Manifest) -> bool {
 }
 
 /// Reads an image's segments, one after the other. All errors are reasons for [`crate::image::Error::Malformed`].
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(in crate::image) struct Reader {
     segments: Vec<Descriptor>,
     packs: HashMap<Digest, Descriptor>,
@@ -77,6 +77,12 @@ impl Reader {
     /// The layers of the index, in the order in which [`Reader::next`] wants them. Each is small enough to be held in memory.
     pub(in crate::image) fn segments(&self) -> &[Descriptor] {
         &self.segments
+    }
+
+    /// Bytes of the index, packed.
+    pub(in crate::image) fn index_size(&self) -> u64 {
+        let sizes = self.segments.iter().map(|segment| segment.size);
+        sizes.fold(0, u64::saturating_add)
     }
 
     /// Takes the bytes of the next segment, which are verified already, and says what to fetch for it.
@@ -200,14 +206,12 @@ impl Reader {
                 length: segment.file_length,
             }],
             blobs,
-            // Writers pass zeros over.
-            holes: false,
         })
     }
 }
 
 /// The image-wide digest: over files and chunks, not over how they are packed.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct ContentDigest(Hasher);
 
 impl ContentDigest {

@@ -96,7 +96,6 @@ impl Scene {
         Pieces {
             files: self.files.clone(),
             blobs: self.blobs.clone(),
-            holes: true,
         }
     }
 
