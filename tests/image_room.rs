@@ -9,8 +9,9 @@ mod faulty_registry;
 #[allow(dead_code, reason = "each suite uses its part of the fixture")]
 mod image_fixture;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write as _;
+use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -34,10 +35,14 @@ struct Small {
 
 impl Small {
     fn new() -> Self {
+        Self::of(SMALL)
+    }
+
+    fn of(size: u64) -> Self {
         let small = Self {
             dir: tempfile::tempdir().unwrap(),
         };
-        small.mount(&["-t", "tmpfs", "-o", &format!("size={SMALL}"), "tmpfs"]);
+        small.mount(&["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"]);
         small
     }
 
@@ -51,7 +56,11 @@ impl Small {
     }
 
     fn grow(&self) {
-        self.mount(&["-o", &format!("remount,size={}", 8 * SMALL)]);
+        self.grow_to(8 * SMALL);
+    }
+
+    fn grow_to(&self, size: u64) {
+        self.mount(&["-o", &format!("remount,size={size}")]);
     }
 
     fn store(&self) -> PathBuf {
@@ -83,10 +92,16 @@ fn add(registry: &Registry, tag: &str, disk: &[u8], media_type: &str) -> u64 {
 
 /// Adds an image in cannery's own format; the size of its layers.
 fn add_native(registry: &Registry, tag: &str, disk: &[u8]) -> u64 {
+    let layers = add_written(registry, tag, |file| file.write_all(disk).unwrap());
+    layers.iter().map(|(_, size)| size).sum()
+}
+
+/// The same of a disk that is written by `write`; the types and sizes of its layers.
+fn add_written(registry: &Registry, tag: &str, write: impl FnOnce(&mut File)) -> Vec<(String, u64)> {
     let dir = tempfile::tempdir().unwrap();
     let layout = Layout::new(&dir.path().join("layout"));
     let at = |name: &str| dir.path().join(name);
-    fs::write(at("disk.raw"), disk).unwrap();
+    write(&mut File::create(at("disk.raw")).unwrap());
     let settings = format!("state_dir = \"{}\"\n", at("state").display());
     fs::write(at("cannery.toml"), settings).unwrap();
     let pushed = Command::new(env!("CARGO_BIN_EXE_cannery"))
@@ -102,8 +117,11 @@ fn add_native(registry: &Registry, tag: &str, disk: &[u8]) -> u64 {
     registry.add(&layout.dir, digest.trim(), tag);
     let manifest = fs::read(layout.path(digest.trim())).unwrap();
     let manifest: serde_json::Value = serde_json::from_slice(&manifest).unwrap();
-    let layers = manifest["layers"].as_array().unwrap();
-    layers.iter().map(|layer| layer["size"].as_u64().unwrap()).sum()
+    let layers = manifest["layers"].as_array().unwrap().iter();
+    let layers = layers.map(|layer| (layer["mediaType"].as_str().unwrap(), &layer["size"]));
+    layers
+        .map(|(media_type, size)| (media_type.to_owned(), size.as_u64().unwrap()))
+        .collect()
 }
 
 fn pull(store: &Path, registry: &Registry, tag: &str) -> Result<Disk, Error> {
@@ -171,9 +189,9 @@ fn a_full_disk_is_told_in_numbers_and_leaves_nothing() {
             assert!(*needed > KEEP_FREE && needed > free, "{error}");
             assert!(*free <= before, "{error}: {before}");
             if let Some(known) = known {
-                // It is told before anything is written. The index of an image of ours is here by then, and is not counted.
+                // It is told before anything is written. The index of an image of ours is here by then, and is not counted; its lists are.
                 let whole = known + KEEP_FREE;
-                assert!(whole - needed < 64 << 10, "{error}: {whole}");
+                assert!(whole.abs_diff(*needed) < 64 << 10, "{error}: {whole}");
                 assert!(before - free < 256 << 10, "{error}: {before}");
             }
             assert_eq!(partial(&store), 0, "{tag}");
@@ -298,6 +316,113 @@ fn what_one_pull_still_needs_is_not_there_for_another() {
     // The other's image is here by now, and claims nothing any more.
     small.grow();
     assert!(fs::read(pull(&store, &registry, "second").unwrap().path).unwrap() == second);
+}
+
+/// Ten bytes of disk for each that it has packed.
+fn text(seed: u64, length: usize) -> Vec<u8> {
+    let letters = noise(seed, length.div_ceil(10));
+    letters.iter().flat_map(|byte| [*byte; 10]).take(length).collect()
+}
+
+#[test]
+#[ignore = "needs root, to mount a file system of some MiB"]
+fn what_one_pull_will_unpack_is_not_there_for_another() {
+    let (one, two) = (Registry::new(), Registry::new());
+    let (first, second) = (text(1, 14 << 20), text(2, 14 << 20));
+    let packed = add_native(&one, "first", &first) + add_native(&two, "second", &second);
+    assert!(packed < 8 << 20, "packed both would fit: {packed}");
+    for (size, both_fit) in [(SMALL, false), (30 << 20, true)] {
+        let small = Small::of(size);
+        let store = small.store();
+        // The index comes, and a part of what it names.
+        one.hold_after(Some(1 << 20));
+        let begun = one.sent() + (1 << 20);
+        std::thread::scope(|scope| {
+            let held = scope.spawn(|| pull(&store, &one, "first"));
+            while one.sent() < begun {
+                std::thread::sleep(std::time::Duration::from_millis(20));
+            }
+            let pulled = pull(&store, &two, "second");
+            if both_fit {
+                assert!(fs::read(pulled.unwrap().path).unwrap() == second);
+            } else {
+                let error = pulled.unwrap_err();
+                let Error::DiskFull {
+                    needed,
+                    claimed,
+                    free,
+                    ..
+                } = &error
+                else {
+                    panic!("{error}")
+                };
+                let (claimed, free) = (*claimed, *free);
+                assert!((1 << 20..15 << 20).contains(&claimed), "{error}");
+                let own = needed - claimed - KEEP_FREE;
+                assert!(own.abs_diff(14 << 20) < 128 << 10, "{error}");
+                assert!(own + KEEP_FREE < free, "it would fit but for the other: {error}");
+            }
+            one.hold_after(None);
+            let disk = held.join().unwrap().unwrap();
+            assert!(fs::read(&disk.path).unwrap() == first);
+        });
+        assert_eq!(partial(&store), 0);
+    }
+}
+
+#[test]
+#[ignore = "needs root, to mount a file system of some MiB"]
+fn for_a_disk_of_several_segments_room_is_asked_for_once() {
+    const BLOCK: u64 = 4096;
+    const GIB: u64 = 1 << 30;
+    let block = |number: u64| number.to_le_bytes().repeat(512);
+    let write = |file: &mut File| {
+        file.set_len(GIB + (64 << 20)).unwrap();
+        // As many chunks as a segment has, and then another segment.
+        for number in 0..1 << 16 {
+            file.write_all_at(&block(number), number * 4 * BLOCK).unwrap();
+        }
+        for number in 0..(64 << 20) / BLOCK {
+            file.write_all_at(&block(GIB + number), GIB + number * BLOCK)
+                .unwrap();
+        }
+    };
+    let registry = Registry::new();
+    let layers = add_written(&registry, "large", write);
+    let index: Vec<u64> = layers
+        .iter()
+        .filter(|(media_type, _)| media_type.contains(".index."))
+        .map(|(_, size)| *size)
+        .collect();
+    assert_eq!(index.len(), 2, "{layers:?}");
+    let index: u64 = index.iter().sum();
+    let data = (256 << 20) + (64 << 20);
+    // The first segment's part would fit.
+    let small = Small::of(300 << 20);
+    let store = small.store();
+    drop(Store::open(&store).unwrap());
+    let (before, sent) = (small.free(), registry.sent());
+    let error = pull(&store, &registry, "large").unwrap_err();
+    let Error::DiskFull { needed, free, .. } = &error else {
+        panic!("{error}")
+    };
+    let needed = *needed;
+    assert!((data..data + (10 << 20)).contains(&needed), "{error}");
+    assert!(before - free < index + (256 << 10), "{error}: {before}");
+    assert!(
+        registry.sent() - sent <= index,
+        "nothing but the index was fetched"
+    );
+    assert_eq!(partial(&store), 0);
+    // As much as it said is enough, but for the index.
+    small.grow_to((300 << 20) - before + needed + index + (256 << 10));
+    let disk = pull(&store, &registry, "large").unwrap();
+    let file = File::open(&disk.path).unwrap();
+    for number in (0..1 << 16).step_by(1000) {
+        let mut found = [0; 4096];
+        file.read_exact_at(&mut found, number * 4 * BLOCK).unwrap();
+        assert!(found[..] == block(number), "{number}");
+    }
 }
 
 #[test]

@@ -16,8 +16,6 @@ pub(super) struct Pieces {
     pub(super) files: Vec<PlannedFile>,
     /// Where the pieces' packed bytes are.
     pub(super) blobs: Vec<PackedBlob>,
-    /// Pieces may be zeros, which take no room.
-    pub(super) holes: bool,
 }
 
 /// A file in the making.
@@ -156,7 +154,6 @@ mod tests {
 
     fn plan(pieces: Vec<Piece>) -> Pieces {
         Pieces {
-            holes: true,
             files: vec![PlannedFile {
                 name: "disk.raw",
                 length: 100,

@@ -253,7 +253,9 @@ impl Pull<'_> {
         let total = packed_size(&manifest);
         let needed = match &recipe.parts {
             Parts::Streams(layers) => format::packed(layers),
-            Parts::Pieces(_) | Parts::Indexed(_) => total,
+            Parts::Pieces(_) => total,
+            // What it takes unpacked is asked for as soon as its index says that.
+            Parts::Indexed(reader) => reader.index_size(),
         };
         let missing = work.begin(total, needed)?;
         place.room().require(missing)?;
@@ -292,7 +294,7 @@ impl Pull<'_> {
                     source,
                     place: &place,
                     others: self.others()?,
-                    held: Arc::clone(work) as _,
+                    work,
                     total,
                     progress: &shown,
                 };

@@ -202,15 +202,25 @@ impl Work {
     /// Tells the others of this host that this image is begun, how much it is, and how many bytes of it will certainly be written,
     /// in front of anybody who begins later. How many of these are not in the folder yet.
     pub(in crate::image) fn begin(&self, total: u64, needed: u64) -> Result<u64, Error> {
+        self.claim(|_| Sight::begun(total, needed))
+    }
+
+    /// Tells them how many bytes the folder will hold in the end, once that is known, in front of anybody who knows that later. How many
+    /// of these are not in the folder yet.
+    pub(in crate::image) fn will_hold(&self, whole: u64) -> Result<u64, Error> {
+        self.claim(|begun| begun.knowing(whole))
+    }
+
+    fn claim(&self, claim: impl FnOnce(Sight) -> Sight) -> Result<u64, Error> {
         let partial = self.dir.parent().unwrap_or(&self.dir);
         // Whoever comes second must find what the first has said.
         let alone = File::open(partial).and_then(|dir| dir.lock().map(|()| dir));
         let _alone = alone.map_err(Error::storage(partial))?;
-        let begun = Sight::begun(total, needed);
+        let mut begun = self.begun.lock().unwrap_or_else(PoisonError::into_inner);
+        *begun = claim(*begun);
         let now = begun.at(begun.left_in(&self.dir));
         now.show(&self.dir);
-        *self.begun.lock().unwrap_or_else(PoisonError::into_inner) = begun;
-        Ok(now.needed)
+        Ok(now.coming(&self.dir))
     }
 
     /// How many other processes wait for this image.

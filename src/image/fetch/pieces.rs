@@ -48,7 +48,7 @@ pub(in crate::image) trait Known: Send + Sync {
 }
 
 /// Fetches what a plan names into the files of a work place, and goes on where an earlier call for the same plan in the same
-/// folder was cut off. When it returns well, all bytes are verified and written.
+/// folder was cut off. When it returns well, all bytes are verified and written. Room for them was asked for by the caller.
 ///
 /// `held` lives until no thread works here any more. `total` is the image's packed size in bytes, for progress.
 pub(in crate::image) async fn fetch(
@@ -60,15 +60,14 @@ pub(in crate::image) async fn fetch(
     total: u64,
     progress: &dyn Progress,
 ) -> Result<(), Error> {
-    let at = place.clone();
-    let site = Arc::new(blocking(move || Site::open(plan, &at, held)).await?);
+    let cancelled = CancelledOnDrop::default();
+    let (at, flag) = (place.clone(), Arc::clone(&cancelled.0));
+    let site = Arc::new(blocking(move || Site::open(plan, &at, flag, held)).await?);
     let kept = site.packed_here();
     if kept > 0 {
         place.meter.add_here(kept);
         progress.event(Event::Resumed { kept });
     }
-    // Before anything is copied, too: that takes room as what is fetched does.
-    place.room().require(site.missing())?;
     if let Some(known) = known {
         site.reuse(known).await?;
         let reused = site.packed_here() - kept;
@@ -85,11 +84,9 @@ pub(in crate::image) async fn fetch(
             place.meter.add_layer(&blob.descriptor, here);
         }
     }
-    let cancelled = CancelledOnDrop::default();
     let crew = Crew {
         source,
         site: Arc::clone(&site),
-        cancelled: Arc::clone(&cancelled.0),
         memory: Arc::new(Semaphore::new(IN_FLIGHT_KIB)),
         unpackers: Arc::new(Semaphore::new(unpackers())),
         judging: Mutex::default(),
@@ -104,7 +101,6 @@ pub(in crate::image) async fn fetch(
 struct Crew<'a> {
     source: &'a Source,
     site: Arc<Site>,
-    cancelled: Arc<AtomicBool>,
     memory: Arc<Semaphore>,
     unpackers: Arc<Semaphore>,
     /// Held by who finds out why a piece is no good.
@@ -276,14 +272,14 @@ impl Crew<'_> {
         let planned = &self.site.plan.blobs[blob];
         let piece = planned.pieces[index].clone();
         let (sender, reader) = relay(PIECES_IN_FLIGHT);
-        let (site, cancelled) = (Arc::clone(&self.site), Arc::clone(&self.cancelled));
+        let site = Arc::clone(&self.site);
         let range = piece.packed.clone();
         let unpacking = blocking(move || {
             let mut packed = Metered {
                 inner: reader,
                 layer: &site.plan.blobs[blob].descriptor,
                 meter: &site.meter,
-                cancelled: &cancelled,
+                cancelled: &site.cancelled,
             };
             let unpacked = site.unpack_piece(&piece, &mut packed);
             if unpacked.is_ok() {

@@ -60,7 +60,7 @@ impl PlacedFile {
     pub(super) fn write(&self, bytes: &[u8], at: u64) -> Result<(), Error> {
         if self.since_look.load(Ordering::Relaxed) >= LOOK_EVERY {
             self.since_look.store(0, Ordering::Relaxed);
-            self.room.require(LOOK_EVERY)?;
+            self.room.require_next(LOOK_EVERY)?;
         }
         // Blocks of the file, not of what is written: only a whole block can stay a hole.
         let lead = BLOCK - usize::try_from(at % BLOCK as u64).unwrap_or_default();

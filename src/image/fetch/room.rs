@@ -4,7 +4,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::sight::claimed_before;
+use super::sight::{Sight, claimed_before};
 use crate::image::error::Error;
 
 /// Bounds that the operator sets.
@@ -57,6 +57,12 @@ impl Room {
         } else {
             Ok(())
         }
+    }
+
+    /// Are the next `bytes` free that are written, or as many as are still to come?
+    pub(in crate::image) fn require_next(&self, bytes: u64) -> Result<(), Error> {
+        let rest = Sight::of(&self.dir).and_then(|own| own.rest(&self.dir));
+        self.require(rest.map_or(bytes, |rest| rest.min(bytes)))
     }
 
     /// Names a failed write: no room, or something else. `bytes` are known to be still missing.

@@ -4,6 +4,8 @@
 //! about what is in the folder.
 
 use std::fs::{self, File, TryLockError};
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use jiff::Timestamp;
@@ -23,12 +25,15 @@ pub(super) struct Sight {
     /// Which process it is; 0 where that is not known.
     #[serde(default)]
     pub(super) process: u32,
-    /// When it began, in microseconds of the epoch. Who began first goes first.
+    /// When it began, or knew how much room it takes, in microseconds of the epoch. Whose time is first goes first.
     #[serde(default)]
     since: i64,
-    /// How many bytes it will certainly write from here on.
+    /// How many bytes it will certainly write from here on, as long as it is not known how many the folder will hold.
     #[serde(default)]
-    pub(super) needed: u64,
+    needed: u64,
+    /// How many bytes the folder will hold in the end; 0 while that is not known.
+    #[serde(default)]
+    whole: u64,
 }
 
 impl Sight {
@@ -40,7 +45,31 @@ impl Sight {
             process: std::process::id(),
             since: Timestamp::now().as_microsecond(),
             needed,
+            whole: 0,
         }
+    }
+
+    /// The same, now that it is known how many bytes the folder will hold. Who knows that first goes first.
+    pub(super) fn knowing(self, whole: u64) -> Self {
+        Self {
+            since: Timestamp::now().as_microsecond(),
+            needed: 0,
+            whole,
+            ..self
+        }
+    }
+
+    /// How many bytes will certainly still be written into the folder.
+    pub(super) fn coming(self, dir: &Path) -> u64 {
+        self.needed.saturating_add(self.rest(dir).unwrap_or_default())
+    }
+
+    /// How many bytes are missing of those that the folder will hold, if that is known. Looked up at once: whoever asks has just seen
+    /// how much is free.
+    pub(super) fn rest(self, dir: &Path) -> Option<u64> {
+        // A folder that is gone stands in the store.
+        let taken = || taken(dir).unwrap_or(u64::MAX);
+        (self.whole > 0).then(|| self.whole.saturating_sub(taken()))
     }
 
     /// How much of the same image there was in the folder when somebody last said so.
@@ -83,9 +112,18 @@ pub(super) fn claimed_before(dir: &Path) -> u64 {
     let claims = others.filter(|other| other != dir).filter_map(|other| {
         let sight = Sight::of(&other)?;
         let first = (sight.since, other.as_path()) < (own, dir);
-        (first && sight.needed > 0 && is_held(&other.with_extension("lock"))).then_some(sight.needed)
+        let coming = if first { sight.coming(&other) } else { 0 };
+        (coming > 0 && is_held(&other.with_extension("lock"))).then_some(coming)
     });
     claims.fold(0, u64::saturating_add)
+}
+
+/// Bytes that the files of a folder take.
+fn taken(dir: &Path) -> io::Result<u64> {
+    let files = fs::read_dir(dir)?
+        .flatten()
+        .filter_map(|entry| entry.metadata().ok());
+    Ok(files.map(|file| file.blocks() * 512).sum())
 }
 
 /// Does somebody hold this lock? The claim of a process that was killed counts no more.
@@ -125,6 +163,44 @@ mod tests {
         assert!(first_dir.exists());
         assert_eq!(claimed_before(&second_dir), 0);
         drop(second);
+    }
+
+    #[test]
+    fn what_the_folder_will_hold_goes_down_as_it_comes() {
+        const MIB: u64 = 1 << 20;
+        let partial = tempfile::tempdir().unwrap();
+        let begin = |name: &[u8]| {
+            let work = Work::try_lock(partial.path(), &Digest::of(name))
+                .unwrap()
+                .unwrap();
+            let dir = work.dir("r/vm").unwrap().to_owned();
+            work.begin(100, 50).unwrap();
+            (work, dir)
+        };
+        let (first, first_dir) = begin(b"first");
+        let (second, second_dir) = begin(b"second");
+        assert_eq!((claimed_before(&first_dir), claimed_before(&second_dir)), (0, 50));
+        // Notes of the folders take room as well.
+        let near = |bytes: u64, expected: u64| bytes.abs_diff(expected) < MIB / 4;
+        assert!(near(second.will_hold(8 * MIB).unwrap(), 8 * MIB));
+        assert!(near(first.will_hold(4 * MIB).unwrap(), 4 * MIB));
+        assert!(
+            near(claimed_before(&first_dir), 8 * MIB),
+            "the second knew it first"
+        );
+        assert_eq!(claimed_before(&second_dir), 0);
+        fs::write(second_dir.join("disk.raw"), vec![1; 3 << 20]).unwrap();
+        assert!(near(claimed_before(&first_dir), 5 * MIB));
+        // However much of it is packed.
+        second.show(40);
+        assert!(near(claimed_before(&first_dir), 5 * MIB));
+        // It goes on where it was cut off.
+        second.keep_layers(&1).unwrap();
+        drop(second);
+        let (second, _) = begin(b"second");
+        assert!(near(second.will_hold(8 * MIB).unwrap(), 5 * MIB));
+        fs::write(second_dir.join("kernel"), vec![1; 6 << 20]).unwrap();
+        assert_eq!(Sight::of(&second_dir).unwrap().coming(&second_dir), 0);
     }
 
     #[test]

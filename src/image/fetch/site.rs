@@ -8,13 +8,14 @@ use std::io::{self, Read};
 use std::os::unix::fs::FileExt as _;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use futures_util::stream::{self, StreamExt as _, TryStreamExt as _};
 
 use super::batch;
 use super::codec::{self, Unpacker};
 use super::done::Done;
-use super::part::blocking;
+use super::part::{CancelledOnDrop, blocking};
 use super::pieces::Known;
 use super::placed::PlacedFile;
 use super::progress::Meter;
@@ -47,6 +48,8 @@ pub(super) struct Site {
     pub(super) done: Done,
     pub(super) image: String,
     pub(super) meter: Arc<Meter>,
+    /// Nobody waits for the pull any more.
+    pub(super) cancelled: Arc<AtomicBool>,
     _held: Arc<dyn Any + Send + Sync>,
 }
 
@@ -87,6 +90,7 @@ impl Site {
     pub(super) fn open(
         plan: Arc<Pieces>,
         place: &Workplace,
+        cancelled: Arc<AtomicBool>,
         held: Arc<dyn Any + Send + Sync>,
     ) -> Result<Self, Error> {
         let image = place.image.clone();
@@ -118,37 +122,21 @@ impl Site {
             image,
             meter: Arc::clone(&place.meter),
             plan,
+            cancelled,
             _held: held,
         })
     }
 
     /// Packed bytes of the pieces that are here.
     pub(super) fn packed_here(&self) -> u64 {
-        self.sum(true, |piece| piece.packed.end - piece.packed.start)
-    }
-
-    /// Bytes that the pieces which are not here will certainly take. Where pieces may be holes, packed bytes are never more than a little
-    /// more than those.
-    pub(super) fn missing(&self) -> u64 {
-        self.sum(false, |piece| {
-            if self.plan.holes {
-                piece.packed.end - piece.packed.start
-            } else {
-                piece.length
-            }
-        })
-    }
-
-    /// Sums up over the pieces that are here, or over the others.
-    fn sum(&self, here: bool, bytes: impl Fn(&Piece) -> u64) -> u64 {
         let blobs = self.plan.blobs.iter().enumerate();
         let pieces = blobs.flat_map(|(number, blob)| {
             let pieces = blob.pieces.iter().enumerate();
             pieces.map(move |(index, piece)| (number, index, piece))
         });
         pieces
-            .filter(|&(blob, index, _)| self.done.has(blob, index) == here)
-            .map(|(_, _, piece)| bytes(piece))
+            .filter(|&(blob, index, _)| self.done.has(blob, index))
+            .map(|(_, _, piece)| piece.packed.end - piece.packed.start)
             .sum()
     }
 
@@ -187,6 +175,7 @@ impl Site {
         let mut open: Option<(PathBuf, File)> = None;
         let mut bytes = Vec::new();
         for &(blob, index) in pieces {
+            self.check()?;
             let piece = &self.plan.blobs[blob].pieces[index];
             let Some(digest) = piece.digest.filter(|_| !batch::is_large(piece)) else {
                 continue;
@@ -240,6 +229,8 @@ impl Site {
         let mut filled = 0;
         let mut damage = None;
         for (number, &index) in pieces.iter().enumerate() {
+            // As many pieces as somebody likes may be of one frame, and so of one batch.
+            self.check()?;
             let piece = &planned.pieces[index];
             let length = usize::try_from(piece.length).unwrap_or(usize::MAX);
             let follows = run.last().is_some_and(|&last| {
@@ -297,7 +288,15 @@ impl Site {
         let file = &self.files[piece.file];
         // An earlier try may have left bytes here that were never verified.
         file.clear(piece.at, piece.length)?;
-        unpack_while_it_arrives(piece, packed, |bytes, at| Ok(file.write(bytes, piece.at + at)?))
+        unpack_while_it_arrives(piece, packed, |bytes, at| {
+            self.check()?;
+            Ok(file.write(bytes, piece.at + at)?)
+        })
+    }
+
+    /// The error of a thread for which nobody waits any more. Asked for every few MiB.
+    fn check(&self) -> Result<(), Error> {
+        CancelledOnDrop::check(&self.cancelled).map_err(Error::storage("the transfer"))
     }
 
     pub(super) fn corrupt(&self, layer: &Digest, piece: &Piece, failed: Failed) -> Error {

@@ -406,7 +406,7 @@ fn divided(
 }
 
 /// Tells how far a transfer is for as long as it lasts.
-pub(super) async fn told<T>(
+pub(in crate::image) async fn told<T>(
     progress: &dyn Progress,
     meter: &Meter,
     total: u64,

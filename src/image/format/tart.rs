@@ -127,7 +127,6 @@ fn disk(facts: &Facts<'_>) -> Result<Pieces, Error> {
             length: at,
         }],
         blobs,
-        holes: true,
     })
 }
 

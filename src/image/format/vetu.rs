@@ -140,11 +140,7 @@ fn files(facts: &Facts<'_>, disk: &str) -> Result<Pieces, Error> {
             length: layer.size,
         });
     }
-    Ok(Pieces {
-        files,
-        blobs,
-        holes: true,
-    })
+    Ok(Pieces { files, blobs })
 }
 
 fn packed(layer: &Descriptor, piece: Piece) -> PackedBlob {

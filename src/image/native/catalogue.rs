@@ -10,14 +10,15 @@
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap};
 use std::fs::{self, File};
-use std::io::{self, BufReader, BufWriter, Read as _, Write as _};
+use std::io::{self, BufWriter, Write as _};
+use std::ops::Range;
 use std::os::unix::fs::FileExt as _;
 use std::path::{Path, PathBuf};
 
 use super::FILES;
 use crate::image::digest::Digest;
 use crate::image::plan::Pieces;
-use crate::image::store::listed::Sums;
+use crate::image::store::listed::{self, Sums};
 
 /// The list's name beside its disk.
 pub(in crate::image) const NAME: &str = "chunks";
@@ -33,6 +34,9 @@ const PAGE: usize = 128;
 
 /// Lists that are looked through for a pull. Those of the newest images come first, and the rest has little that they lack.
 const LISTS_MAX: usize = 32;
+
+/// Bytes that the lists of a disk take for each of its chunks, with the parts of which one of them is made.
+pub(super) const BYTES_A_CHUNK: u64 = (2 * LINE + listed::LINE) as u64;
 
 type Line = [u8; LINE];
 
@@ -111,11 +115,13 @@ impl Maker {
         self.sums.finish()?;
         self.file.flush()?;
         let runs_path = Self::runs_path(&self.path);
+        let file = File::open(&runs_path)?;
         let mut runs = Vec::new();
         let mut start = 0;
         for lines in &self.runs {
-            runs.push(Run::open(&runs_path, start, *lines)?);
-            start += lines * LINE as u64;
+            let end = start + lines * LINE as u64;
+            runs.push(Run::new(&file, start..end));
+            start = end;
         }
         let mut heap = BinaryHeap::new();
         for (number, run) in runs.iter_mut().enumerate() {
@@ -139,27 +145,36 @@ impl Maker {
     }
 }
 
-/// Lines that are sorted by themselves.
-struct Run {
-    lines: BufReader<io::Take<File>>,
+/// Lines that are sorted by themselves. All runs share one open file: there may be more of them than files that a process may open.
+struct Run<'a> {
+    file: &'a File,
+    /// Where the lines that are not read yet begin and end, in bytes.
+    rest: Range<u64>,
+    page: std::vec::IntoIter<Line>,
 }
 
-impl Run {
-    fn open(path: &Path, start: u64, lines: u64) -> io::Result<Self> {
-        let mut file = File::open(path)?;
-        io::Seek::seek(&mut file, io::SeekFrom::Start(start))?;
-        let lines = BufReader::with_capacity(PAGE * LINE, file.take(lines * LINE as u64));
-        Ok(Self { lines })
+impl<'a> Run<'a> {
+    fn new(file: &'a File, rest: Range<u64>) -> Self {
+        let page = Vec::new().into_iter();
+        Self { file, rest, page }
     }
 
     fn next(&mut self) -> io::Result<Option<Line>> {
-        let mut line = [0; LINE];
-        match self.lines.read_exact(&mut line) {
-            Ok(()) => Ok(Some(line)),
-            Err(error) if error.kind() == io::ErrorKind::UnexpectedEof => Ok(None),
-            Err(error) => Err(error),
+        if self.page.as_slice().is_empty() {
+            let length = (self.rest.end - self.rest.start).min((PAGE * LINE) as u64);
+            self.page = read_lines(self.file, self.rest.start, length)?.into_iter();
+            self.rest.start += length;
         }
+        Ok(self.page.next())
     }
+}
+
+/// Whole lines, read together.
+fn read_lines(file: &File, at: u64, length: u64) -> io::Result<Vec<Line>> {
+    let mut bytes = vec![0; usize::try_from(length).unwrap_or_default()];
+    file.read_exact_at(&mut bytes, at)?;
+    let lines = bytes.chunks_exact(LINE);
+    Ok(lines.filter_map(|line| line.try_into().ok()).collect())
 }
 
 /// The lists of a host, newest first.
@@ -285,15 +300,10 @@ impl Page {
     }
 
     fn read(&mut self, list: &List, first: u64) -> io::Result<()> {
-        let count = usize::try_from(list.lines - first).unwrap_or(PAGE).min(PAGE);
-        let mut bytes = vec![0; count * LINE];
-        list.file
-            .read_exact_at(&mut bytes, MAGIC.len() as u64 + first * LINE as u64)?;
+        let count = (list.lines - first).min(PAGE as u64);
+        let at = MAGIC.len() as u64 + first * LINE as u64;
+        self.lines = read_lines(&list.file, at, count * LINE as u64)?;
         self.first = first;
-        self.lines = bytes
-            .chunks_exact(LINE)
-            .filter_map(|line| line.try_into().ok())
-            .collect();
         Ok(())
     }
 }
@@ -320,7 +330,6 @@ mod tests {
             })
             .collect();
         Pieces {
-            holes: false,
             files: vec![PlannedFile {
                 name: FILES[0],
                 length: 1 << 40,
@@ -373,6 +382,18 @@ mod tests {
         let mut longer = plan(0..10);
         longer.blobs[0].pieces[3].length = 8192;
         assert_eq!(catalogue.look_up(&longer).len(), 9);
+    }
+
+    #[test]
+    fn a_list_is_made_of_more_parts_than_files_can_be_open() {
+        let dir = tempfile::tempdir().unwrap();
+        // Most systems let a process open 1024.
+        let parts = 2000;
+        let plans: Vec<_> = (0..parts).map(|number| plan(number..number + 1)).collect();
+        let one = dir.path().join("one");
+        list(&one, &plans);
+        let found = Catalogue::open([one]).look_up(&plan(0..parts));
+        assert_eq!(found.len() as u64, parts);
     }
 
     #[test]

@@ -38,15 +38,8 @@ pub(super) struct Ledger {
 
 impl Ledger {
     pub(super) fn create(dir: &Path) -> io::Result<Self> {
-        let path = dir.join(format!("chunks-{}", uuid::Uuid::new_v4()));
-        let file = File::options()
-            .read(true)
-            .write(true)
-            .create_new(true)
-            .open(&path)?;
-        fs::remove_file(&path)?;
         Ok(Self {
-            file,
+            file: nameless(dir)?,
             lines: 0,
             end: Vec::new(),
             held: Vec::new(),
@@ -99,6 +92,18 @@ impl Ledger {
         }
         Ok(())
     }
+}
+
+/// A file that goes with the process.
+pub(super) fn nameless(dir: &Path) -> io::Result<File> {
+    let path = dir.join(format!("chunks-{}", uuid::Uuid::new_v4()));
+    let file = File::options()
+        .read(true)
+        .write(true)
+        .create_new(true)
+        .open(&path)?;
+    fs::remove_file(&path)?;
+    Ok(file)
 }
 
 fn line(entry: &Entry) -> [u8; LINE] {

@@ -6,17 +6,21 @@
 //! ```
 //!
 //! `docs/image-format.md` says how the bytes look, so that somebody else could read and write them. [`Reader`] makes plans
-//! for the engine, one segment at a time, so that memory does not grow with the image.
+//! for the engine, one segment at a time, so that memory does not grow with the image. A pull reads all segments twice: first for
+//! what the image takes, and then to fetch it.
 
 mod base;
 mod catalogue;
 mod chunk;
 mod cutter;
 mod index;
+mod joined;
 mod ledger;
+mod need;
 mod pull;
 mod push;
 mod reader;
+mod segments;
 mod writer;
 
 #[cfg(any(test, fuzzing))]

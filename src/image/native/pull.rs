@@ -1,24 +1,24 @@
-//! Fetches an image: its index part by part, and what each part names.
+//! Fetches an image: all of its index, and then, part by part, what that names.
 
-use std::any::Any;
 use std::collections::HashMap;
+use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
 
 use super::FILES;
 use super::catalogue::{Catalogue, Maker};
+use super::joined::Joined;
+use super::need::Need;
 use super::reader::Reader;
+use super::segments::Segments;
 use crate::image::digest::Digest;
 use crate::image::error::Error;
+use crate::image::fetch::partial::Work;
 use crate::image::fetch::pieces::{self, Known};
 use crate::image::fetch::progress::Progress;
-use crate::image::fetch::source::Source;
+use crate::image::fetch::source::{Source, told};
 use crate::image::format::{BOOT_FILE_MAX, Workplace};
 use crate::image::plan::Pieces;
-
-/// Pieces of a plan from which on it is carried out. Fewer would keep connections waiting for each other at each end, more
-/// would need more memory than 10 MiB.
-const PIECES_ENOUGH: usize = 1 << 16;
 
 /// What a pull needs.
 pub(in crate::image) struct Pull<'a> {
@@ -26,54 +26,121 @@ pub(in crate::image) struct Pull<'a> {
     pub(in crate::image) place: &'a Workplace,
     /// Folders of images that may have chunks already.
     pub(in crate::image) others: Vec<PathBuf>,
-    /// Lives until no thread works in the place any more.
-    pub(in crate::image) held: Arc<dyn Any + Send + Sync>,
+    /// Whose folder the place is. Lives until no thread works there any more.
+    pub(in crate::image) work: &'a Arc<Work>,
     /// The image's packed size in bytes.
     pub(in crate::image) total: u64,
     pub(in crate::image) progress: &'a dyn Progress,
 }
 
-/// Fetches everything into the place, with a list of the disk's chunks. Says which of [`FILES`] there are.
+/// Fetches everything into the place, with a list of the disk's chunks. Says which of [`FILES`] there are. What all of it takes is
+/// asked for once, before any of it is fetched.
 ///
 /// # Errors
-/// What the source and the engine say, [`Error::Malformed`] for an index that is not what it should be, and
-/// [`Error::TooLarge`].
-pub(in crate::image) async fn pull(pull: Pull<'_>, mut reader: Reader) -> Result<[bool; FILES.len()], Error> {
-    let image = &pull.place.image;
-    let malformed = |reason| Error::Malformed {
-        image: image.clone(),
-        reason,
-    };
-    let catalogue = Arc::new(Catalogue::open(pull.others.iter().cloned()));
-    let dir = &pull.place.dir;
-    let mut maker = Maker::create(dir).map_err(Error::storage(dir))?;
-    let mut waiting: Option<Pieces> = None;
-    for segment in reader.segments().to_vec() {
-        let bytes = pull.source.config(&segment).await?;
-        let plan = reader.next(&bytes).map_err(malformed)?;
-        within(&plan, &pull)?;
-        maker.add(&plan).map_err(Error::storage(dir))?;
-        match &mut waiting {
-            None => waiting = Some(plan),
-            Some(before) => Reader::join(before, plan),
-        }
-        if waiting.as_ref().is_some_and(|plan| count(plan) >= PIECES_ENOUGH)
-            && let Some(plan) = waiting.take()
-        {
-            fetch(&pull, &catalogue, plan).await?;
-        }
-    }
-    // The last of it only when all of the index is known to be good.
-    let files = reader.finish().map_err(malformed)?;
-    if let Some(plan) = waiting {
-        fetch(&pull, &catalogue, plan).await?;
-    }
-    maker.finish().map_err(Error::storage(dir))?;
-    Ok(files)
+/// What the source and the engine say, [`Error::Malformed`] for an index that is not what it should be,
+/// [`Error::TooLarge`], and [`Error::DiskFull`].
+pub(in crate::image) async fn pull(pull: Pull<'_>, reader: Reader) -> Result<[bool; FILES.len()], Error> {
+    // Before room is asked for: what an earlier pull has left of the lists is written again.
+    let mut maker = Maker::create(&pull.place.dir).map_err(|error| pull.write_failed(error))?;
+    let reading = pull.read(reader.clone());
+    let index = told(pull.progress, &pull.place.meter, pull.total, reading).await?;
+    pull.place.room().require(pull.work.will_hold(index.need)?)?;
+    pull.carry_out(&index.segments, reader, &mut maker).await?;
+    maker.finish().map_err(|error| pull.write_failed(error))?;
+    Ok(index.files)
 }
 
-fn count(plan: &Pieces) -> usize {
-    plan.blobs.iter().map(|blob| blob.pieces.len()).sum()
+/// An index that has been read, and is good.
+struct Index {
+    segments: Segments,
+    /// Bytes that the image takes.
+    need: u64,
+    /// Which of [`FILES`] there are.
+    files: [bool; FILES.len()],
+}
+
+impl Pull<'_> {
+    /// Reads all of the index, and keeps it.
+    async fn read(&self, mut reader: Reader) -> Result<Index, Error> {
+        let mut segments = Segments::create(&self.place.dir).map_err(|error| self.write_failed(error))?;
+        let mut need = Need::new();
+        for segment in reader.segments().to_vec() {
+            let bytes = self.source.config(&segment).await?;
+            self.place.meter.add_fetched(&segment, bytes.len());
+            let plan = self.next(&mut reader, &bytes)?;
+            within(&plan, self)?;
+            need.add(&plan);
+            segments.add(&bytes).map_err(|error| self.write_failed(error))?;
+        }
+        Ok(Index {
+            segments,
+            need: need.bytes(),
+            files: reader.finish().map_err(|reason| self.malformed(reason))?,
+        })
+    }
+
+    /// Fetches what an index names.
+    async fn carry_out(
+        &self,
+        segments: &Segments,
+        mut reader: Reader,
+        maker: &mut Maker,
+    ) -> Result<(), Error> {
+        let catalogue = Arc::new(Catalogue::open(self.others.iter().cloned()));
+        let mut waiting: Option<Joined> = None;
+        for number in 0..segments.len() {
+            let bytes = segments.get(number).map_err(Error::storage(&self.place.dir))?;
+            let plan = self.next(&mut reader, &bytes)?;
+            match &mut waiting {
+                None => waiting = Some(Joined::new(plan)),
+                Some(before) => before.add(plan),
+            }
+            if let Some(joined) = waiting.take_if(|joined| joined.is_enough()) {
+                self.fetch(&catalogue, maker, joined.finish()).await?;
+            }
+        }
+        match waiting {
+            Some(joined) => self.fetch(&catalogue, maker, joined.finish()).await,
+            None => Ok(()),
+        }
+    }
+
+    /// Fetches what a plan names, and lists it.
+    async fn fetch(&self, catalogue: &Arc<Catalogue>, maker: &mut Maker, plan: Pieces) -> Result<(), Error> {
+        maker.add(&plan).map_err(|error| self.write_failed(error))?;
+        let plan = Arc::new(plan);
+        let (wanted, lists) = (Arc::clone(&plan), Arc::clone(catalogue));
+        // A list that could not be looked through has nothing.
+        let found = tokio::task::spawn_blocking(move || lists.look_up(&wanted))
+            .await
+            .unwrap_or_default();
+        let known: Option<Arc<dyn Known>> = (!found.is_empty()).then(|| Arc::new(Found(found)) as _);
+        pieces::fetch(
+            self.source,
+            plan,
+            self.place,
+            known,
+            Arc::clone(self.work) as _,
+            self.total,
+            self.progress,
+        )
+        .await
+    }
+
+    fn next(&self, reader: &mut Reader, bytes: &[u8]) -> Result<Pieces, Error> {
+        reader.next(bytes).map_err(|reason| self.malformed(reason))
+    }
+
+    fn malformed(&self, reason: String) -> Error {
+        Error::Malformed {
+            image: self.place.image.clone(),
+            reason,
+        }
+    }
+
+    fn write_failed(&self, error: io::Error) -> Error {
+        self.place.room().write_failed(&self.place.dir, error, 0)
+    }
 }
 
 fn within(plan: &Pieces, pull: &Pull<'_>) -> Result<(), Error> {
@@ -93,26 +160,6 @@ fn within(plan: &Pieces, pull: &Pull<'_>) -> Result<(), Error> {
         }
     }
     Ok(())
-}
-
-async fn fetch(pull: &Pull<'_>, catalogue: &Arc<Catalogue>, plan: Pieces) -> Result<(), Error> {
-    let plan = Arc::new(plan);
-    let (wanted, lists) = (Arc::clone(&plan), Arc::clone(catalogue));
-    // A list that could not be looked through has nothing.
-    let found = tokio::task::spawn_blocking(move || lists.look_up(&wanted))
-        .await
-        .unwrap_or_default();
-    let known: Option<Arc<dyn Known>> = (!found.is_empty()).then(|| Arc::new(Found(found)) as _);
-    pieces::fetch(
-        pull.source,
-        plan,
-        pull.place,
-        known,
-        Arc::clone(&pull.held),
-        pull.total,
-        pull.progress,
-    )
-    .await
 }
 
 /// What the host has of a plan.

@@ -15,7 +15,7 @@ pub(in crate::image) fn is_native(manifest: &Manifest) -> bool {
 }
 
 /// Reads an image's segments, one after the other. All errors are reasons for [`crate::image::Error::Malformed`].
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(in crate::image) struct Reader {
     segments: Vec<Descriptor>,
     packs: HashMap<Digest, Descriptor>,
@@ -77,6 +77,12 @@ impl Reader {
     /// The layers of the index, in the order in which [`Reader::next`] wants them. Each is small enough to be held in memory.
     pub(in crate::image) fn segments(&self) -> &[Descriptor] {
         &self.segments
+    }
+
+    /// Bytes of the index, packed.
+    pub(in crate::image) fn index_size(&self) -> u64 {
+        let sizes = self.segments.iter().map(|segment| segment.size);
+        sizes.fold(0, u64::saturating_add)
     }
 
     /// Takes the bytes of the next segment, which are verified already, and says what to fetch for it.
@@ -149,37 +155,6 @@ impl Reader {
         Ok(())
     }
 
-    /// One plan of two: pulls are quicker with few large ones.
-    pub(in crate::image) fn join(plan: &mut Pieces, next: Pieces) {
-        let mut files = Vec::with_capacity(next.files.len());
-        for file in next.files {
-            let known = plan.files.iter().position(|known| known.name == file.name);
-            files.push(known.unwrap_or_else(|| {
-                plan.files.push(file);
-                plan.files.len() - 1
-            }));
-        }
-        let known: HashMap<Digest, usize> = plan
-            .blobs
-            .iter()
-            .enumerate()
-            .map(|(number, blob)| (blob.descriptor.digest, number))
-            .collect();
-        for mut blob in next.blobs {
-            for piece in &mut blob.pieces {
-                piece.file = files[piece.file];
-            }
-            match known.get(&blob.descriptor.digest) {
-                Some(&number) => {
-                    let pieces = &mut plan.blobs[number].pieces;
-                    pieces.append(&mut blob.pieces);
-                    pieces.sort_by_key(|piece| (piece.packed.start, piece.packed.end, piece.file, piece.at));
-                }
-                None => plan.blobs.push(blob),
-            }
-        }
-    }
-
     fn pieces(&self, segment: &Segment) -> Result<Pieces, String> {
         let mut blobs = Vec::with_capacity(segment.packs.len());
         for pack in &segment.packs {
@@ -231,14 +206,12 @@ impl Reader {
                 length: segment.file_length,
             }],
             blobs,
-            // Writers pass zeros over.
-            holes: false,
         })
     }
 }
 
 /// The image-wide digest: over files and chunks, not over how they are packed.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct ContentDigest(Hasher);
 
 impl ContentDigest {

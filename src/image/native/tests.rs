@@ -189,7 +189,7 @@ fn an_initial_ram_disk_without_a_kernel_is_refused() {
 }
 
 #[test]
-fn an_index_that_lies_is_refused_before_its_last_part_is_fetched() {
+fn an_index_that_lies_is_refused_before_what_it_names_is_fetched() {
     let bench = Bench::new();
     let disk = disk();
     let manifest = bench.push("vm", [Some(&disk), None, None], Known::default());

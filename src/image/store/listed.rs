@@ -23,7 +23,9 @@ use crate::image::digest::Digest;
 pub(in crate::image) const NAME: &str = "disk.sums";
 
 const MAGIC: &[u8; 8] = b"CANSUMS1";
-const LINE: usize = 48;
+
+/// Bytes of a line.
+pub(in crate::image) const LINE: usize = 48;
 
 /// Lines that are shared out among the threads at a time.
 const BATCH: usize = 4096;

@@ -92,14 +92,15 @@ impl Scene {
         std::fs::write(path, bytes).unwrap();
     }
 
-    /// Bytes fetched, and what became of it.
-    fn fetch_knowing(&self, known: Option<Arc<dyn Known>>) -> (u64, Result<(), Error>) {
-        let source = Source::from(crate::image::source::Kind::Layout(Layout::new(
-            "vm",
-            self.dir.path(),
-            "vm",
-        )));
-        let place = Workplace {
+    fn plan(&self) -> Pieces {
+        Pieces {
+            files: self.files.clone(),
+            blobs: self.blobs.clone(),
+        }
+    }
+
+    fn place(&self) -> Workplace {
+        Workplace {
             image: "vm".to_owned(),
             dir: self.dir.path().join("work"),
             limits: Limits {
@@ -108,12 +109,17 @@ impl Scene {
             },
             meter: Arc::default(),
             ledger: Arc::default(),
-        };
-        let plan = Arc::new(Pieces {
-            files: self.files.clone(),
-            blobs: self.blobs.clone(),
-            holes: true,
-        });
+        }
+    }
+
+    /// Bytes fetched, and what became of it.
+    fn fetch_knowing(&self, known: Option<Arc<dyn Known>>) -> (u64, Result<(), Error>) {
+        let source = Source::from(crate::image::source::Kind::Layout(Layout::new(
+            "vm",
+            self.dir.path(),
+            "vm",
+        )));
+        let (plan, place) = (Arc::new(self.plan()), self.place());
         let runtime = tokio::runtime::Builder::new_current_thread()
             .enable_all()
             .build()
@@ -272,4 +278,34 @@ fn who_is_to_blame_for_a_piece_says_its_whole_blob() {
         let error = scene.fetch().1.unwrap_err();
         assert!(matches!(error, Error::Corrupt { .. }), "{error}");
     }
+}
+
+#[test]
+fn a_cancelled_pull_leaves_a_frame_of_many_pieces_alone() {
+    const LENGTH: usize = 1 << 20;
+    // Unpacked it would take minutes.
+    let count = 1_u64 << 18;
+    let mut scene = Scene::new(count * LENGTH as u64).blob(Codec::Zstd, true, &[(0, vec![0; LENGTH])]);
+    let first = scene.blobs[0].pieces[0].clone();
+    let pieces = (0..count).map(|number| Piece {
+        at: number * LENGTH as u64,
+        ..first.clone()
+    });
+    scene.blobs[0].pieces = pieces.collect();
+    let packed = std::fs::read(scene.packed(&scene.blobs[0].descriptor.digest)).unwrap();
+    let frame = usize::try_from(first.packed.start).unwrap()..;
+    let (plan, place) = (Arc::new(scene.plan()), scene.place());
+    let cancelled = CancelledOnDrop::default();
+    let site = Site::open(plan, &place, Arc::clone(&cancelled.0), Arc::new(())).unwrap();
+    let all: Vec<usize> = (0..scene.blobs[0].pieces.len()).collect();
+    std::thread::scope(|scope| {
+        let unpacking = scope.spawn(|| site.unpack_batch(0, &all, first.packed.start, &packed[frame]));
+        while site.done.unwritten() == 0 && !unpacking.is_finished() {
+            std::thread::yield_now();
+        }
+        drop(cancelled);
+        let error = unpacking.join().unwrap().unwrap_err();
+        assert!(error.to_string().contains("cancelled"), "{error}");
+    });
+    assert!(!site.done.has(0, all.len() - 1));
 }
