@@ -265,6 +265,45 @@ fn images_are_listed_named_pinned_and_removed() {
             .any(|line| line.contains(alias) && line.contains(&digest) && line.ends_with("pinned")),
         "{table}"
     );
+    // Of one image, only the names are shown that are asked for.
+    for (words, shown) in [
+        (&["vm"][..], &[alias][..]),
+        (&["*:stable", "layout:two"], &[alias, &two]),
+        (&[&digest[..19]], &[&one, alias]),
+        (&["nothing/like/it"], &[]),
+    ] {
+        let list = |option: &str| host.says(&[&["image", "list", option], words].concat());
+        let mut names: Vec<String> = list("--digests")
+            .lines()
+            .skip(1)
+            .map(|line| line.split(' ').next().unwrap().to_owned())
+            .collect();
+        names.sort_unstable();
+        let mut expected = shown.to_vec();
+        expected.sort_unstable();
+        assert_eq!(names, expected, "{words:?}");
+        let images = [(&one, &digest), (&two, &other)];
+        let wanted =
+            |name: &String| shown.contains(&name.as_str()) || (*name == one && shown.contains(&alias));
+        let wanted = images.iter().filter(|(name, _)| wanted(name)).count();
+        assert_eq!(list("--quiet").lines().count(), wanted, "{words:?}");
+        let json: Vec<Value> = serde_json::from_str(&list("--format=json")).unwrap();
+        assert_eq!(json.len(), wanted, "{words:?}");
+    }
+    // What is here can be asked for by its digest, or the beginning of one.
+    for word in [&digest[..19], &digest[7..11], &digest, &one] {
+        let seen = host.says(&["image", "inspect", "--format", "json", word]);
+        let seen: Value = serde_json::from_str(&seen).unwrap();
+        assert_eq!(
+            (&seen["digest"], &seen["reference"]),
+            (&digest.as_str().into(), &one.as_str().into())
+        );
+    }
+    let unknown = host.refuses(&["image", "inspect", "sha256:0123456789ab"]);
+    assert!(
+        unknown.contains("No image with the digest sha256:0123456789ab is here"),
+        "{unknown}"
+    );
     // A job that names the alias is given the image without a registry, as its policy says.
     assert_eq!(provide(&host.store(), alias).unwrap().digest.to_string(), digest);
 
@@ -296,6 +335,9 @@ fn prune_takes_what_nothing_keeps_and_says_so() {
     let old = host.pull(&moved);
     let kept = host.pull(&kept);
     host.add("moved", 5);
+    // Where it came from there is another by now.
+    let seen = host.refuses(&["image", "inspect", &old]);
+    assert!(seen.contains("is another image by now"), "{seen}");
     let new = host.pull(&moved);
     // The old image of a tag that has moved has no name any more.
     let would = host.says(&["image", "prune", "--dry-run"]);
