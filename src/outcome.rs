@@ -267,6 +267,7 @@ impl From<image::Error> for Failure {
             E::AgainstRule { .. } => author.hint("Use an image that the runner's operator has signed, or ask for its signature"),
             E::KeyFile { .. } => system.hint("Correct signed_by in the settings"),
             E::NotCached { .. } | E::NotGranted { .. } => author.hint("Use the pull policy if-not-present or always"),
+            E::DamagedHere { digest, .. } => system.hint(format!("`cannery image verify {digest}` fetches it anew, as does a pull by another policy")),
             E::NotHere { .. } => system.hint("`cannery image list` shows those that are"),
             E::Credentials(CredentialsError::Refused { registry, origin, .. }) => match origin {
                 Origin::JobGiven => author.hint("Give the job a login in DOCKER_AUTH_CONFIG whose password or token is still good"),

@@ -554,6 +554,18 @@ fn a_damaged_image_is_given_to_nobody_and_mended_unless_it_is_in_use() {
     );
     assert_ne!(fs::read(host.disk(&digest)).unwrap(), whole);
     assert_eq!(host.list()[0]["format"], Value::Null);
+    let why = host.says(&["image", "why", &reference]);
+    assert!(
+        why.contains("damaged: disk.raw has other bytes than those that came; no job is given it"),
+        "{why}"
+    );
+    let never = host.refuses(&["image", "pull", "--policy", "never", &reference]);
+    for part in [
+        "is damaged on this host (disk.raw has other bytes",
+        &format!("`cannery image verify {digest}`"),
+    ] {
+        assert!(never.contains(part), "{part}: {never}");
+    }
     assert!(host.store().find(&digest.parse().unwrap()).unwrap().is_none());
     // The next that asks has it fetched anew; what the job has open stays as it is.
     let open = fs::File::open(host.disk(&digest)).unwrap();
@@ -567,6 +579,9 @@ fn a_damaged_image_is_given_to_nobody_and_mended_unless_it_is_in_use() {
     // What is missing or cut is damage as well, and what cannot be fetched is said.
     fs::remove_dir_all(host.state().join("jobs").join(job.key().to_string())).unwrap();
     fs::remove_file(host.disk(&digest)).unwrap();
+    let why = host.says(&["image", "why", "--format", "json", &reference]);
+    let why: Value = serde_json::from_str(&why).unwrap();
+    assert_eq!(why["damaged"], "disk.raw is missing");
     assert!(
         host.says(&["image", "verify"])
             .contains("mended (disk.raw is missing)")
@@ -578,6 +593,10 @@ fn a_damaged_image_is_given_to_nobody_and_mended_unless_it_is_in_use() {
         said.contains("\"damaged\"") && said.contains("damaged: 1 of 1 images"),
         "{said}"
     );
+    // What a medium could not give back for a while is whole again when it can.
+    damage(&host.disk(&digest));
+    assert_eq!(host.says(&["image", "verify"]), format!("{digest} whole\n"));
+    assert_eq!(host.list()[0]["format"], "raw");
 }
 
 #[test]

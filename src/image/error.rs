@@ -128,6 +128,16 @@ pub enum Error {
         /// The reference.
         image: String,
     },
+    /// It is here, and no more what came. Operator.
+    #[error("{image} is damaged on this host ({reason}), and its pull policy forbids fetching it anew")]
+    DamagedHere {
+        /// The reference.
+        image: String,
+        /// Its digest.
+        digest: Digest,
+        /// Which file, and how.
+        reason: String,
+    },
     /// It is here, and only its registry could say whether this job may have it. Author or operator.
     #[error(
         "{image} is private, and its pull policy forbids asking its registry whether this job may have it"
@@ -290,7 +300,10 @@ impl Error {
     pub(super) fn lets_the_next_policy_try(&self) -> bool {
         matches!(
             self,
-            Self::Unreachable { .. } | Self::NotCached { .. } | Self::NotGranted { .. }
+            Self::Unreachable { .. }
+                | Self::NotCached { .. }
+                | Self::DamagedHere { .. }
+                | Self::NotGranted { .. }
         )
     }
 

@@ -85,10 +85,9 @@ impl Store {
                 Err(error) => {
                     let last = !error.lets_the_next_policy_try();
                     // "Not here" explains less than whatever another policy found out.
-                    if first
-                        .as_ref()
-                        .is_none_or(|first| matches!(first, Error::NotCached { .. }))
-                        || last
+                    if first.as_ref().is_none_or(|first| {
+                        matches!(first, Error::NotCached { .. } | Error::DamagedHere { .. })
+                    }) || last
                     {
                         first = Some(error);
                     }
@@ -170,11 +169,30 @@ impl Pull<'_> {
             }
         }
         if policy == PullPolicy::Never {
-            return Err(Error::NotCached {
-                image: self.image.clone(),
-            });
+            return Err(self.not_here()?);
         }
         self.fetch().await
+    }
+
+    /// Why the store has nothing to give under this name.
+    fn not_here(&self) -> Result<Error, Error> {
+        let image = self.image.clone();
+        let reference = &self.request.reference;
+        let digest = match reference.digest() {
+            Some(digest) => Some(*digest),
+            None => self.store.reference(reference, &self.request.architecture)?,
+        };
+        let Some(digest) = digest else {
+            return Ok(Error::NotCached { image });
+        };
+        Ok(match self.store.damage(&digest)? {
+            Some(reason) => Error::DamagedHere {
+                image,
+                digest,
+                reason,
+            },
+            None => Error::NotCached { image },
+        })
     }
 
     /// What the store knows under this name; a digest in it is known by itself.
