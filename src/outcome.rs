@@ -11,7 +11,7 @@
 use std::fmt;
 
 use crate::guest;
-use crate::image::{self, CredentialsError, Origin};
+use crate::image::{self, CredentialsError, Hostility, Origin};
 use crate::machine;
 use crate::record::{Ending, Reason};
 
@@ -261,6 +261,7 @@ impl From<image::Error> for Failure {
             E::WrongPlatform { .. } => author.hint("Build the image for this platform, or choose another runner by its tags"),
             E::TooLarge { what: "kernel or initrd", .. } => author.hint("Build the image with a smaller one"),
             E::TooLarge { .. } => author.hint("Build a smaller image, or ask the runner's operator to raise images.max_disk"),
+            E::Hostile { class: Hostility::ForeignFormat(format), .. } => author.hint(as_qcow2(format)),
             E::Hostile { .. } => author.hint("Build the image anew, from a disk that you trust"),
             E::Label { .. } => author.hint("Correct the label where the image is built"),
             E::AgainstRule { rule: "require_digest", .. } => author.hint("Name the image as repository@sha256:…"),
@@ -291,6 +292,20 @@ impl From<image::Error> for Failure {
             E::Storage { source, .. } => permission_hint(system, &source),
         }
     }
+}
+
+/// How a disk of another format becomes one that is taken.
+fn as_qcow2(format: &str) -> String {
+    // By qemu-img's own names.
+    let driver = match format {
+        "vhd" => "vpc",
+        "vmdk" | "vhdx" | "qed" | "vdi" | "parallels" | "bochs" | "cloop" | "dmg" => format,
+        "lz4" | "Apple's lz4" | "7z" | "zip" | "bzip2" | "gzip" | "zstd" | "xz" => {
+            return "Unpack it first".to_owned();
+        }
+        _ => return "Write it as qcow2 with the program that made it".to_owned(),
+    };
+    format!("`qemu-img convert -f {driver} -O qcow2 DISK NEW.qcow2` makes a qcow2 of it")
 }
 
 impl From<machine::libvirt::Error> for Failure {
@@ -478,6 +493,26 @@ mod tests {
         ] {
             let failure = Failure::from(image::Error::from(error));
             assert_eq!(failure.fault, fault, "{failure}");
+        }
+    }
+
+    #[test]
+    fn who_brings_a_disk_of_another_format_is_told_how_it_becomes_a_qcow2() {
+        for (format, words) in [
+            ("vmdk", "qemu-img convert -f vmdk -O qcow2 "),
+            ("vdi", "qemu-img convert -f vdi -O qcow2 "),
+            ("vhdx", "qemu-img convert -f vhdx -O qcow2 "),
+            ("vhd", "qemu-img convert -f vpc -O qcow2 "),
+            ("zip", "Unpack it first."),
+            ("asif", "with the program that made it"),
+        ] {
+            let failure = Failure::from(image::Error::Hostile {
+                image: "./disk".into(),
+                class: Hostility::ForeignFormat(format),
+            });
+            let said = failure.to_string();
+            let begins = format!("./disk is refused: its disk is in the format {format}; ");
+            assert!(said.starts_with(&begins) && said.contains(words), "{said}");
         }
     }
 
