@@ -248,7 +248,10 @@ impl From<image::Error> for Failure {
         let message = e.to_string();
         let (system, author) = (Failure::system(&message), Failure::author(&message));
         match e {
+            E::NotFound { image, .. } if image.contains("://") => author.hint("Is its address right?"),
             E::NotFound { .. } => author.hint("Is the name right, and was the tag pushed?"),
+            E::NotListed { .. } => author.hint("Write #sha256=HEX behind its address, or have it added to the list"),
+            E::NotAsPinned { .. } => author.hint("Write the digest of the file that is meant"),
             E::Denied { of_host: true, .. } => {
                 author.hint("Is the name right? If it is, ask the runner's operator to give this account access to it")
             }
@@ -278,8 +281,11 @@ impl From<image::Error> for Failure {
                 Origin::JobGiven => author.hint("It must be a docker config.json with plain \"auths\""),
                 Origin::Host => system.hint("Correct the file in images.auth_files, or what its credential helper needs"),
             },
-            E::Unreachable { .. } => system.hint("Is the registry up, and does images.plain_http, images.ca_files or images.private_registries need an entry for it?"),
+            E::Unreachable { .. } => system.hint("Is it up, and does images.plain_http, images.ca_files or images.private_registries need an entry for it?"),
             E::Corrupt { .. } => system.hint("Something between the registry's storage and this host changes data; push the image again if it stays so"),
+            E::DamagedLayout { .. } => system.hint("Remove that file if it is there, and write the image into the folder again, with `cannery image push` or `skopeo copy`"),
+            E::NotAsListed { .. } => system.hint("The file or the list is out of date, or something on the way changes data; #sha256=HEX behind the address says which file is meant, whatever the list says"),
+            E::Changed { .. } => system.hint("Put a new version in its place by renaming it, and never write into the one that is there"),
             E::DiskFull { .. } => system.hint("`cannery image prune --all` removes the images that nothing uses; images.keep_free says what must stay free"),
             E::WaitedTooLong { .. } => system.hint("Look at the other job; the next try begins anew"),
             E::CaFile { .. } => system.hint("Correct the file, or its name in images.ca_files or the registry's ca_file"),

@@ -238,7 +238,8 @@ impl Pull<'_> {
     pub(super) async fn fetch(&self) -> Result<Disk, Error> {
         let source = self.source().await?;
         let fetch = self.fetch_from(&source);
-        told_of_silence(self.progress, || source.unanswered(), fetch).await
+        let fetched = told_of_silence(self.progress, || source.unanswered(), fetch).await;
+        fetched.map_err(|error| source.told(error))
     }
 
     async fn fetch_from(&self, source: &Source) -> Result<Disk, Error> {
@@ -256,10 +257,7 @@ impl Pull<'_> {
                 self.progress.event(Event::Cached { digest: &digest });
                 disk
             }
-            None => {
-                let made = self.make_with_room(source, &digest, manifest).await;
-                made.map_err(|error| self.of_a_pin(source, error))?
-            }
+            None => self.make_with_room(source, &digest, manifest).await?,
         };
         self.note_access(source, &digest).await?;
         if let Kind::Web(file) = &source.kind
@@ -273,18 +271,6 @@ impl Pull<'_> {
         self.store
             .remember(&self.request.reference, &self.request.architecture, &digest)?;
         Ok(disk)
-    }
-
-    /// Bytes of a web server that are others than the digest behind the address says: nobody but whoever wrote that has said so, and
-    /// every other try would end like this one.
-    fn of_a_pin(&self, source: &Source, error: Error) -> Error {
-        match (&source.kind, error) {
-            (Kind::Web(file), Error::Corrupt { image, reason }) if file.is_pinned() => Error::Unsupported {
-                image,
-                reason: format!("its bytes are not those of the digest behind its address ({reason})"),
-            },
-            (_, error) => error,
-        }
     }
 
     pub(super) async fn source(&self) -> Result<Source, Error> {
