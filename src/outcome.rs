@@ -11,7 +11,7 @@
 use std::fmt;
 
 use crate::guest;
-use crate::image::{self, CredentialsError, Origin};
+use crate::image::{self, CredentialsError, Hostility, Origin};
 use crate::machine;
 use crate::record::{Ending, Reason};
 
@@ -248,7 +248,10 @@ impl From<image::Error> for Failure {
         let message = e.to_string();
         let (system, author) = (Failure::system(&message), Failure::author(&message));
         match e {
+            E::NotFound { image, .. } if image.contains("://") => author.hint("Is its address right?"),
             E::NotFound { .. } => author.hint("Is the name right, and was the tag pushed?"),
+            E::NotListed { .. } => author.hint("Write #sha256=HEX behind its address, or have it added to the list"),
+            E::NotAsPinned { .. } => author.hint("Write the digest of the file that is meant"),
             E::Denied { of_host: true, .. } => {
                 author.hint("Is the name right? If it is, ask the runner's operator to give this account access to it")
             }
@@ -261,12 +264,14 @@ impl From<image::Error> for Failure {
             E::WrongPlatform { .. } => author.hint("Build the image for this platform, or choose another runner by its tags"),
             E::TooLarge { what: "kernel or initrd", .. } => author.hint("Build the image with a smaller one"),
             E::TooLarge { .. } => author.hint("Build a smaller image, or ask the runner's operator to raise images.max_disk"),
+            E::Hostile { class: Hostility::ForeignFormat(format), .. } => author.hint(as_qcow2(format)),
             E::Hostile { .. } => author.hint("Build the image anew, from a disk that you trust"),
             E::Label { .. } => author.hint("Correct the label where the image is built"),
             E::AgainstRule { rule: "require_digest", .. } => author.hint("Name the image as repository@sha256:…"),
             E::AgainstRule { .. } => author.hint("Use an image that the runner's operator has signed, or ask for its signature"),
             E::KeyFile { .. } => system.hint("Correct signed_by in the settings"),
             E::NotCached { .. } | E::NotGranted { .. } => author.hint("Use the pull policy if-not-present or always"),
+            E::DamagedHere { digest, .. } => system.hint(format!("`cannery image verify {digest}` fetches it anew, as does a pull by another policy")),
             E::NotHere { .. } => system.hint("`cannery image list` shows those that are"),
             E::Credentials(CredentialsError::Refused { registry, origin, .. }) => match origin {
                 Origin::JobGiven => author.hint("Give the job a login in DOCKER_AUTH_CONFIG whose password or token is still good"),
@@ -276,8 +281,11 @@ impl From<image::Error> for Failure {
                 Origin::JobGiven => author.hint("It must be a docker config.json with plain \"auths\""),
                 Origin::Host => system.hint("Correct the file in images.auth_files, or what its credential helper needs"),
             },
-            E::Unreachable { .. } => system.hint("Is the registry up, and does images.plain_http, images.ca_files or images.private_registries need an entry for it?"),
+            E::Unreachable { .. } => system.hint("Is it up, and does images.plain_http, images.ca_files or images.private_registries need an entry for it?"),
             E::Corrupt { .. } => system.hint("Something between the registry's storage and this host changes data; push the image again if it stays so"),
+            E::DamagedLayout { .. } => system.hint("Remove that file if it is there, and write the image into the folder again, with `cannery image push` or `skopeo copy`"),
+            E::NotAsListed { .. } => system.hint("The file or the list is out of date, or something on the way changes data; #sha256=HEX behind the address says which file is meant, whatever the list says"),
+            E::Changed { .. } => system.hint("Put a new version in its place by renaming it, and never write into the one that is there"),
             E::DiskFull { .. } => system.hint("`cannery image prune --all` removes the images that nothing uses; images.keep_free says what must stay free"),
             E::WaitedTooLong { .. } => system.hint("Look at the other job; the next try begins anew"),
             E::CaFile { .. } => system.hint("Correct the file, or its name in images.ca_files or the registry's ca_file"),
@@ -290,6 +298,20 @@ impl From<image::Error> for Failure {
             E::Storage { source, .. } => permission_hint(system, &source),
         }
     }
+}
+
+/// How a disk of another format becomes one that is taken.
+fn as_qcow2(format: &str) -> String {
+    // By qemu-img's own names.
+    let driver = match format {
+        "vhd" => "vpc",
+        "vmdk" | "vhdx" | "qed" | "vdi" | "parallels" | "bochs" | "cloop" | "dmg" => format,
+        "lz4" | "Apple's lz4" | "7z" | "zip" | "bzip2" | "gzip" | "zstd" | "xz" => {
+            return "Unpack it first".to_owned();
+        }
+        _ => return "Write it as qcow2 with the program that made it".to_owned(),
+    };
+    format!("`qemu-img convert -f {driver} -O qcow2 DISK NEW.qcow2` makes a qcow2 of it")
 }
 
 impl From<machine::libvirt::Error> for Failure {
@@ -433,61 +455,4 @@ fn permission_hint(failure: Failure, error: &std::io::Error) -> Failure {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_failure_reads_as_sentences() {
-        let failure = Failure::system("cannot read /x").hint("make it readable");
-        assert_eq!(failure.to_string(), "Cannot read /x. Make it readable.");
-        assert_eq!(Failure::system("libvirt is down").to_string(), "libvirt is down.");
-        assert_eq!(
-            Failure::author("CANNERY_CPUS=9: too many.").to_string(),
-            "CANNERY_CPUS=9: too many."
-        );
-        assert_eq!(
-            Failure::system("/etc/x.toml:1:2: bad").to_string(),
-            "/etc/x.toml:1:2: bad."
-        );
-        assert_eq!(Failure::system("").to_string(), ".");
-    }
-
-    #[test]
-    fn logins_that_cannot_be_used_are_mended_by_whom_they_were_given() {
-        let helper = image::CredentialsError::Helper {
-            helper: "pass".into(),
-            registry: "registry.example.com".into(),
-            reason: "it ended with code 1".into(),
-        };
-        let unreadable = |origin| image::CredentialsError::Unreadable {
-            origin,
-            reason: "no JSON".into(),
-        };
-        let refused = |origin| image::CredentialsError::Refused {
-            registry: "registry.example.com".into(),
-            user: "ci".into(),
-            origin,
-        };
-        for (error, fault) in [
-            (helper, Fault::System),
-            (refused(Origin::Host), Fault::System),
-            (refused(Origin::JobGiven), Fault::Author),
-            (unreadable(Origin::Host), Fault::System),
-            (unreadable(Origin::JobGiven), Fault::Author),
-        ] {
-            let failure = Failure::from(image::Error::from(error));
-            assert_eq!(failure.fault, fault, "{failure}");
-        }
-    }
-
-    #[test]
-    fn the_runner_gets_its_own_codes() {
-        let codes = ExitCodes {
-            build: 41,
-            system: 42,
-        };
-        assert_eq!(codes.code(Fault::Script(3)), 41);
-        assert_eq!(codes.code(Fault::Author), 41);
-        assert_eq!(codes.code(Fault::System), 42);
-    }
-}
+mod tests;

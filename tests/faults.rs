@@ -269,10 +269,8 @@ fn a_registry_that_is_down_or_has_no_such_image_is_told_apart() {
     missing.cleans_up();
     registry.stop();
     let down = Stages::new(&host, &image);
-    down.prepare().failed(
-        SYSTEM_FAILURE,
-        &[&registry.host, "cannot be reached", "Is the registry up"],
-    );
+    down.prepare()
+        .failed(SYSTEM_FAILURE, &[&registry.host, "cannot be reached", "Is it up"]);
     down.cleans_up();
 }
 

@@ -265,6 +265,45 @@ fn images_are_listed_named_pinned_and_removed() {
             .any(|line| line.contains(alias) && line.contains(&digest) && line.ends_with("pinned")),
         "{table}"
     );
+    // Of one image, only the names are shown that are asked for.
+    for (words, shown) in [
+        (&["vm"][..], &[alias][..]),
+        (&["*:stable", "layout:two"], &[alias, &two]),
+        (&[&digest[..19]], &[&one, alias]),
+        (&["nothing/like/it"], &[]),
+    ] {
+        let list = |option: &str| host.says(&[&["image", "list", option], words].concat());
+        let mut names: Vec<String> = list("--digests")
+            .lines()
+            .skip(1)
+            .map(|line| line.split(' ').next().unwrap().to_owned())
+            .collect();
+        names.sort_unstable();
+        let mut expected = shown.to_vec();
+        expected.sort_unstable();
+        assert_eq!(names, expected, "{words:?}");
+        let images = [(&one, &digest), (&two, &other)];
+        let wanted =
+            |name: &String| shown.contains(&name.as_str()) || (*name == one && shown.contains(&alias));
+        let wanted = images.iter().filter(|(name, _)| wanted(name)).count();
+        assert_eq!(list("--quiet").lines().count(), wanted, "{words:?}");
+        let json: Vec<Value> = serde_json::from_str(&list("--format=json")).unwrap();
+        assert_eq!(json.len(), wanted, "{words:?}");
+    }
+    // What is here can be asked for by its digest, or the beginning of one.
+    for word in [&digest[..19], &digest[7..11], &digest, &one] {
+        let seen = host.says(&["image", "inspect", "--format", "json", word]);
+        let seen: Value = serde_json::from_str(&seen).unwrap();
+        assert_eq!(
+            (&seen["digest"], &seen["reference"]),
+            (&digest.as_str().into(), &one.as_str().into())
+        );
+    }
+    let unknown = host.refuses(&["image", "inspect", "sha256:0123456789ab"]);
+    assert!(
+        unknown.contains("No image with the digest sha256:0123456789ab is here"),
+        "{unknown}"
+    );
     // A job that names the alias is given the image without a registry, as its policy says.
     assert_eq!(provide(&host.store(), alias).unwrap().digest.to_string(), digest);
 
@@ -296,6 +335,9 @@ fn prune_takes_what_nothing_keeps_and_says_so() {
     let old = host.pull(&moved);
     let kept = host.pull(&kept);
     host.add("moved", 5);
+    // Where it came from there is another by now.
+    let seen = host.refuses(&["image", "inspect", &old]);
+    assert!(seen.contains("is another image by now"), "{seen}");
     let new = host.pull(&moved);
     // The old image of a tag that has moved has no name any more.
     let would = host.says(&["image", "prune", "--dry-run"]);
@@ -512,6 +554,18 @@ fn a_damaged_image_is_given_to_nobody_and_mended_unless_it_is_in_use() {
     );
     assert_ne!(fs::read(host.disk(&digest)).unwrap(), whole);
     assert_eq!(host.list()[0]["format"], Value::Null);
+    let why = host.says(&["image", "why", &reference]);
+    assert!(
+        why.contains("damaged: disk.raw has other bytes than those that came; no job is given it"),
+        "{why}"
+    );
+    let never = host.refuses(&["image", "pull", "--policy", "never", &reference]);
+    for part in [
+        "is damaged on this host (disk.raw has other bytes",
+        &format!("`cannery image verify {digest}`"),
+    ] {
+        assert!(never.contains(part), "{part}: {never}");
+    }
     assert!(host.store().find(&digest.parse().unwrap()).unwrap().is_none());
     // The next that asks has it fetched anew; what the job has open stays as it is.
     let open = fs::File::open(host.disk(&digest)).unwrap();
@@ -525,6 +579,9 @@ fn a_damaged_image_is_given_to_nobody_and_mended_unless_it_is_in_use() {
     // What is missing or cut is damage as well, and what cannot be fetched is said.
     fs::remove_dir_all(host.state().join("jobs").join(job.key().to_string())).unwrap();
     fs::remove_file(host.disk(&digest)).unwrap();
+    let why = host.says(&["image", "why", "--format", "json", &reference]);
+    let why: Value = serde_json::from_str(&why).unwrap();
+    assert_eq!(why["damaged"], "disk.raw is missing");
     assert!(
         host.says(&["image", "verify"])
             .contains("mended (disk.raw is missing)")
@@ -536,6 +593,10 @@ fn a_damaged_image_is_given_to_nobody_and_mended_unless_it_is_in_use() {
         said.contains("\"damaged\"") && said.contains("damaged: 1 of 1 images"),
         "{said}"
     );
+    // What a medium could not give back for a while is whole again when it can.
+    damage(&host.disk(&digest));
+    assert_eq!(host.says(&["image", "verify"]), format!("{digest} whole\n"));
+    assert_eq!(host.list()[0]["format"], "raw");
 }
 
 #[test]

@@ -408,7 +408,7 @@ fn a_file_of_the_host_is_an_image() {
     assert!(bench.provide(&pinned(&packed)).unwrap().from_cache);
     assert!(matches!(
         bench.provide(&pinned(b"other")),
-        Err(Error::Unsupported { .. })
+        Err(Error::NotAsPinned { .. })
     ));
     std::fs::remove_file(&path).unwrap();
     assert!(matches!(bench.provide(&name), Err(Error::NotFound { .. })));
@@ -444,7 +444,7 @@ fn a_file_with_a_sha512_is_read_again_only_when_that_has_changed() {
     // Nothing is learned from bytes that are not those of the list.
     *web.files.lock().unwrap() = vec![("/disk.raw", first.clone()), ("/SHA512SUMS", list(b"other"))];
     for _ in 0..2 {
-        assert!(matches!(provide(), Err(Error::Corrupt { .. })));
+        assert!(matches!(provide(), Err(Error::NotAsListed { .. })));
         assert_eq!(web.asked(), [&lists[..], &[learn]].concat());
     }
     // What it was before is known by its digest, and no longer what this name leads to.
@@ -471,6 +471,7 @@ fn a_file_on_a_web_server_is_an_image_where_its_sum_is_known() {
             "/bad/SHA256SUMS",
             format!("{}  disk.raw\n", sum(b"other")).into_bytes(),
         ),
+        ("/bad/other.raw", raw.clone()),
         ("/worse/disk.raw", qcow2_disk()),
         ("/worse/SHA512SUMS", format!("{long}  disk.raw\n").into_bytes()),
         ("/none/disk.raw", raw.clone()),
@@ -490,18 +491,42 @@ fn a_file_on_a_web_server_is_an_image_where_its_sum_is_known() {
     let pinned = format!("/none/disk.raw#sha256={}", sum(&raw));
     assert!(provide(&pinned).unwrap().from_cache);
     let mistyped = format!("/new/disk.raw#sha256={}", sum(b"another"));
+    let found = sha256(&qcow2_disk());
+    let stale = |list: &str, says: &str, has: &str| {
+        format!(
+            "does not fit http://{}{list}, which says {says}: it has the {has}",
+            web.host
+        )
+    };
+    let no_line = format!("no line of http://{}/bad/SHA256SUMS is for it", web.host);
+    let found_long = hex::encode(openssl::sha::sha512(&qcow2_disk()));
     for (path, part) in [
-        ("/bad/disk.raw", "arrived damaged"),
+        (
+            "/bad/disk.raw",
+            stale("/bad/SHA256SUMS", &sha256(b"other"), &format!("digest {found}")),
+        ),
         (
             &mistyped,
-            "its bytes are not those of the digest behind its address",
+            format!(
+                "another file than the digest behind its name says: it has the digest {}",
+                sha256(&raw)
+            ),
         ),
-        ("/worse/disk.raw", "SHA-512"),
-        ("/none/disk.raw", "write #sha256=HEX"),
-        ("/new/lost.raw", "does not exist"),
+        (
+            "/worse/disk.raw",
+            stale("/worse/SHA512SUMS", &long, &format!("SHA-512 {found_long}")),
+        ),
+        ("/bad/other.raw", no_line),
+        (
+            "/none/disk.raw",
+            "there is neither SHA256SUMS nor SHA512SUMS beside it".to_owned(),
+        ),
+        ("/new/lost.raw", "does not exist".to_owned()),
     ] {
         let error = provide(path).unwrap_err().to_string();
-        assert!(error.contains(part) && !error.contains('\n'), "{path}: {error}");
+        assert!(error.contains(&part) && !error.contains('\n'), "{path}: {error}");
+        let told = cannery::outcome::Failure::from(provide(path).unwrap_err()).to_string();
+        assert!(!told.contains("registry") && !told.contains("layer"), "{told}");
     }
     let unlisted = bench
         .provide(&format!("http://{}/new/disk.raw", web.host))

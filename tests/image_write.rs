@@ -78,8 +78,28 @@ fn what_cannot_be_written_is_refused_in_a_sentence() {
             "needs a kernel",
         ),
         (
-            push(&disk, &target, "containerdisk", &["--memory", "lots"]),
-            "io.cannery.memory",
+            push(&disk, &target, "containerdisk", &["--memory", "1X"]),
+            "'1X' for '--memory <SIZE>': it is not a size from 16M to 16T",
+        ),
+        (
+            push(&disk, &target, "containerdisk", &["--firmware", "grub"]),
+            "'--firmware <FIRMWARE>': it is neither bios nor uefi",
+        ),
+        (
+            push(&disk, &target, "containerdisk", &["--user", "a b"]),
+            "'--user <NAME>': it is not the name of an account",
+        ),
+        (
+            push(&disk, &target, "json", &[]),
+            "--json prints the result as JSON",
+        ),
+        (
+            vec!["image", "convert", &disk, &target, "--format", "json"],
+            "--json prints the result as JSON",
+        ),
+        (
+            vec!["image", "export", "web", &target, "--format", "json"],
+            "--json prints the result as JSON",
         ),
         (
             push(&disk, &target, "containerdisk", &["--label", "a"]),
@@ -104,11 +124,25 @@ fn what_cannot_be_written_is_refused_in_a_sentence() {
             "Leave out docker://",
         ),
         (vec!["image", "pull", &disk], "file:///"),
-        (push(&vmdk, &target, "qcow2", &[]), "vmdk"),
+        (
+            push(&vmdk, &target, "qcow2", &[]),
+            "`qemu-img convert -f vmdk -O qcow2 ",
+        ),
         (push("/nowhere/disk", &target, "qcow2", &[]), "/nowhere/disk"),
         (
             vec!["image", "convert", &disk, &there, "--format", "raw"],
             "is there already",
+        ),
+        (
+            vec![
+                "image",
+                "convert",
+                &disk,
+                "/nowhere/disk.qcow2",
+                "--kernel",
+                &kernel,
+            ],
+            "Leave out --kernel",
         ),
         (
             vec!["image", "convert", &disk, "/tmp/disk.unknown"],
@@ -165,6 +199,16 @@ fn a_kernel_goes_with_the_disk_and_comes_back() {
         digest,
         "an image that is written as it was read is the same one"
     );
+    // A file holds the disk alone, which is said.
+    let file = desk.path("alone.qcow2");
+    let output = desk.call(&["image", "convert", "--quiet", "--json", &target, &file]);
+    let said = String::from_utf8(output.stderr).unwrap();
+    assert!(
+        said.contains("alone.qcow2 is the disk alone, without the image's kernel, initrd, cmdline"),
+        "{said}"
+    );
+    let json: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["left_out"], json!(["kernel", "initrd", "cmdline"]));
 }
 
 /// Bytes of all blobs of the test's layout.
@@ -219,7 +263,10 @@ fn programs_are_told_what_was_written() {
     let convert = ["image", "convert", &target, &file];
     let said = desk.call(&[&convert[..], &["--json"]].concat());
     let said: Value = serde_json::from_slice(&said.stdout).unwrap();
-    assert_eq!(said, json!({"path": file, "format": "raw", "size": SIZE}));
+    assert_eq!(
+        said,
+        json!({"path": file, "format": "raw", "size": SIZE, "left_out": []})
+    );
 }
 
 #[test]

@@ -452,8 +452,8 @@ async fn the_command_line_mints_lists_and_ends() {
     );
     assert!(!list.to_string().contains(text));
     let mut socket = browser.open(&serial(&job)).await.unwrap();
-    let ended = cannery(&["console", "end", "1"]);
-    assert_eq!(ended.trim(), list[0]["ticket"].as_str().unwrap());
+    let ended: Value = serde_json::from_str(&cannery(&["console", "end", "1", "--format", "json"])).unwrap();
+    assert_eq!(ended, json!([{"job": key, "ticket": list[0]["ticket"]}]));
     let (said, over) = read_until(&mut socket, "").await;
     assert!(over && said.contains("taken away"), "{said}");
     assert_eq!(cannery(&["console", "list", "--format", "json"]).trim(), "[]");

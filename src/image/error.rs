@@ -45,11 +45,59 @@ pub enum Error {
         reason: String,
     },
     /// Bytes are not what their digest or size says. Weather or operator: the registry's storage, a proxy.
-    #[error("{image} arrived damaged: {reason}")]
+    #[error("{image} arrived damaged: {}{reason}", of_blob(.blob))]
     Corrupt {
         /// The reference.
         image: String,
-        /// Which part, and how.
+        /// Which of its blobs, where it is one.
+        blob: Option<Digest>,
+        /// How; of a blob, the rest of a sentence about it.
+        reason: String,
+    },
+    /// A blob of a layout folder is missing, or not what its name says. Operator: whoever writes the folder.
+    #[error("{image} is damaged: {} {reason}", path.display())]
+    DamagedLayout {
+        /// The reference.
+        image: String,
+        /// The blob's file.
+        path: PathBuf,
+        /// The rest of a sentence about it.
+        reason: String,
+    },
+    /// A file of a web server is not the one that the list of checksums beside it names. Weather, or its publisher.
+    #[error("{image} does not fit {list}, which says {sum}: it {reason}")]
+    NotAsListed {
+        /// The reference.
+        image: String,
+        /// The list's address.
+        list: String,
+        /// What stands there.
+        sum: String,
+        /// The rest of a sentence about the file.
+        reason: String,
+    },
+    /// No list of checksums beside a file of a web server names it. Author.
+    #[error("no checksum of {image} is known: {reason}")]
+    NotListed {
+        /// The reference.
+        image: String,
+        /// Which lists there are, and what they lack.
+        reason: String,
+    },
+    /// A single file is not the one whose digest stands behind its name. Author.
+    #[error("{image} is another file than the digest behind its name says: it {reason}")]
+    NotAsPinned {
+        /// The reference.
+        image: String,
+        /// The rest of a sentence about the file.
+        reason: String,
+    },
+    /// A file of this host is not what it was when its reading began. Operator.
+    #[error("{image} changed while it was read: it {reason}")]
+    Changed {
+        /// The reference.
+        image: String,
+        /// The rest of a sentence about the file.
         reason: String,
     },
     /// Authentic bytes that cannot be decoded. Author: the image was built wrongly.
@@ -127,6 +175,16 @@ pub enum Error {
     NotCached {
         /// The reference.
         image: String,
+    },
+    /// It is here, and no more what came. Operator.
+    #[error("{image} is damaged on this host ({reason}), and its pull policy forbids fetching it anew")]
+    DamagedHere {
+        /// The reference.
+        image: String,
+        /// Its digest.
+        digest: Digest,
+        /// Which file, and how.
+        reason: String,
     },
     /// It is here, and only its registry could say whether this job may have it. Author or operator.
     #[error(
@@ -241,6 +299,10 @@ pub enum Error {
     },
 }
 
+fn of_blob(blob: &Option<Digest>) -> String {
+    blob.map_or_else(String::new, |blob| format!("the blob {blob} "))
+}
+
 fn where_(registry: &str) -> String {
     if registry.is_empty() {
         String::new()
@@ -280,6 +342,7 @@ impl Error {
                 | Self::DiskFull { .. }
                 | Self::Storage { .. }
                 | Self::Corrupt { .. }
+                | Self::DamagedLayout { .. }
         )
     }
 
@@ -290,7 +353,10 @@ impl Error {
     pub(super) fn lets_the_next_policy_try(&self) -> bool {
         matches!(
             self,
-            Self::Unreachable { .. } | Self::NotCached { .. } | Self::NotGranted { .. }
+            Self::Unreachable { .. }
+                | Self::NotCached { .. }
+                | Self::DamagedHere { .. }
+                | Self::NotGranted { .. }
         )
     }
 

@@ -77,6 +77,20 @@ pub struct Hints {
 }
 
 impl Hints {
+    /// Does a label's value make sense? If not, what is wrong with it, as the rest of a sentence.
+    ///
+    /// # Errors
+    /// The rest of that sentence.
+    pub fn check(label: &str, value: &str) -> Result<(), &'static str> {
+        // Without a kernel some labels make no sense at all.
+        let labels = [(KERNEL, "boot/vmlinuz"), (label, value)];
+        let labels = labels.map(|(name, value)| (name.to_owned(), value.to_owned()));
+        match read(&labels.into(), "") {
+            Err(Error::Label { reason, .. }) => Err(reason),
+            _ => Ok(()),
+        }
+    }
+
     /// These, and the other's where these are silent.
     pub(super) fn or(self, other: Self) -> Self {
         Self {
@@ -292,6 +306,8 @@ mod tests {
         ] {
             let error = read_one(name, value).expect_err(value).to_string();
             assert!(error.contains(name) && !error.contains('\n'), "{error}");
+            let reason = Hints::check(name, value).expect_err(value);
+            assert!(error.ends_with(reason), "{error}");
         }
         for name in [INITRD, CMDLINE] {
             let alone = BTreeMap::from([(name.to_owned(), "boot/x".to_owned())]);

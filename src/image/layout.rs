@@ -71,11 +71,7 @@ impl Layout {
                 let bytes = self.document(&digest)?;
                 let found = Digest::of(&bytes);
                 if found != digest {
-                    let reason = format!("its manifest {digest} has the digest {found}");
-                    return Err(Error::Corrupt {
-                        image: self.image.clone(),
-                        reason,
-                    });
+                    return Err(self.damaged(&digest, format!("has the digest {found}")));
                 }
                 Ok((digest, bytes))
             }
@@ -101,15 +97,19 @@ impl Layout {
             .map_err(|error| self.unreadable(&path, error))?
             .len();
         if length != descriptor.size {
-            return Err(Error::Corrupt {
-                image: self.image.clone(),
-                reason: format!(
-                    "the layer {} has {length} bytes instead of {}",
-                    descriptor.digest, descriptor.size
-                ),
-            });
+            let reason = format!("has {length} bytes instead of {}", descriptor.size);
+            return Err(self.damaged(&descriptor.digest, reason));
         }
         Ok(file)
+    }
+
+    /// A blob is not what it should be; `reason` is the rest of a sentence about it.
+    pub(super) fn damaged(&self, blob: &Digest, reason: String) -> Error {
+        Error::DamagedLayout {
+            image: self.image.clone(),
+            path: self.blob_path(blob),
+            reason,
+        }
     }
 
     fn blob_path(&self, digest: &Digest) -> PathBuf {
@@ -146,10 +146,10 @@ impl Layout {
     /// A file that the layout should have and does not is damage; any other failure is the host's.
     fn unreadable(&self, path: &Path, error: io::Error) -> Error {
         if error.kind() == io::ErrorKind::NotFound {
-            let name = path.strip_prefix(&self.dir).unwrap_or(path).display();
-            return Error::Corrupt {
+            return Error::DamagedLayout {
                 image: self.image.clone(),
-                reason: format!("{name} is missing in the layout"),
+                path: path.to_owned(),
+                reason: "is missing".to_owned(),
             };
         }
         Error::Storage {

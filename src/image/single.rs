@@ -76,9 +76,9 @@ impl LocalFile {
         }
         let found = hasher.finish();
         if self.expected.is_some_and(|expected| expected != found) {
-            return Err(Error::Unsupported {
+            return Err(Error::NotAsPinned {
                 image: self.image.clone(),
-                reason: format!("the file's digest is {found}, and not the one behind its name"),
+                reason: format!("has the digest {found}"),
             });
         }
         let name = self.path.file_name().unwrap_or_default().to_string_lossy();
@@ -90,9 +90,9 @@ impl LocalFile {
         let file = self.opened()?;
         let length = file.metadata().map_err(Error::storage(&self.path))?.len();
         if length != descriptor.size {
-            return Err(Error::Corrupt {
+            return Err(Error::Changed {
                 image: self.image.clone(),
-                reason: format!("the file had {} bytes and has {length} now", descriptor.size),
+                reason: format!("had {} bytes and has {length} now", descriptor.size),
             });
         }
         Ok(file)

@@ -64,7 +64,7 @@ pub async fn draft(settings: &Settings, machine: &str, target: Option<&str>) -> 
                 "the disk {} of machine {shown} is neither qcow2 nor raw",
                 plain(&disk.target, 20)
             ))
-            .hint("Convert it with qemu-img, and use the result in the machine"));
+            .hint("`qemu-img convert -O qcow2 DISK NEW.qcow2` makes a qcow2 of it, for the machine to use"));
         }
     };
     let mut draft = Draft::of_chain(&disk.file, format, &portrait.arch, settings.images.max_disk)?;

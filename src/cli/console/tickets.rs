@@ -2,7 +2,7 @@ use jiff::Timestamp;
 use serde::Serialize;
 
 use super::{choose, whoami};
-use crate::cli::{Context, Format, print, print_json};
+use crate::cli::{Answer, Context, Format, Results, print, print_json};
 use crate::outcome::Failure;
 use crate::quantity::Span;
 use crate::record::{JobKey, Jobs};
@@ -48,6 +48,9 @@ pub(in crate::cli) struct EndArguments {
     /// One ticket, as `console list` shows it, instead of all of the job's
     #[arg(value_name = "TICKET")]
     ticket: Option<String>,
+    /// How to print what was taken away; as text, the tickets
+    #[arg(long, value_enum, default_value = "text")]
+    format: Answer,
 }
 
 pub(super) fn mint(
@@ -140,7 +143,20 @@ pub(super) fn list(settings: &Settings, arguments: &ListArguments) -> Result<(),
     Ok(())
 }
 
+/// A ticket that was taken away; the JSON's keys are those of the list.
+#[derive(Debug, Serialize)]
+struct Ended {
+    job: JobKey,
+    ticket: String,
+}
+
 pub(super) fn end(settings: &Settings, arguments: &EndArguments) -> Result<(), Failure> {
+    let mut ended = Results::new(arguments.format);
+    let result = revoke(settings, arguments, &mut ended);
+    ended.end(result)
+}
+
+fn revoke(settings: &Settings, arguments: &EndArguments, ended: &mut Results<Ended>) -> Result<(), Failure> {
     let job = choose(settings, &arguments.job)?;
     let all = ticket::list(&job)?.into_iter().map(|(id, _)| id);
     let meant: Vec<TicketId> = match &arguments.ticket {
@@ -157,7 +173,11 @@ pub(super) fn end(settings: &Settings, arguments: &EndArguments) -> Result<(), F
     }
     for id in meant {
         if ticket::revoke(&job, &id)? {
-            print(&format!("{id}\n"));
+            let row = Ended {
+                job: job.key().clone(),
+                ticket: id.short().to_owned(),
+            };
+            ended.add(row, |row| row.ticket.clone());
         }
     }
     Ok(())

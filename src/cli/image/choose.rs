@@ -38,13 +38,16 @@ pub(super) fn choose<'a>(all: &'a [Held], word: &str) -> Result<Chosen<'a>, Fail
             return Ok(Chosen { held, name: None });
         }
     }
-    let hex = word.strip_prefix("sha256:").unwrap_or(word);
-    let digits = hex.len() >= PREFIX_MIN && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
-    let fits = |digest: &Digest| digits && digest.hex().starts_with(hex);
-    let found: Vec<&Held> = all.iter().filter(|held| fits(&held.digest)).collect();
+    let held = by_digest(all, word)?.ok_or_else(none)?;
+    Ok(Chosen { held, name: None })
+}
+
+/// The image of the store whose digest is a word, or begins with it; none where there is none.
+pub(super) fn by_digest<'a>(all: &'a [Held], word: &str) -> Result<Option<&'a Held>, Failure> {
+    let found: Vec<&Held> = all.iter().filter(|held| begins(&held.digest, word)).collect();
     match found.as_slice() {
-        [held] => Ok(Chosen { held, name: None }),
-        [] => Err(none()),
+        [] => Ok(None),
+        [held] => Ok(Some(held)),
         several => {
             let digests: Vec<String> = several.iter().map(|held| held.digest.to_string()).collect();
             Err(Failure::system(format!(
@@ -56,14 +59,21 @@ pub(super) fn choose<'a>(all: &'a [Held], word: &str) -> Result<Chosen<'a>, Fail
     }
 }
 
+/// Is a word the beginning of this digest, with `sha256:` or without?
+pub(super) fn begins(digest: &Digest, word: &str) -> bool {
+    let hex = word.strip_prefix("sha256:").unwrap_or(word);
+    let digits = hex.len() >= PREFIX_MIN && hex.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+    digits && digest.hex().starts_with(hex)
+}
+
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use jiff::Timestamp;
 
     use super::*;
     use crate::image::Name;
 
-    fn held(digest: &str, names: &[&str]) -> Held {
+    pub(in crate::cli::image) fn held(digest: &str, names: &[&str]) -> Held {
         let digest: Digest = format!("sha256:{digest:0<64}").parse().unwrap();
         let name = |reference: &&str| Name {
             reference: (*reference).to_owned(),

@@ -3,10 +3,10 @@ use std::path::Path;
 use clap::ValueEnum;
 
 use super::progress::Lines;
-use super::source::{Kind, More, Place, Wishes, draft, or_file, place};
+use super::source::{ImageFormat, Kind, More, Place, Wishes, draft, or_file, place};
 use super::{interruptible, push};
 use crate::cli::Context;
-use crate::image::{DiskFormat, Progress, Silent};
+use crate::image::{Boot, DiskFormat, Progress, Silent};
 use crate::outcome::Failure;
 use crate::stage::images;
 
@@ -53,7 +53,7 @@ pub(in crate::cli) struct Arguments {
     /// An image, or a new file (a path that begins with / or ./)
     destination: String,
     /// The format to write [default: native; for a file, what its name ends with]; the result is printed as JSON with --json
-    #[arg(long, value_enum)]
+    #[arg(long, value_parser = ImageFormat::<Target>::new())]
     format: Option<Target>,
     #[command(flatten)]
     more: More,
@@ -83,6 +83,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             }
             Place::File(path) => {
                 let format = of_file(arguments.format, &path)?;
+                arguments.wishes.check_none("a file holds nothing but the disk")?;
                 if path.symlink_metadata().is_ok() {
                     return Err(Failure::system(format!("{} is there already", path.display()))
                         .hint("Remove it, or choose another name"));
@@ -94,11 +95,34 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
                 let lines = Lines::new(&name, &context.log);
                 let progress: &dyn Progress = if quiet { &Silent } else { &lines };
                 let size = crate::image::save(&draft, format, &path, progress).await?;
-                arguments.telling.tell(&push::Row::File { path, format, size })
+                let left_out = draft.boot_files().map_or_else(Vec::new, parts);
+                if !left_out.is_empty() {
+                    context.log.line(format!(
+                        "cannery: {name} is the disk alone, without the image's {}: a machine that needs them does not start from it. A native image and a containerDisk keep them.",
+                        left_out.join(", ")
+                    ));
+                }
+                arguments.telling.tell(&push::Row::File {
+                    path,
+                    format,
+                    size,
+                    left_out,
+                })
             }
         }
     })
     .await
+}
+
+/// What a machine starts from beside its disk.
+fn parts(boot: &Boot) -> Vec<&'static str> {
+    let parts = [
+        ("kernel", true),
+        ("initrd", boot.initrd.is_some()),
+        ("cmdline", boot.cmdline.is_some()),
+    ];
+    let there = parts.into_iter().filter(|(_, there)| *there);
+    there.map(|(part, _)| part).collect()
 }
 
 /// The format of a file: what was asked for, or what its name says.

@@ -1,3 +1,4 @@
+use super::choose::{by_digest, choose};
 use super::{reference, shown};
 use crate::cli::{Answer, Context, Patient, print, print_json};
 use crate::image::{Asker, Digest, PullPolicy, Reference, Request, Requirements, Sight, Signature, Store};
@@ -8,7 +9,7 @@ use crate::stage::images;
 /// Say what an image is, without fetching its disk
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Arguments {
-    /// An image as `image:` names it, or the digest of one that is here
+    /// An image as `image:` names it, or the digest of one that is here, or the beginning of one
     image: String,
     /// How to print it
     #[arg(long, value_enum, default_value = "text")]
@@ -24,7 +25,7 @@ pub(in crate::cli) struct Arguments {
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
     let settings = context.settings()?;
     let store = images::store(&settings)?;
-    let reference = named(&store, &arguments.image)?;
+    let (reference, wanted) = named(&store, &arguments.image)?;
     let credentials = images::credentials(&settings)?;
     let policies = vec![PullPolicy::Always];
     let request = images::request(&settings, reference, policies, credentials, Asker::Operator)?;
@@ -37,6 +38,15 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
         ..request
     };
     let sight = store.look(&request, &Patient::new(&context.log)).await?;
+    // A folder's tag and a file have no names for what they were.
+    if let Some(wanted) = wanted.filter(|wanted| *wanted != sight.digest) {
+        return Err(Failure::system(format!(
+            "{} is another image by now ({})",
+            shown(&sight.reference),
+            sight.digest
+        ))
+        .hint(format!("`cannery image list {wanted}` shows what is here of it")));
+    }
     if arguments.raw || arguments.image_config {
         let text = if arguments.raw {
             &sight.manifest
@@ -55,26 +65,30 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     }
 }
 
-/// A reference, or the place that an image of the store came from.
-fn named(store: &Store, text: &str) -> Result<Reference, Failure> {
-    let Ok(wanted) = text.parse::<Digest>() else {
-        return reference(text);
-    };
-    let disk = store.find(&wanted)?.ok_or_else(|| {
-        Failure::system(format!("no image with the digest {wanted} is here"))
-            .hint("Ask with the name of its repository: NAME@DIGEST")
-    })?;
-    Ok(match reference(&disk.reference)? {
-        Reference::Registry {
-            registry, repository, ..
-        } => Reference::Registry {
-            registry,
-            repository,
-            tag: None,
-            digest: Some(wanted),
-        },
-        other => other,
-    })
+/// What a word names: an image by its reference, or one of the store by its digest, which is asked for where it came from. A name
+/// that an image has here is that name.
+fn named(store: &Store, word: &str) -> Result<(Reference, Option<Digest>), Failure> {
+    let all = store.inventory()?;
+    if let Ok(chosen) = choose(&all, word)
+        && let Some(name) = chosen.name
+    {
+        return Ok((name, None));
+    }
+    if let Some(held) = by_digest(&all, word)? {
+        let digest = held.digest;
+        let source = store.source_of(&digest)?.ok_or_else(|| {
+            Failure::system(format!("nobody knows where the image {digest} came from"))
+                .hint("`cannery image rm` removes it")
+        })?;
+        return Ok((source, Some(digest)));
+    }
+    if word.starts_with("sha256:") {
+        return Err(
+            Failure::system(format!("no image with the digest {} is here", plain(word, 80)))
+                .hint("Ask with the name of its repository: NAME@DIGEST"),
+        );
+    }
+    Ok((reference(word)?, None))
 }
 
 fn text(sight: &Sight) -> String {

@@ -3,9 +3,10 @@ use std::time::Duration;
 use jiff::Timestamp;
 use serde::Serialize;
 
+use super::filter::{Filter, lists, lists_as};
 use super::shown;
 use crate::cli::{Context, Format, print, print_json};
-use crate::image::{DiskFormat, Held};
+use crate::image::{Digest, DiskFormat, Held};
 use crate::outcome::Failure;
 use crate::reap::{Images, Keeper, Users};
 use crate::report::{age, bytes, table};
@@ -13,6 +14,9 @@ use crate::report::{age, bytes, table};
 /// List the images that are here
 #[derive(Debug, clap::Args)]
 pub(in crate::cli) struct Arguments {
+    /// Only those whose name fits: REPOSITORY, REPOSITORY:TAG or a pattern, with the registry or without; or whose digest begins so
+    #[arg(value_name = "NAME")]
+    names: Vec<Filter>,
     /// How to print the list
     #[arg(long, value_enum, default_value = "table")]
     format: Format,
@@ -28,7 +32,7 @@ pub(in crate::cli) struct Arguments {
 #[derive(Debug, Serialize)]
 struct Row {
     references: Vec<String>,
-    digest: String,
+    digest: Digest,
     /// None where the image is damaged, or not verified.
     format: Option<DiskFormat>,
     /// It is compared with what came before it is used, or by `cannery image verify`.
@@ -47,7 +51,7 @@ impl Row {
     fn of(held: &Held, users: &Users) -> Self {
         let mut row = Self {
             references: held.names.iter().map(|name| name.reference.clone()).collect(),
-            digest: held.digest.to_string(),
+            digest: held.digest,
             format: held.disk.as_ref().map(|disk| disk.format),
             unverified: held.unverified,
             virtual_size: held.disk.as_ref().map(|disk| disk.virtual_size),
@@ -70,9 +74,14 @@ impl Row {
         row
     }
 
-    /// A line for each name; what no name leads to has one, too.
-    fn lines(&self, digests: bool, now: Timestamp) -> Vec<Vec<String>> {
-        let length = if digests { self.digest.len() } else { SHORT_DIGEST };
+    /// A line for each name that is asked for; what no name leads to has one, too.
+    fn lines(&self, arguments: &Arguments, now: Timestamp) -> Vec<Vec<String>> {
+        let digest = self.digest.to_string();
+        let length = if arguments.digests {
+            digest.len()
+        } else {
+            SHORT_DIGEST
+        };
         let ago = |at: Timestamp| age(Duration::try_from(now.duration_since(at)).unwrap_or_default());
         let format = match self.format {
             Some(DiskFormat::Raw) => "raw",
@@ -90,7 +99,7 @@ impl Row {
         let line = |name: String| {
             vec![
                 name,
-                self.digest.chars().take(length).collect(),
+                digest.chars().take(length).collect(),
                 format.to_owned(),
                 self.virtual_size.map_or_else(|| "-".to_owned(), bytes),
                 bytes(self.size),
@@ -106,7 +115,9 @@ impl Row {
         if self.references.is_empty() {
             return vec![line("<none>".to_owned())];
         }
-        self.references.iter().map(|name| line(shown(name))).collect()
+        let names = self.references.iter();
+        let listed = names.filter(|name| lists_as(&arguments.names, &self.digest, name));
+        listed.map(|name| line(shown(name))).collect()
     }
 }
 
@@ -116,13 +127,11 @@ const SHORT_DIGEST: usize = 19;
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
     let settings = context.settings()?;
     let images = Images::open(&settings)?;
+    let mut all = images.store().inventory()?;
+    all.retain(|held| lists(&arguments.names, held));
     if arguments.quiet {
-        let digests = images.store().inventory()?.into_iter();
-        print(
-            &digests
-                .map(|held| format!("{}\n", held.digest))
-                .collect::<String>(),
-        );
+        let digests = all.iter().map(|held| format!("{}\n", held.digest));
+        print(&digests.collect::<String>());
         return Ok(());
     }
     let users = match images.users().await {
@@ -135,20 +144,12 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             Users::default()
         }
     };
-    let rows: Vec<Row> = images
-        .store()
-        .inventory()?
-        .iter()
-        .map(|held| Row::of(held, &users))
-        .collect();
+    let rows: Vec<Row> = all.iter().map(|held| Row::of(held, &users)).collect();
     match arguments.format {
         Format::Json => print_json(&rows),
         Format::Table => {
             let now = Timestamp::now();
-            let mut lines: Vec<_> = rows
-                .iter()
-                .flat_map(|row| row.lines(arguments.digests, now))
-                .collect();
+            let mut lines: Vec<_> = rows.iter().flat_map(|row| row.lines(arguments, now)).collect();
             lines.sort();
             print(&table(
                 &[

@@ -6,6 +6,7 @@ use crate::report::plain;
 mod choose;
 mod convert;
 mod export;
+mod filter;
 mod import;
 mod inspect;
 mod list;

@@ -66,6 +66,8 @@ pub(super) enum Row {
         format: DiskFormat,
         /// In bytes, with holes.
         size: u64,
+        /// What the image has that no file can hold.
+        left_out: Vec<&'static str>,
     },
 }
 

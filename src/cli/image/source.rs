@@ -3,12 +3,14 @@
 use std::path::{Path, PathBuf};
 
 use clap::ValueEnum;
+use clap::builder::{EnumValueParser, PossibleValue, TypedValueParser};
+use clap::error::{ContextKind, ContextValue};
 
 use super::progress::Lines;
 use super::{reference, shown};
 use crate::cli::Context;
 use crate::image::{
-    Asker, Boot, Draft, Native, Packing, Progress, PullPolicy, Reference, Silent, Store, WriteFormat,
+    Asker, Boot, Draft, Hints, Native, Packing, Progress, PullPolicy, Reference, Silent, Store, WriteFormat,
 };
 use crate::outcome::Failure;
 use crate::settings::Settings;
@@ -58,11 +60,47 @@ pub(super) enum Kind {
     Qcow2,
 }
 
+/// Reads the format of an image. Who asks for JSON there, as other commands have it, is told which flag that is here.
+#[derive(Clone)]
+pub(super) struct ImageFormat<T: ValueEnum + Clone + Send + Sync + 'static>(EnumValueParser<T>);
+
+impl<T: ValueEnum + Clone + Send + Sync + 'static> ImageFormat<T> {
+    pub(super) fn new() -> Self {
+        Self(EnumValueParser::new())
+    }
+}
+
+impl<T: ValueEnum + Clone + Send + Sync + 'static> TypedValueParser for ImageFormat<T> {
+    type Value = T;
+
+    fn parse_ref(
+        &self,
+        command: &clap::Command,
+        argument: Option<&clap::Arg>,
+        value: &std::ffi::OsStr,
+    ) -> Result<T, clap::Error> {
+        self.0.parse_ref(command, argument, value).map_err(|mut error| {
+            if value == "json" {
+                let tip = "--format is the image's own format here; --json prints the result as JSON";
+                error.insert(
+                    ContextKind::Suggested,
+                    ContextValue::StyledStrs(vec![tip.to_owned().into()]),
+                );
+            }
+            error
+        })
+    }
+
+    fn possible_values(&self) -> Option<Box<dyn Iterator<Item = PossibleValue> + '_>> {
+        self.0.possible_values()
+    }
+}
+
 /// How an image is to be written.
 #[derive(Debug, Clone, clap::Args)]
 pub(super) struct Manner {
     /// The image's format; the result is printed as JSON with --json
-    #[arg(long, value_enum, default_value = "native")]
+    #[arg(long, value_parser = ImageFormat::<Kind>::new(), default_value = "native")]
     format: Kind,
     #[command(flatten)]
     more: More,
@@ -160,13 +198,13 @@ pub(super) struct Wishes {
     #[arg(long = "label", value_name = "NAME=VALUE")]
     labels: Vec<String>,
     /// How much memory, as 512M or 4G
-    #[arg(long, value_name = "SIZE")]
+    #[arg(long, value_name = "SIZE", value_parser = |text: &str| wish("io.cannery.memory", text))]
     memory: Option<String>,
     /// bios or uefi
-    #[arg(long, value_name = "FIRMWARE")]
+    #[arg(long, value_name = "FIRMWARE", value_parser = |text: &str| wish("io.cannery.firmware", text))]
     firmware: Option<String>,
     /// The account that jobs run as
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_name = "NAME", value_parser = |text: &str| wish("io.cannery.user", text))]
     user: Option<String>,
     /// A kernel to start without a boot loader (native and containerDisk only)
     #[arg(long, value_name = "FILE")]
@@ -175,11 +213,35 @@ pub(super) struct Wishes {
     #[arg(long, value_name = "FILE", requires = "kernel")]
     initrd: Option<PathBuf>,
     /// Its command line
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", value_parser = |text: &str| wish("io.cannery.cmdline", text))]
     cmdline: Option<String>,
 }
 
+/// The value of a flag that becomes a label, if it makes sense as one.
+fn wish(label: &str, value: &str) -> Result<String, String> {
+    match Hints::check(label, value) {
+        Ok(()) => Ok(value.to_owned()),
+        Err(reason) => Err(format!("it {reason}")),
+    }
+}
+
 impl Wishes {
+    /// What cannot be kept is not asked for; `why` says what keeps none.
+    pub(super) fn check_none(&self, why: &str) -> Result<(), Failure> {
+        let given = [
+            ("--label", !self.labels.is_empty()),
+            ("--memory", self.memory.is_some()),
+            ("--firmware", self.firmware.is_some()),
+            ("--user", self.user.is_some()),
+            ("--kernel", self.kernel.is_some()),
+            ("--cmdline", self.cmdline.is_some()),
+        ];
+        match given.iter().find(|(_, given)| *given) {
+            Some((flag, _)) => Err(Failure::system(why).hint(format!("Leave out {flag}, or write an image"))),
+            None => Ok(()),
+        }
+    }
+
     pub(super) fn add_to(&self, draft: &mut Draft) -> Result<(), Failure> {
         for label in &self.labels {
             let (name, value) = label

@@ -9,7 +9,7 @@ use crate::cli::{Answer, Context, print, print_json};
 use crate::image::{Going, Held, Policy};
 use crate::outcome::Failure;
 use crate::reap::{Images, standing_policy};
-use crate::report::{age, bytes};
+use crate::report::{age, bytes, plain};
 use crate::settings::Settings;
 
 /// Say what keeps an image, or when it would go
@@ -29,6 +29,8 @@ struct Reasons {
     references: Vec<String>,
     size: u64,
     last_used: Timestamp,
+    /// How; none of one that is not known to be.
+    damaged: Option<String>,
     kept_by: Vec<String>,
     goes: Vec<String>,
 }
@@ -44,6 +46,7 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
         references: held.names.iter().map(|name| name.reference.clone()).collect(),
         size: held.size,
         last_used: held.used,
+        damaged: images.store().damage(&held.digest)?,
         kept_by: keepers.iter().map(ToString::to_string).collect(),
         goes: Vec::new(),
     };
@@ -62,6 +65,13 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
     ));
     for name in &reasons.references {
         print(&format!("  named {}\n", shown(name)));
+    }
+    if let Some(how) = &reasons.damaged {
+        print(&format!(
+            "  damaged: {}; no job is given it; `cannery image verify {}` fetches it anew, as does the next pull\n",
+            plain(how, 300),
+            reasons.digest
+        ));
     }
     for keeper in &reasons.kept_by {
         print(&format!("  kept by {keeper}\n"));

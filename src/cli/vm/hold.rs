@@ -1,7 +1,8 @@
 use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
 
 use super::choose::choose;
-use crate::cli::{Context, print};
+use crate::cli::{Answer, Context, print, print_json};
 use crate::outcome::Failure;
 use crate::quantity::Span;
 use crate::record::{self, Held, Holder, Jobs};
@@ -16,6 +17,16 @@ pub(in crate::cli) struct Arguments {
     /// For how long from now
     #[arg(long = "for", value_name = "TIME", default_value = "1h")]
     time: Span,
+    /// How to print what is held; as text, the job and until when
+    #[arg(long, value_enum, default_value = "text")]
+    format: Answer,
+}
+
+/// A job whose machine stays; the JSON's keys are these names.
+#[derive(Debug, Serialize)]
+struct Row {
+    key: String,
+    held_until: Timestamp,
 }
 
 pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
@@ -31,7 +42,7 @@ pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failur
         });
     };
     match job.note(hold) {
-        Ok(()) => print(&format!("{} until {}\n", job.key(), report::minute(until))),
+        Ok(()) => {}
         Err(record::Error::Gone(key)) => {
             return Err(Failure::system(format!(
                 "job {key} is being removed: its machine can no longer stay"
@@ -39,5 +50,15 @@ pub(super) fn run(context: &Context, arguments: &Arguments) -> Result<(), Failur
         }
         Err(e) => return Err(e.into()),
     }
-    Ok(())
+    let row = Row {
+        key: job.key().to_string(),
+        held_until: until,
+    };
+    match arguments.format {
+        Answer::Json => print_json(&row),
+        Answer::Text => {
+            print(&format!("{} until {}\n", row.key, report::minute(until)));
+            Ok(())
+        }
+    }
 }

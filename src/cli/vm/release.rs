@@ -1,5 +1,7 @@
+use serde::Serialize;
+
 use super::choose::choose;
-use crate::cli::{Context, print};
+use crate::cli::{Answer, Context, print, print_json};
 use crate::history::Removal;
 use crate::outcome::Failure;
 use crate::reap::Reaper;
@@ -11,6 +13,17 @@ pub(in crate::cli) struct Arguments {
     /// A job as `vm list` shows it, or its number where only one job has it
     #[arg(value_name = "JOB")]
     job: String,
+    /// How to print what was let go; as text, the job
+    #[arg(long, value_enum, default_value = "text")]
+    format: Answer,
+}
+
+/// A job whose machine is no longer held; the JSON's keys are these names.
+#[derive(Debug, Serialize)]
+struct Row {
+    key: String,
+    /// Else it goes with its job.
+    removed: bool,
 }
 
 pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), Failure> {
@@ -23,15 +36,23 @@ pub(super) async fn run(context: &Context, arguments: &Arguments) -> Result<(), 
             .hint(format!("`cannery vm rm {key}` removes it, and its job fails"))
     };
     let record = job.read()?.ok_or_else(unheld)?;
-    if record.state == State::Held {
+    let removed = record.state == State::Held;
+    if removed {
         Reaper::open(&settings)?.remove(job, Removal::Operator).await?;
-        print(&format!("{key}\n"));
-        return Ok(());
-    }
-    if record.held.is_none() {
+    } else if record.held.is_none() {
         return Err(unheld());
+    } else {
+        job.note(|record| record.held = None)?;
     }
-    job.note(|record| record.held = None)?;
-    print(&format!("{key} goes when its job is over\n"));
-    Ok(())
+    match arguments.format {
+        Answer::Json => print_json(&Row {
+            key: key.to_string(),
+            removed,
+        }),
+        Answer::Text => {
+            let later = if removed { "" } else { " goes when its job is over" };
+            print(&format!("{key}{later}\n"));
+            Ok(())
+        }
+    }
 }

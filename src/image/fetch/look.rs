@@ -87,7 +87,7 @@ impl Store {
         let look = pull.look_at(&source);
         match told_of_silence(progress, || source.unanswered(), look).await {
             Ok(sight) => Ok(sight),
-            Err(error) => Err(pull.who_is_denied(error).await),
+            Err(error) => Err(pull.who_is_denied(source.told(error)).await),
         }
     }
 }

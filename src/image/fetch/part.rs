@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytes::Bytes;
 use tokio::sync::mpsc;
 
+use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::registry::Ranged;
 
@@ -22,6 +23,7 @@ pub(super) enum Part<'a> {
     File {
         file: Arc<File>,
         left: Range<u64>,
+        blob: Digest,
         image: &'a str,
     },
 }
@@ -29,9 +31,14 @@ pub(super) enum Part<'a> {
 impl Part<'_> {
     /// The next bytes; none after the last. Exactly the bytes of the part come, or an error.
     pub(super) async fn next(&mut self) -> Result<Option<Bytes>, Error> {
-        let (file, left, image) = match self {
+        let (file, left, blob, image) = match self {
             Self::Registry(ranged) => return ranged.next().await,
-            Self::File { file, left, image } => (file, left, image),
+            Self::File {
+                file,
+                left,
+                blob,
+                image,
+            } => (file, left, blob, image),
         };
         if left.is_empty() {
             return Ok(None);
@@ -44,7 +51,8 @@ impl Part<'_> {
         });
         let bytes = read.await.map_err(|error| Error::Corrupt {
             image: (*image).to_owned(),
-            reason: format!("a layer cannot be read to its end ({error})"),
+            blob: Some(*blob),
+            reason: format!("cannot be read to its end ({error})"),
         })?;
         left.start += length;
         Ok(Some(bytes.into()))

@@ -85,10 +85,9 @@ impl Store {
                 Err(error) => {
                     let last = !error.lets_the_next_policy_try();
                     // "Not here" explains less than whatever another policy found out.
-                    if first
-                        .as_ref()
-                        .is_none_or(|first| matches!(first, Error::NotCached { .. }))
-                        || last
+                    if first.as_ref().is_none_or(|first| {
+                        matches!(first, Error::NotCached { .. } | Error::DamagedHere { .. })
+                    }) || last
                     {
                         first = Some(error);
                     }
@@ -170,11 +169,30 @@ impl Pull<'_> {
             }
         }
         if policy == PullPolicy::Never {
-            return Err(Error::NotCached {
-                image: self.image.clone(),
-            });
+            return Err(self.not_here()?);
         }
         self.fetch().await
+    }
+
+    /// Why the store has nothing to give under this name.
+    fn not_here(&self) -> Result<Error, Error> {
+        let image = self.image.clone();
+        let reference = &self.request.reference;
+        let digest = match reference.digest() {
+            Some(digest) => Some(*digest),
+            None => self.store.reference(reference, &self.request.architecture)?,
+        };
+        let Some(digest) = digest else {
+            return Ok(Error::NotCached { image });
+        };
+        Ok(match self.store.damage(&digest)? {
+            Some(reason) => Error::DamagedHere {
+                image,
+                digest,
+                reason,
+            },
+            None => Error::NotCached { image },
+        })
     }
 
     /// What the store knows under this name; a digest in it is known by itself.
@@ -220,7 +238,8 @@ impl Pull<'_> {
     pub(super) async fn fetch(&self) -> Result<Disk, Error> {
         let source = self.source().await?;
         let fetch = self.fetch_from(&source);
-        told_of_silence(self.progress, || source.unanswered(), fetch).await
+        let fetched = told_of_silence(self.progress, || source.unanswered(), fetch).await;
+        fetched.map_err(|error| source.told(error))
     }
 
     async fn fetch_from(&self, source: &Source) -> Result<Disk, Error> {
@@ -238,10 +257,7 @@ impl Pull<'_> {
                 self.progress.event(Event::Cached { digest: &digest });
                 disk
             }
-            None => {
-                let made = self.make_with_room(source, &digest, manifest).await;
-                made.map_err(|error| self.of_a_pin(source, error))?
-            }
+            None => self.make_with_room(source, &digest, manifest).await?,
         };
         self.note_access(source, &digest).await?;
         if let Kind::Web(file) = &source.kind
@@ -255,18 +271,6 @@ impl Pull<'_> {
         self.store
             .remember(&self.request.reference, &self.request.architecture, &digest)?;
         Ok(disk)
-    }
-
-    /// Bytes of a web server that are others than the digest behind the address says: nobody but whoever wrote that has said so, and
-    /// every other try would end like this one.
-    fn of_a_pin(&self, source: &Source, error: Error) -> Error {
-        match (&source.kind, error) {
-            (Kind::Web(file), Error::Corrupt { image, reason }) if file.is_pinned() => Error::Unsupported {
-                image,
-                reason: format!("its bytes are not those of the digest behind its address ({reason})"),
-            },
-            (_, error) => error,
-        }
     }
 
     pub(super) async fn source(&self) -> Result<Source, Error> {

@@ -304,10 +304,8 @@ impl Site {
             Failed::Ours(error) => error,
             Failed::Bytes(reason) => Error::Corrupt {
                 image: self.image.clone(),
-                reason: format!(
-                    "the piece at {} of the layer {layer} {reason}",
-                    piece.packed.start
-                ),
+                blob: Some(*layer),
+                reason: format!("is no good: the piece at {} {reason}", piece.packed.start),
             },
         }
     }

@@ -107,14 +107,14 @@ impl Source {
             Kind::Layout(layout) => layout.document(&descriptor.digest)?,
             Kind::File(_) | Kind::Web(_) => return Err(self.no_document()),
         };
-        self.verify(descriptor, &bytes, "its manifest")?;
+        self.verify(descriptor, &bytes)?;
         Ok(bytes)
     }
 
     /// A small blob, whole.
     pub(in crate::image) async fn config(&self, descriptor: &Descriptor) -> Result<Vec<u8>, Error> {
         let bytes = self.document(descriptor).await?;
-        self.verify(descriptor, &bytes, "its config")?;
+        self.verify(descriptor, &bytes)?;
         Ok(bytes)
     }
 
@@ -131,7 +131,7 @@ impl Source {
             size: bytes.len() as u64,
             ..descriptor.clone()
         };
-        self.verify(&found, &bytes, "its config")?;
+        self.verify(&found, &bytes)?;
         Ok(bytes)
     }
 
@@ -156,21 +156,45 @@ impl Source {
         Ok(())
     }
 
-    fn verify(&self, descriptor: &Descriptor, bytes: &[u8], what: &str) -> Result<(), Error> {
+    fn verify(&self, descriptor: &Descriptor, bytes: &[u8]) -> Result<(), Error> {
         let found = Digest::of(bytes);
         if found != descriptor.digest || bytes.len() as u64 != descriptor.size {
-            let reason = format!(
-                "{what} has {} bytes with the digest {found}, not {} with {}",
-                bytes.len(),
-                descriptor.size,
-                descriptor.digest
-            );
+            let reason = if bytes.len() as u64 == descriptor.size {
+                format!("has the digest {found}")
+            } else {
+                format!("has {} bytes instead of {}", bytes.len(), descriptor.size)
+            };
             return Err(Error::Corrupt {
                 image: self.image().to_owned(),
+                blob: Some(descriptor.digest),
                 reason,
             });
         }
         Ok(())
+    }
+
+    /// What went wrong here, in the words that fit the kind of place.
+    pub(super) fn told(&self, error: Error) -> Error {
+        match (&self.kind, error) {
+            (
+                Kind::Layout(layout),
+                Error::Corrupt {
+                    blob: Some(blob),
+                    reason,
+                    ..
+                },
+            ) => layout.damaged(&blob, reason),
+            (
+                Kind::File(_),
+                Error::Corrupt {
+                    image,
+                    blob: Some(_),
+                    reason,
+                },
+            ) => Error::Changed { image, reason },
+            (Kind::Web(file), error) => file.told(error),
+            (_, error) => error,
+        }
     }
 
     /// How many parts may be on their way at once.
@@ -189,11 +213,13 @@ impl Source {
             Kind::Layout(layout) => Part::File {
                 file: Arc::new(layout.open(descriptor)?),
                 left: range,
+                blob: descriptor.digest,
                 image: layout.image(),
             },
             Kind::File(file) => Part::File {
                 file: Arc::new(file.open(descriptor)?),
                 left: range,
+                blob: descriptor.digest,
                 image: file.image(),
             },
             Kind::Web(file) => Part::Registry(Box::new(file.session.range(descriptor, range))),

@@ -286,6 +286,7 @@ impl Unpacker {
     fn broken_checkpoint(&self) -> Halt {
         Halt::Failed(Error::Corrupt {
             image: self.place.image.clone(),
+            blob: None,
             reason: "what an earlier pull has written down about it cannot be used".to_owned(),
         })
     }

@@ -77,11 +77,13 @@ impl<'a> Check<'a> {
     pub(super) fn end(&mut self) -> Result<(), Error> {
         self.pass()?;
         match self.blobs.get(self.position.blob) {
-            Some(blob) => Err(self.corrupt(format!(
-                "the layer {} has {} bytes instead of {}",
-                blob.digest, self.position.count, blob.size
-            ))),
-            None if self.too_long => Err(self.corrupt("there are more bytes than announced".to_owned())),
+            Some(blob) => {
+                let reason = format!("has {} bytes instead of {}", self.position.count, blob.size);
+                Err(self.corrupt(Some(blob), reason))
+            }
+            None if self.too_long => {
+                Err(self.corrupt(None, "there are more bytes than announced".to_owned()))
+            }
             None => Ok(()),
         }
     }
@@ -101,8 +103,7 @@ impl<'a> Check<'a> {
         {
             let found: Digest = position.hash.clone().finish();
             if found != blob.digest {
-                let reason = format!("the layer {} has the digest {found}", blob.digest);
-                return Err(self.corrupt(reason));
+                return Err(self.corrupt(Some(blob), format!("has the digest {found}")));
             }
             *position = Position {
                 blob: position.blob + 1,
@@ -115,13 +116,13 @@ impl<'a> Check<'a> {
     /// The bytes did not come.
     pub(super) fn failed(&self, error: &io::Error) -> Error {
         let blob = self.blobs.get(self.position.blob);
-        let which = blob.map_or_else(String::new, |blob| format!(" {}", blob.digest));
-        self.corrupt(format!("the layer{which} cannot be read to its end ({error})"))
+        self.corrupt(blob, format!("cannot be read to its end ({error})"))
     }
 
-    fn corrupt(&self, reason: String) -> Error {
+    fn corrupt(&self, blob: Option<&Descriptor>, reason: String) -> Error {
         Error::Corrupt {
             image: self.image.to_owned(),
+            blob: blob.map(|blob| blob.digest),
             reason,
         }
     }

@@ -190,7 +190,12 @@ async fn among<T>(
 fn readable(bytes: Result<Vec<u8>, Error>) -> Result<Option<Vec<u8>>, Error> {
     match bytes {
         Ok(bytes) => Ok(Some(bytes)),
-        Err(Error::NotFound { .. } | Error::TooLarge { .. } | Error::Corrupt { .. }) => Ok(None),
+        Err(
+            Error::NotFound { .. }
+            | Error::TooLarge { .. }
+            | Error::Corrupt { .. }
+            | Error::DamagedLayout { .. },
+        ) => Ok(None),
         Err(error) => Err(error),
     }
 }

@@ -209,6 +209,7 @@ impl Session {
             );
             return Err(Error::Corrupt {
                 image: self.image.clone(),
+                blob: None,
                 reason,
             });
         }
@@ -279,6 +280,7 @@ impl Endpoint {
             StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => Failure::Final(self.denied()),
             StatusCode::NOT_FOUND => Failure::Final(Error::Corrupt {
                 image: self.image.clone(),
+                blob: None,
                 reason: format!("{} has lost {path}", self.registry),
             }),
             _ => self.refused(status, answer.response.headers(), "it"),

@@ -132,9 +132,10 @@ async fn connect(endpoint: &Endpoint, descriptor: &Descriptor, wanted: &Range<u6
     {
         return Err(Failure::Final(Error::Corrupt {
             image: endpoint.image().to_owned(),
+            blob: Some(descriptor.digest),
             reason: format!(
-                "its manifest says that the layer {} has {} bytes, and it has {size} there",
-                descriptor.digest, descriptor.size
+                "has {size} bytes there, and its manifest says {}",
+                descriptor.size
             ),
         }));
     }

@@ -49,6 +49,8 @@ pub(in crate::image) struct WebFile {
     expected: Option<Digest>,
     /// Bytes that were here under this name: their SHA-512, and their digest.
     known: Option<(String, Digest)>,
+    /// The address of the list that names it.
+    list: OnceLock<String>,
     /// What was found by reading the file.
     learned: OnceLock<String>,
 }
@@ -80,6 +82,7 @@ impl WebFile {
             path: path.to_owned(),
             expected,
             known: None,
+            list: OnceLock::new(),
             learned: OnceLock::new(),
         })
     }
@@ -94,9 +97,25 @@ impl WebFile {
         self.learned.get().map(String::as_str)
     }
 
-    /// Is its digest somebody's word alone, behind its address?
-    pub(in crate::image) fn is_pinned(&self) -> bool {
-        self.expected.is_some()
+    /// Damage in the words that fit: what its bytes should be, a list beside the file says, or whoever wrote the digest behind its
+    /// address and nobody else, so that every other try would end likewise.
+    pub(in crate::image) fn told(&self, error: Error) -> Error {
+        match error {
+            Error::Corrupt {
+                image,
+                blob: Some(blob),
+                reason,
+            } => match self.list.get() {
+                Some(list) => Error::NotAsListed {
+                    image,
+                    list: list.clone(),
+                    sum: blob.to_string(),
+                    reason,
+                },
+                None => Error::NotAsPinned { image, reason },
+            },
+            other => other,
+        }
     }
 
     /// The digest of the file's bytes, and the manifest of an image that is this file.
@@ -138,19 +157,27 @@ impl WebFile {
     /// The sum in one of the lists beside the file.
     async fn published(&self) -> Result<Sum, Error> {
         let folder = self.path.rsplit_once('/').map_or("", |(folder, _)| folder);
+        let mut silent = Vec::new();
         for (list, digits) in LISTS {
-            let Some(text) = self.small(&format!("{folder}/{list}")).await? else {
+            let path = format!("{folder}/{list}");
+            let Some(text) = self.small(&path).await? else {
                 continue;
             };
+            let address = self.session.endpoint().at(&path)?.to_string();
             if let Some(sum) = listed(&text, self.name(), digits) {
+                self.list.get_or_init(|| address);
                 return Ok(sum);
             }
+            silent.push(address);
         }
-        Err(Error::Unsupported {
+        let reason = if silent.is_empty() {
+            "there is neither SHA256SUMS nor SHA512SUMS beside it".to_owned()
+        } else {
+            format!("no line of {} is for it", silent.join(" and "))
+        };
+        Err(Error::NotListed {
             image: self.session.image().to_owned(),
-            reason:
-                "neither SHA256SUMS nor SHA512SUMS beside it names it; write #sha256=HEX behind its address"
-                    .to_owned(),
+            reason,
         })
     }
 
@@ -202,13 +229,11 @@ impl WebFile {
         }
         let found = sha512.finish();
         if found[..] != *sum {
-            return Err(Error::Corrupt {
+            return Err(Error::NotAsListed {
                 image: self.session.image().to_owned(),
-                reason: format!(
-                    "its SHA-512 is {}, and SHA512SUMS says {}",
-                    hex::encode(found),
-                    hex::encode(sum)
-                ),
+                list: self.list.get().cloned().unwrap_or_default(),
+                sum: hex::encode(sum),
+                reason: format!("has the SHA-512 {}", hex::encode(found)),
             });
         }
         Ok(sha256.finish())

@@ -14,7 +14,7 @@
 //!   origins/HEX/…         which repositories an image came from, and whether everybody may have it there
 //!   grants/UID/…          which project was allowed which image, for a while
 //!   sha512/HEX            what a disk of a web server was published as, and was seen to be, where nobody publishes its SHA-256
-//!   damaged/HEX           images whose bytes have changed since they were put here
+//!   damaged/HEX           images whose bytes have changed since they were put here, and how
 //!   unsynced/HEX          images whose bytes may still be in memory, and in which run of the host they came
 //!   verdicts/HEX.json     whose signature an image has, where the settings ask for one
 //!   partial/              what is being made: HEX/ and HEX.lock; what is being removed: trash-…

@@ -74,7 +74,7 @@ impl Store {
         };
         if let Err(error) = synced() {
             tracing::warn!(%digest, %error, "an image cannot be brought to the disk, and will be fetched again");
-            self.is_no_more_whole(digest)?;
+            self.is_no_more_whole(digest, &format!("it could not be brought to the disk ({error})"))?;
         }
         kill::point(Point::ImageSettled);
         remove(&self.unsynced(digest))

@@ -7,6 +7,8 @@ use crate::image::digest::Digest;
 use crate::image::error::Error;
 use crate::image::reference::Reference;
 
+const NO_RECORD: &str = "its image.json cannot be read";
+
 /// How an image was found.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Verdict {
@@ -35,18 +37,52 @@ impl Store {
         };
         let verdict = self.judge(digest)?;
         match verdict {
-            Verdict::Damaged { .. } => self.is_no_more_whole(digest)?,
+            Verdict::Damaged { ref reason } => self.is_no_more_whole(digest, reason)?,
             // Now that all of it was seen to be here, it is good for use again.
-            Verdict::Whole if self.is_doubtful(digest)? => self.settle(digest)?,
-            Verdict::Whole | Verdict::Unknown => {}
+            Verdict::Whole => {
+                if self.is_doubtful(digest)? {
+                    self.settle(digest)?;
+                }
+                self.is_whole(digest)?;
+            }
+            Verdict::Unknown => {}
         }
         Ok(Some(verdict))
+    }
+
+    /// Why an image that is here is given to nobody: it was found damaged before, or a file is missing or has another length. Its
+    /// bytes are not read. None when nothing is seen, or the image is not here.
+    ///
+    /// # Errors
+    /// [`Error::Storage`].
+    pub fn damage(&self, digest: &Digest) -> Result<Option<String>, Error> {
+        if !self.disk_dir(digest).is_dir() {
+            return Ok(None);
+        }
+        if let Ok(reason) = fs::read_to_string(self.damaged_path(digest)) {
+            // Older versions noted none.
+            let noted = !reason.is_empty();
+            return Ok(Some(if noted {
+                reason
+            } else {
+                "it was found damaged".to_owned()
+            }));
+        }
+        let Some(record) = self.record(digest)? else {
+            return Ok(Some(NO_RECORD.to_owned()));
+        };
+        for file in &record.files {
+            if let Err(reason) = self.opened(digest, file)? {
+                return Ok(Some(reason));
+            }
+        }
+        Ok(None)
     }
 
     fn judge(&self, digest: &Digest) -> Result<Verdict, Error> {
         let damaged = |reason: String| Ok(Verdict::Damaged { reason });
         let Some(record) = self.record(digest)? else {
-            return damaged("its image.json cannot be read".to_owned());
+            return damaged(NO_RECORD.to_owned());
         };
         let mut verdict = Verdict::Whole;
         for file in &record.files {
@@ -59,21 +95,33 @@ impl Store {
         Ok(verdict)
     }
 
-    fn judge_file(&self, digest: &Digest, file: &RecordedFile) -> Result<Verdict, Error> {
+    /// A file of an image, if it is there and has its length; else what is wrong.
+    fn opened(&self, digest: &Digest, file: &RecordedFile) -> Result<Result<File, String>, Error> {
         let path = self.disk_dir(digest).join(&file.name);
-        let damaged = |reason: String| Ok(Verdict::Damaged { reason });
         let name = &file.name;
         let opened = match File::open(&path) {
             Ok(opened) => opened,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
-                return damaged(format!("{name} is missing"));
+                return Ok(Err(format!("{name} is missing")));
             }
             Err(error) => return Err(Error::storage(path)(error)),
         };
         let length = opened.metadata().map_err(Error::storage(&path))?.len();
-        if length != file.length {
-            return damaged(format!("{name} has {length} bytes instead of {}", file.length));
-        }
+        Ok(if length == file.length {
+            Ok(opened)
+        } else {
+            Err(format!("{name} has {length} bytes instead of {}", file.length))
+        })
+    }
+
+    fn judge_file(&self, digest: &Digest, file: &RecordedFile) -> Result<Verdict, Error> {
+        let path = self.disk_dir(digest).join(&file.name);
+        let damaged = |reason: String| Ok(Verdict::Damaged { reason });
+        let name = &file.name;
+        let opened = match self.opened(digest, file)? {
+            Ok(opened) => opened,
+            Err(reason) => return damaged(reason),
+        };
         let same = match file.sum {
             Some(expected) => sum::is_of_file(&expected, &opened),
             None if file.listed => {
@@ -123,8 +171,8 @@ impl Store {
     }
 
     /// It is given to nobody until it was fetched again.
-    pub(super) fn is_no_more_whole(&self, digest: &Digest) -> Result<(), Error> {
-        self.write_durably(&self.damaged_path(digest), b"")
+    pub(super) fn is_no_more_whole(&self, digest: &Digest, reason: &str) -> Result<(), Error> {
+        self.write_durably(&self.damaged_path(digest), reason.as_bytes())
     }
 
     /// It has just been put here, whole.
