@@ -272,6 +272,22 @@ fn for_a_disk_of_several_files_room_is_asked_for_beside_them() {
     assert_eq!(partial(&store), 0);
 }
 
+/// Pulls an image whose registry stops when a MiB of it has come, and goes on when something else was done meanwhile.
+fn while_held(store: &Path, registry: &Registry, tag: &str, meanwhile: impl FnOnce()) -> Disk {
+    const HELD: u64 = 1 << 20;
+    registry.hold_after(Some(HELD));
+    let begun = registry.sent() + HELD;
+    std::thread::scope(|scope| {
+        let held = scope.spawn(|| pull(store, registry, tag));
+        while registry.sent() < begun {
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        meanwhile();
+        registry.hold_after(None);
+        held.join().unwrap().unwrap()
+    })
+}
+
 #[test]
 #[ignore = "needs root, to mount a file system of some MiB"]
 fn what_one_pull_still_needs_is_not_there_for_another() {
@@ -282,13 +298,7 @@ fn what_one_pull_still_needs_is_not_there_for_another() {
     let small = Small::new();
     let store = small.store();
     // Each of the two would fit.
-    registry.hold_after(Some(2 << 20));
-    let begun = registry.sent() + (1 << 20);
-    std::thread::scope(|scope| {
-        let held = scope.spawn(|| pull(&store, &registry, "first"));
-        while registry.sent() < begun {
-            std::thread::sleep(std::time::Duration::from_millis(20));
-        }
+    let disk = while_held(&store, &registry, "first", || {
         let error = pull(&store, &registry, "second").unwrap_err();
         let Error::DiskFull {
             needed,
@@ -308,10 +318,8 @@ fn what_one_pull_still_needs_is_not_there_for_another() {
             error.to_string().contains("for pulls that began before"),
             "{error}"
         );
-        registry.hold_after(None);
-        let disk = held.join().unwrap().unwrap();
-        assert!(fs::read(&disk.path).unwrap() == first);
     });
+    assert!(fs::read(&disk.path).unwrap() == first);
     assert_eq!(partial(&store), 0);
     // The other's image is here by now, and claims nothing any more.
     small.grow();
@@ -335,37 +343,28 @@ fn what_one_pull_will_unpack_is_not_there_for_another() {
         let small = Small::of(size);
         let store = small.store();
         // The index comes, and a part of what it names.
-        one.hold_after(Some(1 << 20));
-        let begun = one.sent() + (1 << 20);
-        std::thread::scope(|scope| {
-            let held = scope.spawn(|| pull(&store, &one, "first"));
-            while one.sent() < begun {
-                std::thread::sleep(std::time::Duration::from_millis(20));
-            }
+        let disk = while_held(&store, &one, "first", || {
             let pulled = pull(&store, &two, "second");
             if both_fit {
                 assert!(fs::read(pulled.unwrap().path).unwrap() == second);
-            } else {
-                let error = pulled.unwrap_err();
-                let Error::DiskFull {
-                    needed,
-                    claimed,
-                    free,
-                    ..
-                } = &error
-                else {
-                    panic!("{error}")
-                };
-                let (claimed, free) = (*claimed, *free);
-                assert!((1 << 20..15 << 20).contains(&claimed), "{error}");
-                let own = needed - claimed - KEEP_FREE;
-                assert!(own.abs_diff(14 << 20) < 128 << 10, "{error}");
-                assert!(own + KEEP_FREE < free, "it would fit but for the other: {error}");
+                return;
             }
-            one.hold_after(None);
-            let disk = held.join().unwrap().unwrap();
-            assert!(fs::read(&disk.path).unwrap() == first);
+            let error = pulled.unwrap_err();
+            let Error::DiskFull {
+                needed,
+                claimed,
+                free,
+                ..
+            } = &error
+            else {
+                panic!("{error}")
+            };
+            assert!((1 << 20..15 << 20).contains(claimed), "{error}");
+            let own = needed - claimed - KEEP_FREE;
+            assert!(own.abs_diff(14 << 20) < 128 << 10, "{error}");
+            assert!(own + KEEP_FREE < *free, "it would fit but for the other: {error}");
         });
+        assert!(fs::read(&disk.path).unwrap() == first);
         assert_eq!(partial(&store), 0);
     }
 }
