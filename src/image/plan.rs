@@ -10,7 +10,7 @@ use super::digest::{Digest, Hasher};
 use super::manifest::Descriptor;
 
 /// Pieces of one or more files.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub(super) struct Pieces {
     /// The files that the pieces make up, with their names in the image's folder in the store.
     pub(super) files: Vec<PlannedFile>,

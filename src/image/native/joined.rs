@@ -10,7 +10,7 @@ use crate::image::plan::Pieces;
 const ENOUGH: usize = 1 << 16;
 
 /// The plans of segments, joined in time that grows with their pieces and not with how many segments they are.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub(super) struct Joined {
     plan: Pieces,
     /// Where in the plan each pack is.
@@ -19,21 +19,6 @@ pub(super) struct Joined {
 }
 
 impl Joined {
-    /// Begins with the plan of one segment.
-    pub(super) fn new(first: Pieces) -> Self {
-        let empty = Pieces {
-            files: Vec::new(),
-            blobs: Vec::new(),
-        };
-        let mut joined = Self {
-            plan: empty,
-            packs: HashMap::new(),
-            pieces: 0,
-        };
-        joined.add(first);
-        joined
-    }
-
     /// Adds the plan of the segment that follows.
     pub(super) fn add(&mut self, next: Pieces) {
         let mut files = Vec::with_capacity(next.files.len());
@@ -58,6 +43,11 @@ impl Joined {
                 }
             }
         }
+    }
+
+    /// Is there nothing to carry out?
+    pub(super) fn is_empty(&self) -> bool {
+        self.plan.files.is_empty()
     }
 
     /// Is it worth carrying out?
@@ -138,8 +128,8 @@ mod tests {
             let (manifest, segments) = tiny(LAYERS_MAX - packs, packs);
             let start = Instant::now();
             let mut reader = Reader::new(&manifest).unwrap();
-            let mut joined = Joined::new(reader.next(&segments[0]).unwrap());
-            for segment in &segments[1..] {
+            let mut joined = Joined::default();
+            for segment in &segments {
                 joined.add(reader.next(segment).unwrap());
             }
             assert!(!joined.is_enough());

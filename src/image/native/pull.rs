@@ -87,22 +87,19 @@ impl Pull<'_> {
         maker: &mut Maker,
     ) -> Result<(), Error> {
         let catalogue = Arc::new(Catalogue::open(self.others.iter().cloned()));
-        let mut waiting: Option<Joined> = None;
+        let mut joined = Joined::default();
         for number in 0..segments.len() {
             let bytes = segments.get(number).map_err(Error::storage(&self.place.dir))?;
-            let plan = self.next(&mut reader, &bytes)?;
-            match &mut waiting {
-                None => waiting = Some(Joined::new(plan)),
-                Some(before) => before.add(plan),
-            }
-            if let Some(joined) = waiting.take_if(|joined| joined.is_enough()) {
-                self.fetch(&catalogue, maker, joined.finish()).await?;
+            joined.add(self.next(&mut reader, &bytes)?);
+            if joined.is_enough() {
+                let plan = std::mem::take(&mut joined).finish();
+                self.fetch(&catalogue, maker, plan).await?;
             }
         }
-        match waiting {
-            Some(joined) => self.fetch(&catalogue, maker, joined.finish()).await,
-            None => Ok(()),
+        if joined.is_empty() {
+            return Ok(());
         }
+        self.fetch(&catalogue, maker, joined.finish()).await
     }
 
     /// Fetches what a plan names, and lists it.
